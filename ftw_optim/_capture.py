@@ -1,0 +1,476 @@
+"""One forward and one backward pass over a model, to the factors of its parameters.
+
+Every layer that owns a captured parameter is hooked. While it runs, a stand-in that shares the parameter's memory
+takes its place (``attached=False``), so that the backward pass forms no weight gradient and a gradient that still
+reaches the parameter itself betrays a use outside the layer. Its inputs and the gradient edge of its output are
+kept; ``torch.autograd.grad`` then gives all output gradients at once, and never touches ``.grad``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, NoReturn, final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from ftw_optim._factors import Factors, PositionMap, projection, weighted_sum
+from ftw_optim._layers.coverage import Covered, Owner, owners, table
+from ftw_optim._layers.registry import LayerRule
+
+WAYS_OUT = (
+    'Leave it out of what is scored (scored=last_blocks(model, 1), say) with update="graph", which updates every '
+    "parameter exactly; freeze it; or register a rule with @register_layer."
+)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class CapturePlan:
+    """What is captured: parameters by name, and the layers that own them."""
+
+    parameters: Mapping[str, nn.Parameter]
+    owners: tuple[Owner, ...]
+
+
+def uncovered(model_owners: Iterable[Owner], names: Iterable[str], model: nn.Module) -> list[Covered]:
+    """Those of the named parameters that no rule captures."""
+    wanted = set(names)
+    rows = table(list(model_owners), dict(model.named_parameters()))
+    return [row for row in rows if row.name in wanted and row.rule is None]
+
+
+def plan(model: nn.Module, names: Iterable[str], model_owners: list[Owner] | None = None) -> CapturePlan:
+    """The plan that captures the named parameters.
+
+    Raises:
+        NotImplementedError: a parameter that no rule captures.
+    """
+    names = set(names)
+    found = owners(model) if model_owners is None else model_owners
+    missing = uncovered(found, names, model)
+    if missing:
+        listed = "; ".join(f"{row.name}: {row.reason or 'no layer owns it'}" for row in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise NotImplementedError(
+            f"Expected a layer rule for every parameter to capture, but there is none for {listed}{more}. {WAYS_OUT}"
+        )
+    kept = []
+    for owner in found:
+        own = {local: name for local, name in owner.parameters.items() if name in names}
+        if own:
+            kept.append(replace(owner, parameters=own))
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    return CapturePlan(parameters=parameters, owners=tuple(kept))
+
+
+@final
+@dataclass(kw_only=True, eq=False)
+class _Use:
+    """One call of a captured layer."""
+
+    owner: Owner
+    inputs: tuple[Any, ...]
+    versions: tuple[int | None, ...]
+    edge: GradientEdge
+    stand_ins: dict[str, Tensor]
+    reading: str
+    """Which axis of the inputs was read as the candidate's."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.owner.name, self.reading
+
+
+@final
+class Capture:
+    """Context in which the closure runs; afterwards :meth:`differentiate` gives the factors.
+
+    Args:
+        model: the whole model; its first input tells the number of candidates.
+        plan: what to capture.
+        attached: keep the parameters themselves in the graph, for an ordinary backward over it later.
+        sample_ids: int64, shape of the token grid, the candidate of each position (-1 for none).
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: CapturePlan, *, attached: bool, sample_ids: Tensor | None = None
+    ) -> None:
+        if sample_ids is not None and (sample_ids.ndim != 2 or sample_ids.dtype != torch.int64):
+            raise ValueError(
+                "Expected sample_ids as int64 of the token grid's shape (b, t), got "
+                f"{sample_ids.dtype} of shape {tuple(sample_ids.shape)}."
+            )
+        self._model, self._plan, self._attached = model, plan, attached
+        self._sample_ids = sample_ids
+        self._grid: torch.Size | None = None
+        self._uses: list[_Use] = []
+        self._standing: dict[nn.Module, list[dict[str, nn.Parameter | None]]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._recording = False
+
+    def __enter__(self) -> Capture:
+        self._recording = True
+        self._handles.append(self._model.register_forward_pre_hook(self._read_grid, with_kwargs=True))
+        for owner in self._plan.owners:
+            before, after = self._hooks(owner)
+            self._handles.append(owner.module.register_forward_pre_hook(before))
+            # First of the forward hooks: it must see the output before any other hook changes it.
+            self._handles.append(
+                owner.module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True)
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._recording = False
+        for handle in self._handles:
+            handle.remove()
+        for module in list(self._standing):
+            while self._standing.get(module):
+                self._restore(module)
+        self._uses.clear()  # frees the graph and the factors
+
+    @property
+    def count(self) -> int | None:
+        """The number of candidates the model saw; None where only ``sample_ids`` or the losses tell."""
+        return None if self._grid is None or self._sample_ids is not None else self._grid[0]
+
+    def own_backward_gradients(self) -> dict[str, Tensor]:
+        """What a closure that ran its own backward left at the stand-ins, by parameter name."""
+        found: dict[str, Tensor] = {}
+        for use in self._uses:
+            for local, stand_in in use.stand_ins.items():
+                if stand_in.grad is not None:
+                    name = use.owner.parameters[local]
+                    found[name] = found[name] + stand_in.grad if name in found else stand_in.grad
+        return found
+
+    def differentiate(
+        self,
+        losses: Tensor,
+        *,
+        scale: float,
+        keep_graph: bool,
+        checked: set[tuple[str, str]] | None,
+        generator: torch.Generator,
+    ) -> dict[str, list[Factors]]:
+        """Factors of every captured parameter that the losses reached, each multiplied by ``scale``.
+
+        Args:
+            losses: shape ``(n,)``, of the closure. Non-finite ones contribute nothing.
+            scale: multiplies the losses for the pass.
+            keep_graph: leave the graph for a second backward.
+            checked: the (layer, reading) pairs the self-check has seen, extended in place; None: no self-check.
+            generator: for the self-check's weights.
+
+        Raises:
+            RuntimeError: nothing was captured, an input was changed in place after its layer had read it, a captured
+                parameter was used outside its layer, or the self-check failed.
+        """
+        self._recording = False
+        finite = losses.isfinite()
+        total = torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
+        due = checked is not None and bool(finite.all()) and any(use.key not in checked for use in self._uses)
+        edges = [use.edge for use in self._uses]
+        outside = [] if self._attached else list(self._plan.parameters.items())
+        gradients: tuple[Tensor | None, ...] = ()
+        if edges or outside:
+            gradients = torch.autograd.grad(
+                total,
+                [*edges, *(parameter for _, parameter in outside)],
+                allow_unused=True,
+                retain_graph=keep_graph or due,
+            )
+        self._refuse_uses_outside(
+            [
+                name
+                for (name, _), gradient in zip(outside, gradients[len(edges) :], strict=True)
+                if gradient is not None
+            ]
+        )
+        found: dict[str, list[Factors]] = {}
+        reached: list[_Use] = []
+        for use, gradient in zip(self._uses, gradients, strict=False):
+            if gradient is None:
+                continue
+            reached.append(use)
+            for name, factors in self._factors(use, gradient, len(losses)).items():
+                found.setdefault(name, []).append(factors)
+        if not found:
+            raise RuntimeError(
+                "Expected the losses to depend on a captured parameter, but none was reached. Compute the losses "
+                "with the model that was given to SelectiveOptimizer, with its layers called as modules, and compile "
+                "it (if at all) after the first step."
+            )
+        if due:
+            assert checked is not None
+            self._self_check(losses * scale, found, reached, keep_graph=keep_graph, generator=generator)
+            checked.update(use.key for use in reached)
+        return found
+
+    # ------------------------------------------------------------------ while the closure runs
+
+    def _read_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._recording:
+            return
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.ndim > 0:
+                grid = leaf.shape[:2]
+                if self._grid is not None and grid[0] != self._grid[0]:
+                    raise ValueError(
+                        f"The closure called the model on {self._grid[0]} and then on {grid[0]} rows; expected all "
+                        "candidates in one call, or each call over all of them."
+                    )
+                self._grid = grid
+                return
+
+    def _hooks(self, owner: Owner) -> tuple[Any, Any]:
+        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not self._attached:
+                stand_ins = {
+                    local: own.detach().requires_grad_()
+                    for local in owner.parameters
+                    if (own := module._parameters[local]) is not None
+                }
+                self._standing.setdefault(module, []).append({local: module._parameters[local] for local in stand_ins})
+                module._parameters.update(stand_ins)  # type: ignore[arg-type]
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            stand_ins = self._restore(module)
+            if not self._recording or not torch.is_grad_enabled() or output is None:
+                return None
+            return self._record(owner, (*args, *kwargs.values()), output, stand_ins)
+
+        return before, after
+
+    def _restore(self, module: nn.Module) -> dict[str, Tensor]:
+        """Put the parameters back; returns the stand-ins."""
+        if not self._standing.get(module):
+            return {}
+        parameters = self._standing[module].pop()
+        stand_ins = {local: module._parameters[local] for local in parameters}
+        module._parameters.update(parameters)
+        return {local: tensor for local, tensor in stand_ins.items() if tensor is not None}
+
+    def _record(
+        self, owner: Owner, inputs: tuple[Any, ...], output: Any, stand_ins: dict[str, Tensor]
+    ) -> Tensor | None:
+        if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
+            raise NotImplementedError(
+                f"Expected layer {owner.name!r} to take a tensor first and return one, got "
+                f"{[type(value).__name__ for value in inputs]} to {type(output).__name__}. {WAYS_OUT}"
+            )
+        if not output.requires_grad:
+            return None
+        reading, rows = self._reading(owner, inputs[0])
+        changed = None
+        detached = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
+        if rows is not None:  # autograd sums over rows before a gradient arrives, unless they are made here
+            missing = reading != "one row for all"
+            output = changed = (output[None] if missing else output).expand(rows, *output.shape[not missing :])
+            first = detached[0][None] if missing else detached[0]
+            detached = (first.expand(rows, *first.shape[1:]), *detached[1:])
+        self._uses.append(
+            _Use(
+                owner=owner,
+                inputs=detached,
+                versions=tuple(_version(value) for value in detached),
+                edge=get_gradient_edge(output),
+                stand_ins=stand_ins,
+                reading=reading,
+            )
+        )
+        return changed
+
+    def _reading(self, owner: Owner, x: Tensor) -> tuple[str, int | None]:
+        """Which axis of ``x`` is the candidate's, and how many rows to expand it to, if it has none."""
+        if self._sample_ids is not None:
+            if x.shape[:2] != self._sample_ids.shape:
+                self._refuse_layout(owner, x, f"the grid of sample_ids, {tuple(self._sample_ids.shape)}, first")
+            return "sample_ids", None
+        if self._grid is None:  # the closure calls a part of the model: the losses will tell
+            return "rows", None
+        n, positions = self._grid[0], self._grid[1] if len(self._grid) > 1 else None
+        index = not x.is_floating_point()
+        if index and x.ndim == 1 and x.shape[0] == positions:
+            return "positions", n
+        if x.ndim > 1 or index:
+            if x.shape[0] == n:
+                return "rows", None
+            if x.shape[0] == 1 and x.ndim > 1:
+                return "one row for all", n
+        self._refuse_layout(owner, x, f"the {n} candidates (or 1, for all of them) first")
+
+    @staticmethod
+    def _refuse_layout(owner: Owner, x: Tensor, expected: str) -> NoReturn:
+        raise NotImplementedError(
+            f"Expected layer {owner.name!r} to take inputs with {expected}, got shape {tuple(x.shape)}: which candidate "
+            f"a position belongs to is not known. {WAYS_OUT}"
+        )
+
+    # ------------------------------------------------------------------ after the backward pass
+
+    def _factors(self, use: _Use, output_grad: Tensor, count: int) -> dict[str, Factors]:
+        if use.versions != tuple(_version(value) for value in use.inputs):
+            raise RuntimeError(
+                f"An input of layer {use.owner.name!r} was changed in place after the layer had read it, so its "
+                "gradient can no longer be formed. Use the out-of-place form of that operation."
+            )
+        rule = use.owner.rule
+        assert isinstance(rule, LayerRule)
+        with torch.no_grad():
+            returned = rule.function(use.owner.module, use.inputs, output_grad)
+        found = {}
+        for local, name in use.owner.parameters.items():
+            value = returned.get(local)
+            if value is None:
+                raise RuntimeError(
+                    f"The rule {rule.name!r} returned no gradient for {local!r} of layer {use.owner.name!r}; expected "
+                    "one for each of its trainable parameters."
+                )
+            factors = Factors(left=value.flatten(1)[:, None]) if isinstance(value, Tensor) else value
+            if factors.rows * factors.columns != self._plan.parameters[name].numel():
+                raise RuntimeError(
+                    f"The rule {rule.name!r} returned gradients of {factors.rows} x {factors.columns} entries for "
+                    f"{name}, expected its shape {tuple(self._plan.parameters[name].shape)}."
+                )
+            if self._sample_ids is not None:
+                if isinstance(value, Tensor):
+                    self._refuse_layout(use.owner, value, "positions that sample_ids can tell apart")
+                grid = PositionMap(candidates=self._sample_ids.to(value.left.device), count=count)
+                times = value.left.shape[1] // max(1, self._sample_ids.shape[1])
+                factors = replace(factors, positions=grid.repeated(times))
+            if factors.count != count:
+                raise ValueError(
+                    f"The closure returned {count} losses, but layer {use.owner.name!r} ran on {factors.count} rows. "
+                    "Expected one loss for each row of the model's input; call the model itself (not a part of it), "
+                    "on all candidates at once."
+                )
+            found[name] = factors
+        return found
+
+    def _refuse_uses_outside(self, names: list[str]) -> None:
+        if names:
+            raise RuntimeError(
+                f"Expected {', '.join(names[:5])} to be used only by calling the layers that own them, but a gradient "
+                "reached them by another way (a weight read directly, as in F.linear(x, layer.weight); a compiled or "
+                f"fused call), so the captured gradient would be incomplete. Call the layer as a module. {WAYS_OUT}"
+            )
+
+    def _self_check(
+        self,
+        losses: Tensor,
+        found: Mapping[str, list[Factors]],
+        reached: list[_Use],
+        *,
+        keep_graph: bool,
+        generator: torch.Generator,
+    ) -> None:
+        """Compare ``sum_i r_i g_i`` for random ``r`` with autograd's gradient of ``sum_i r_i losses_i``.
+
+        Random weights, since a plain sum is right even when rows are mixed up.
+        """
+        weights = torch.rand(len(losses), generator=generator, dtype=torch.float64) + 0.5
+        sources = {
+            name: (
+                [parameter]
+                if self._attached
+                else [
+                    use.stand_ins[local]
+                    for use in reached
+                    for local, other in use.owner.parameters.items()
+                    if other == name
+                ]
+            )
+            for name, parameter in self._plan.parameters.items()
+        }
+        flat = [tensor for tensors in sources.values() for tensor in tensors]
+        gradients = iter(
+            torch.autograd.grad(
+                (weights.to(losses) * losses).sum(), flat, allow_unused=True, retain_graph=keep_graph
+            )
+        )
+        for name, tensors in sources.items():
+            parts = [part for part in [next(gradients) for _ in tensors] if part is not None]
+            if not parts:
+                continue
+            if name not in found:
+                self._refuse_uses_outside([name])
+            uses, shape = found[name], self._plan.parameters[name].shape
+            expected = torch.stack([part.to(uses[0].dtype()) for part in parts]).sum(0)
+            error = torch.linalg.vector_norm(weighted_sum(uses, weights, shape) - expected)
+            size = torch.linalg.vector_norm(expected)
+            scale = torch.maximum(size, torch.stack([use.magnitude(weights.to(size)) for use in uses]).max())
+            if not error <= tolerance(tensors[0].dtype) * scale:
+                layers = ", ".join(
+                    repr(use.owner.name) for use in reached if name in use.owner.parameters.values()
+                )
+                raise RuntimeError(
+                    f"Self-check: the captured per-candidate gradients of {name} (layer {layers}) differ from autograd's "
+                    f"by {float(error / scale):.1e} of their size. Expected losses that each depend on one row of the "
+                    "model's input: look for layers that mix rows (BatchNorm), inputs with time as first axis, or a "
+                    f"layer whose rule does not hold. {WAYS_OUT}"
+                )
+
+
+def verify_projection(
+    found: Mapping[str, list[Factors]],
+    gradients: Mapping[str, Tensor],
+    weights: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """Check autograd's gradients against the weighted factors by one random projection for each parameter.
+
+    Args:
+        found: captured factors, by parameter name.
+        gradients: what a backward of the weighted losses formed, for the same parameters.
+        weights: shape ``(n,)``, those of the losses (over the scale of the factors).
+        generator: of the projections.
+
+    Raises:
+        RuntimeError: they differ: a captured parameter was used outside the layers that own it.
+    """
+    names, misses = [], []
+    for name, gradient in gradients.items():
+        uses = found.get(name)
+        if uses is None:
+            names.append(name)
+            misses.append(torch.ones((), device=gradient.device))
+            continue
+        dtype, device = uses[0].dtype(), gradient.device
+        matrix = gradient.to(dtype).reshape(uses[0].rows, uses[0].columns)
+        left, right = (torch.randn(size, generator=generator).to(device, dtype) for size in matrix.shape)
+        expected, scale = projection(uses, weights, left, right)
+        error = (left @ matrix @ right - expected).abs()
+        names.append(name)
+        misses.append((error > tolerance(gradient.dtype) * torch.maximum(scale, expected.abs())).to(torch.float32))
+    if not misses:
+        return
+    missed = torch.stack([miss.to(misses[0].device) for miss in misses]).tolist()  # one synchronisation
+    listed = [name for name, miss in zip(names, missed, strict=True) if miss]
+    if listed:
+        raise RuntimeError(
+            f"The captured gradients of {', '.join(listed[:5])} differ from those autograd formed: expected these "
+            "parameters to be used only by calling the layers that own them (a weight read directly, as in "
+            "F.linear(x, layer.weight), is not captured). Call the layer as a module. " + WAYS_OUT
+        )
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative difference that counts as rounding: half of the digits.
+
+    Those of float32 even where parameters are wider: most model families normalise in float32 whatever they are given.
+    """
+    return math.sqrt(max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))
+
+
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None

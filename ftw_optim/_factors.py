@@ -1,0 +1,259 @@
+"""Factorized gradients: what one use of a parameter contributes to each candidate's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PositionMap:
+    """Which candidate each position of a batch belongs to, where rows and candidates are not the same.
+
+    Attributes:
+        candidates: shape ``(b, t)`` int64, the candidate of each position, -1 for none.
+        count: how many candidates there are.
+    """
+
+    candidates: Tensor
+    count: int
+
+    def repeated(self, times: int) -> PositionMap:
+        """The map for ``times`` consecutive positions in place of each one, such as the heads of a token."""
+        return self if times == 1 else replace(self, candidates=self.candidates.repeat_interleave(times, dim=1))
+
+    def gather_index(self) -> Tensor:
+        """Flat positions of each candidate in order, shape ``(n, longest)``, padded with ``b * t``."""
+        candidates = self.candidates.flatten()
+        order = candidates.argsort(stable=True)
+        owner = candidates[order]
+        order, owner = order[owner >= 0], owner[owner >= 0]
+        lengths = owner.bincount(minlength=self.count)
+        slot = torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]
+        index = order.new_full((self.count, int(lengths.max())), candidates.numel())
+        index[owner, slot] = order
+        return index
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Factors:
+    """Gradients of one parameter, candidate by candidate, as sums of outer products that are not multiplied out.
+
+    ``g_i = sum_p outer(left[p], right[p])`` over the positions ``p`` of candidate ``i``, reshaped to the parameter.
+    For a Linear layer ``left`` holds the output gradients and ``right`` the activations; where a weight is stored
+    transposed they change places.
+
+    Attributes:
+        left: shape ``(b, t, rows)``; or ``(b, t)`` int64, each a one-hot row given by its index.
+        right: shape ``(b, t, columns)``; or None for a single column of ones, so that ``g_i`` is a plain sum.
+        rows: the parameter's rows, needed where ``left`` holds indices.
+        positions: the candidate of each position; None where row ``i`` of the batch is candidate ``i``.
+    """
+
+    left: Tensor
+    right: Tensor | None = None
+    rows: int = 0
+    positions: PositionMap | None = None
+
+    def __post_init__(self) -> None:
+        indexed = not self.left.is_floating_point()
+        if self.left.ndim != (2 if indexed else 3) or (indexed and (self.right is None or self.rows < 1)):
+            raise ValueError(
+                "Expected left of shape (b, t, rows), or (b, t) int64 together with right and rows; got left "
+                f"{tuple(self.left.shape)} {self.left.dtype}, right "
+                f"{None if self.right is None else tuple(self.right.shape)}, rows {self.rows}."
+            )
+        if self.right is not None and self.right.shape[:2] != self.left.shape[:2]:
+            raise ValueError(
+                f"left {tuple(self.left.shape)} and right {tuple(self.right.shape)} differ in their first two axes."
+            )
+        if not indexed:
+            object.__setattr__(self, "rows", self.left.shape[2])
+
+    @property
+    def count(self) -> int:
+        """How many candidates there are."""
+        return self.left.shape[0] if self.positions is None else self.positions.count
+
+    @property
+    def columns(self) -> int:
+        """Columns of the gradients seen as matrices; 1 for a plain sum."""
+        return 1 if self.right is None else self.right.shape[2]
+
+    @property
+    def indexed(self) -> bool:
+        """Whether ``left`` holds row indices."""
+        return not self.left.is_floating_point()
+
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute in: the factors' own, float32 at least."""
+        parts = [part.dtype for part in (self.left, self.right) if part is not None and part.is_floating_point()]
+        dtype = torch.float32
+        for part in parts:
+            dtype = torch.promote_types(dtype, part)
+        return dtype
+
+    def multiplications(self) -> int:
+        """How many multiplications a candidate's gradient takes to multiply out."""
+        return 0 if self.indexed or self.right is None else self.left[0].numel() * self.columns
+
+    def by_row(self) -> Factors:
+        """The same gradients with one row of positions for each candidate, padded with zeros."""
+        if self.positions is None:
+            return self
+        index = self.positions.gather_index()
+
+        def regroup(part: Tensor) -> Tensor:
+            flat = part.flatten(0, 1)
+            return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[index]
+
+        right = None if self.right is None else regroup(self.right)
+        return replace(self, left=regroup(self.left), right=right, positions=None)
+
+    def spread(self, weights: Tensor) -> Tensor:
+        """``weights`` (n,), one for each candidate, as one for each position: broadcastable to ``(b, t)``."""
+        if self.positions is None:
+            return weights[:, None]
+        padded = torch.cat([weights, weights.new_zeros(1)])  # index -1 reads the zero
+        return padded[self.positions.candidates]
+
+    def magnitude(self, weights: Tensor) -> Tensor:
+        """Root of the sum of the squared, weighted terms: what the rounding error of their sum scales with."""
+        square = self.spread(weights).to(self.dtype()).square()
+        for part in (self.left, self.right):
+            if part is not None and part.is_floating_point():
+                square = square * part.to(self.dtype()).square().sum(dim=2)
+        return square.sum().sqrt()
+
+    def without(self, rejected: Tensor) -> Factors:
+        """The same factors with those of the ``rejected`` candidates, bool ``(n,)``, replaced by zeros."""
+        drop = self.spread(rejected)[..., None]
+        zero = torch.zeros((), device=self.left.device)
+        right = None if self.right is None else torch.where(drop, zero.to(self.right.dtype), self.right)
+        left = self.left if self.indexed else torch.where(drop, zero.to(self.left.dtype), self.left)
+        return replace(self, left=left, right=right)
+
+    def finite(self) -> Tensor:
+        """Which candidates have only finite factors: bool, shape ``(n,)``."""
+        grid = torch.zeros(self.left.shape[:2], dtype=self.dtype(), device=self.left.device)
+        for part in (self.left, self.right):
+            if part is not None and part.is_floating_point():
+                # A sum is finite only if every term is; one read, no boolean copy of the factors.
+                grid = grid + part.sum(dim=2, dtype=grid.dtype)
+        if self.positions is None:
+            return grid.isfinite().all(dim=1)
+        bad = torch.zeros(self.count + 1, dtype=torch.bool, device=grid.device)
+        bad.index_put_((self.positions.candidates.flatten(),), ~grid.isfinite().flatten(), accumulate=True)
+        return ~bad[:-1]
+
+
+def weighted_sum(uses: Sequence[Factors], weights: Tensor, shape: torch.Size) -> Tensor:
+    """``sum_i weights[i] g_i`` over all uses of one parameter, without forming any single ``g_i``.
+
+    Args:
+        uses: at least one, of the same parameter.
+        weights: shape ``(n,)``. Candidates of weight zero are not read, so that the cost follows those of
+            positive weight.
+        shape: the parameter's.
+
+    Returns:
+        Shape ``shape``, in the computing dtype of the factors.
+    """
+    dtype, device = uses[0].dtype(), uses[0].left.device
+    chosen = weights.nonzero()[:, 0]  # on the CPU: no synchronisation
+    everyone = len(chosen) == len(weights)
+    weights = weights.to(device=device, dtype=dtype)
+    total: Tensor | None = None
+    for use in uses:
+        left, right, share = use.left, use.right, use.spread(weights)
+        if use.positions is None and not everyone:
+            index = chosen.to(device)
+            left, share = left[index], share[index]
+            right = None if right is None else right[index]
+        left = left.flatten(0, 1)
+        share = share.expand(-1, use.left.shape[1]).reshape(-1, 1)
+        if use.indexed:
+            assert right is not None
+            part = torch.zeros(use.rows, use.columns, dtype=dtype, device=device)
+            part.index_add_(0, left, right.flatten(0, 1).to(dtype) * share)
+        elif right is None:
+            part = share[:, 0] @ left.to(dtype)
+        elif left.shape[1] <= right.shape[2]:
+            part = (left.to(dtype) * share).T @ right.flatten(0, 1).to(dtype)
+        else:
+            part = left.to(dtype).T @ (right.flatten(0, 1).to(dtype) * share)
+        part = part.reshape(shape)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total
+
+
+def materialise(uses: Sequence[Factors], start: int, stop: int, *, out: Tensor | None = None) -> Tensor:
+    """Rows ``start`` to ``stop`` of every candidate's gradient, multiplied out.
+
+    Args:
+        uses: at least one, of the same parameter, each with one row of positions per candidate
+            (:meth:`Factors.by_row`).
+        start: first row.
+        stop: behind the last row.
+        out: a flat buffer that is large enough, to use in place of fresh memory.
+
+    Returns:
+        Shape ``(n, stop - start, columns)``, in the computing dtype of the factors.
+    """
+    first = uses[0]
+    dtype, device, columns = first.dtype(), first.left.device, first.columns
+    size = (first.count, stop - start, columns)
+    numel = size[0] * size[1] * size[2]
+    block = out[:numel].view(size) if out is not None else torch.empty(size, dtype=dtype, device=device)
+    filled = False
+    # Dense uses first: their product overwrites the buffer, so that it need not be cleared.
+    for use in sorted(uses, key=lambda use: use.indexed):
+        if use.indexed:
+            assert use.right is not None
+            if not filled:
+                block.zero_()
+            inside = (use.left >= start) & (use.left < stop)
+            row = (use.left - start).clamp(0, stop - start - 1)
+            row = row + torch.arange(use.count, device=device)[:, None] * (stop - start)
+            values = use.right.to(dtype) * inside[..., None]
+            block.view(-1, columns).index_add_(0, row.flatten(), values.flatten(0, 1))
+        elif use.right is None:
+            values = use.left[:, :, start:stop].sum(dim=1, dtype=dtype)[..., None]
+            block.add_(values) if filled else block.copy_(values)
+        else:
+            left = use.left[:, :, start:stop].to(dtype).transpose(1, 2)
+            right = use.right.to(dtype)
+            torch.baddbmm(block, left, right, out=block) if filled else torch.bmm(left, right, out=block)
+        filled = True
+    return block
+
+
+def projection(uses: Sequence[Factors], weights: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """``left @ (sum_i weights[i] g_i) @ right`` from the factors, and the size its rounding errors scale with.
+
+    Args:
+        uses: at least one, of the same parameter.
+        weights: shape ``(n,)``.
+        left: shape ``(rows,)``.
+        right: shape ``(columns,)``.
+
+    Returns:
+        Two scalars: the projection; and the root of the sum of its squared terms, below which a sum with heavy
+        cancellation carries no information.
+    """
+    total = torch.zeros((), dtype=left.dtype, device=left.device)
+    square = torch.zeros_like(total)
+    for use in uses:
+        rows = left[use.left] if use.indexed else use.left.to(left.dtype) @ left
+        columns = right[0] if use.right is None else use.right.to(left.dtype) @ right
+        terms = rows * columns * use.spread(weights.to(left))
+        total = total + terms.sum()
+        square = square + terms.square().sum()
+    return total, square.sqrt()

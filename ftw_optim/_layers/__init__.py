@@ -1,0 +1,5 @@
+"""Layer rules: how the gradient of one kind of layer factorizes, one registered function for each kind."""
+
+from ftw_optim._layers import embedding as embedding
+from ftw_optim._layers import linear as linear
+from ftw_optim._layers import norm as norm

@@ -1,0 +1,66 @@
+"""Embeddings: a Linear layer without bias on one-hot inputs, never multiplied out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftw_optim._factors import Factors
+from ftw_optim._layers.registry import LayerRule, by_position, own_parameters, recognise, register_layer, swapped
+
+
+def _refuses(module: nn.Module) -> str | None:
+    assert isinstance(module, nn.Embedding)
+    if module.sparse:
+        return "sparse=True gives sparse gradients; build the embedding with sparse=False"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq=True makes a candidate's gradient depend on the other candidates"
+    return None
+
+
+@register_layer(nn.Embedding, refuses=_refuses)
+def embedding(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
+    """``y[t] = W[ids[t]]``: row ``ids[t]`` of the gradient receives ``output_grad[t]``; the padding row nothing."""
+    assert isinstance(module, nn.Embedding)
+    ids = inputs[0].long()  # row indices arrive as int32 too
+    ids = ids.reshape(len(ids), math.prod(ids.shape[1:]))  # not -1: a time axis may be empty
+    values = by_position(output_grad)
+    if module.padding_idx is not None:
+        padding = (ids == module.padding_idx)[..., None]
+        values = torch.where(padding, torch.zeros((), dtype=values.dtype, device=values.device), values)
+    return {"weight": Factors(left=ids, right=values, rows=module.num_embeddings)}
+
+
+@recognise
+def scaled_embedding(module: nn.Module) -> LayerRule | None:
+    """A subclass of Embedding that returns ``scale * W[ids]``, such as Gemma's and BART's, known by what it does."""
+    if not isinstance(module, nn.Embedding) or list(own_parameters(module)) != ["weight"]:
+        return None
+    if _refuses(module) is not None or module.max_norm is not None:
+        return None
+    try:
+        scale = _scale(module)
+        ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)[None]
+        with torch.no_grad():
+            output = module.forward(ids)
+        torch.testing.assert_close(output, module.weight.detach()[ids] * scale)
+    except (TypeError, ValueError, RuntimeError, AssertionError):  # it does something else, or takes other inputs
+        return None
+
+    def rule(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
+        return embedding(module, inputs, output_grad * _scale(module))
+
+    return LayerRule("scaled Embedding", rule)
+
+
+def _scale(module: nn.Module) -> Tensor:
+    """What the module multiplies a row with: its output, shape ``()`` or ``(d,)``, where all weights are one."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    ones = weight.new_ones(1, 1).expand_as(weight)  # no memory: the stride is zero
+    with swapped(module, {"weight": ones}), torch.no_grad():
+        output: Tensor = module.forward(torch.zeros(1, 1, dtype=torch.long, device=weight.device))
+    return output[0, 0]

@@ -1,0 +1,30 @@
+"""Linear layers: the outer product of output gradients and activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ftw_optim._factors import Factors
+from ftw_optim._layers.registry import by_position, register_layer
+
+
+@register_layer(nn.Linear)
+def linear(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
+    """``y = x W' + b``: the weight's gradient is ``sum_t outer(output_grad[t], x[t])``."""
+    output_grads = by_position(output_grad)
+    return {
+        "weight": Factors(left=output_grads, right=by_position(inputs[0])),
+        "bias": Factors(left=output_grads),
+    }
+
+
+@register_layer("transformers.pytorch_utils.Conv1D")
+def transposed_linear(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
+    """``y = x W + b``, the weight stored as ``(d_in, d_out)``: the factors change places."""
+    output_grads = by_position(output_grad)
+    return {
+        "weight": Factors(left=by_position(inputs[0]), right=output_grads),
+        "bias": Factors(left=output_grads),
+    }

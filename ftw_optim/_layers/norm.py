@@ -1,0 +1,68 @@
+"""Normalisation layers: their parameters act entry by entry, so a candidate's gradient is a sum over positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ftw_optim._factors import Factors
+from ftw_optim._layers.registry import LayerRule, own_parameters, recognise, register_layer, swapped
+
+
+def _summed(values: Tensor, parameter_shape: torch.Size) -> Factors:
+    """``values`` (n, ..., *parameter_shape), summed over the axes between."""
+    axes = len(parameter_shape)
+    values = values.flatten(values.ndim - axes)
+    return Factors(left=values.unsqueeze(1) if values.ndim == 2 else values.flatten(1, -2))
+
+
+@register_layer(nn.LayerNorm)
+def layer_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
+    """``y = weight * normalised(x) + bias``."""
+    assert isinstance(module, nn.LayerNorm)
+    shape = torch.Size(module.normalized_shape)
+    normalised = functional.layer_norm(inputs[0], module.normalized_shape, eps=module.eps)
+    return {"weight": _summed(output_grad * normalised, shape), "bias": _summed(output_grad, shape)}
+
+
+@recognise
+def scale_norm(module: nn.Module) -> LayerRule | None:
+    """Any layer ``y = (a + b weight) * f(x)`` with a single weight: torch's RMSNorm and the model families' own.
+
+    Known by what it does: at three weights, on a random input, the output is linear in the weight, entry by entry.
+    """
+    weight = own_parameters(module).get("weight")
+    if weight is None or len(own_parameters(module)) != 1 or next(module.children(), None) is not None:
+        return None
+    if not 0 < weight.numel() <= 2**20:  # the probe runs on six times as many numbers
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x, other = (
+        torch.randn(*shape, generator=generator).to(weight) for shape in ((2, 3, *weight.shape), weight.shape)
+    )
+    try:
+        with torch.no_grad(), swapped(module, {"weight": other}):
+            output = module.forward(x)
+        if output.shape != x.shape:
+            return None
+        zero, one = _at(module, (x,), 0.0), _at(module, (x,), 1.0)
+        torch.testing.assert_close(output, zero + other * (one - zero), rtol=1e-2, atol=1e-4)
+    except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, IndexError):
+        return None  # it does something else, or takes other inputs
+    return LayerRule("scale norm", _scale_norm)
+
+
+def _scale_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
+    """``dy / dweight`` by the difference of two runs: exact, since the output is linear in the weight."""
+    slope = _at(module, inputs, 1.0) - _at(module, inputs, 0.0)
+    return {"weight": _summed(output_grad * slope, own_parameters(module)["weight"].shape)}
+
+
+def _at(module: nn.Module, inputs: tuple[Any, ...], value: float) -> Tensor:
+    weight = own_parameters(module)["weight"]
+    with swapped(module, {"weight": torch.full_like(weight, value)}), torch.no_grad():
+        output: Tensor = module.forward(*inputs)
+    return output

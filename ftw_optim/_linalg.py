@@ -1,0 +1,332 @@
+"""Damping and non-negative least squares of small dense systems, in Gram form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+_ZERO = torch.zeros((), dtype=torch.float64)
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WeightSolution:
+    """Weights of the kept candidates, and how good they are.
+
+    Attributes:
+        weights: shape ``(k,)`` float64, none negative.
+        slack: shape ``(k,)`` float64, ``cross_gram - gram @ weights`` of the problem that was solved.
+        iterations: how many times a candidate was offered a share of the weight.
+        converged: the weights are a minimiser: within the tolerance, no slack is left where a weight is
+            positive and no positive slack where it is zero. False where no minimum exists.
+    """
+
+    weights: Tensor
+    slack: Tensor
+    iterations: int
+    converged: bool
+
+
+def solve_nnls(gram: Tensor, cross_gram: Tensor, *, tol: float = 1e-10) -> WeightSolution:
+    r"""Non-negative weights whose combined gradient lies closest to the target gradient.
+
+    Minimises ``w @ gram @ w / 2 - cross_gram @ w`` over ``w >= 0``: up to a constant, half the squared
+    distance to the target in the norm of the preconditioner. Solved in float64 on the CPU; the dtype of
+    ``gram`` says which of its digits are rounding, and nothing is fitted to those. Multiplying ``gram`` by
+    ``4**p`` and ``cross_gram`` by ``2**p`` multiplies the weights by ``2**-p``, to the last bit.
+
+    Where candidates depend on each other, one of the minimisers is found, with linearly independent
+    candidates at the positive weights. Where no minimum exists (a combination of no length with a positive
+    ``cross_gram``), the weights stay bounded and ``converged`` is False.
+
+    Args:
+        gram: shape ``(k, k)``, symmetric positive semi-definite (not checked), may be singular.
+        cross_gram: shape ``(k,)``.
+        tol: largest slack accepted at a zero weight, relative to the largest ``cross_gram``; both as they are
+            and both divided by the length of their candidate, so that a short candidate counts as much as a
+            long one. Slack that may be rounding is always accepted.
+
+    Returns:
+        Weights without unit (``1 / k`` each gives the mean gradient), their slack in the unit of
+        ``cross_gram``, the iterations used and whether they converged. Empty and converged for ``k = 0``.
+
+    Raises:
+        ValueError: the shapes disagree, an entry is not finite or ``tol`` is not in (0, 1).
+        TypeError: ``gram`` or ``cross_gram`` is not of a floating-point dtype.
+
+    Source: Lawson and Hanson (1974), algorithm 23.10, in the Gram form of Bro and De Jong (1997).
+    """
+    active = ActiveSet(gram, cross_gram, tol=tol)
+    active.admit_all()
+    return active.solution()
+
+
+def damped(gram: Tensor, cross_gram: Tensor, *, ridge: float, anchor: float) -> tuple[Tensor, Tensor]:
+    """The system in float64, pulled towards zero weights by ``ridge`` and towards uniform ones by ``anchor``.
+
+    Args:
+        gram: shape ``(k, k)``.
+        cross_gram: shape ``(k,)``.
+        ridge: strength in units of the mean diagonal ``d`` of ``gram``.
+        anchor: strength in the same unit.
+
+    Returns:
+        ``gram + (ridge + anchor) * d * I`` and ``cross_gram + anchor * d / k``.
+    """
+    gram = gram.to("cpu", torch.float64)
+    cross_gram = cross_gram.to("cpu", torch.float64)
+    k = len(cross_gram)
+    if k == 0 or ridge == anchor == 0:
+        return gram, cross_gram
+    unit = gram.diagonal().mean()
+    return gram + (ridge + anchor) * unit * torch.eye(k, dtype=torch.float64), cross_gram + anchor * unit / k
+
+
+@final
+class ActiveSet:
+    """Candidates at positive weights, grown one candidate at a time; the weights are always the best for them.
+
+    The iterations of Lawson and Hanson on a set of admitted candidates that may grow between them, which is
+    all that a greedy filter adds. Candidates are scaled to length one and the target to at most one, so that
+    every threshold is a number without unit and powers of two pass through without rounding.
+
+    Args:
+        gram: shape ``(n, n)``.
+        cross_gram: shape ``(n,)``.
+        tol: as in :func:`solve_nnls`.
+        eps: spacing of the digits in which ``gram`` was accumulated; that of its dtype unless given.
+        target_energy: squared length of the target, where known. Rounding in ``cross_gram`` is proportional
+            to that length, not to ``cross_gram``: next to a target almost orthogonal to all candidates it is
+            everything.
+    """
+
+    def __init__(
+        self,
+        gram: Tensor,
+        cross_gram: Tensor,
+        *,
+        tol: float = 1e-10,
+        eps: float | None = None,
+        target_energy: float = 0.0,
+    ) -> None:
+        _check_system(gram, cross_gram, tol)
+        n = len(cross_gram)
+        # Products of float32 gradients were seen off by some 3 eps; our own sums of n terms add float64
+        # rounding.
+        eps = torch.finfo(gram.dtype).eps if eps is None else eps
+        self._rounding = 8 * eps + n * torch.finfo(torch.float64).eps
+        self._nearly = 1.0 - self._rounding**0.5  # equal in half of the digits
+        self._gram = gram.detach().to("cpu", torch.float64)
+        self._cross_gram = cross_gram.detach().to("cpu", torch.float64)
+
+        diagonal = self._gram.diagonal()
+        # A candidate of no length: divided by infinity, its row, its slack and its weight are zero.
+        self._lengths = torch.where(diagonal > 0, diagonal.sqrt(), torch.inf)
+        scaled = self._cross_gram / self._lengths
+        largest = float(self._cross_gram.abs().max()) if n else 0.0
+        largest_scaled = float(scaled.abs().max()) if n else 0.0
+        self._unit = max(largest_scaled, target_energy**0.5) or 1.0
+        self._system = torch.empty(n, n + 1, dtype=torch.float64)  # [gram | cross_gram], scaled
+        scaled_gram = self._system[:, :n].copy_(
+            self._gram
+        )  # in place: fresh pages cost more than the arithmetic
+        scaled_gram.div_(self._lengths[:, None]).div_(self._lengths)
+        self._system[:, n] = scaled / self._unit
+        self._tolerance = tol * (largest / self._lengths).clamp(max=largest_scaled) / self._unit
+
+        self._active = torch.empty(0, dtype=torch.int64)
+        self._shares = torch.empty(0, dtype=torch.float64)  # their weights, scaled
+        # Row i: what is left of the system's row active[i] after the rows before it are eliminated
+        # (Cholesky).
+        self._rows = torch.empty(n, n + 1, dtype=torch.float64)
+        self._admitted = torch.zeros(n, dtype=torch.bool)
+        self._open = torch.ones(n, dtype=torch.bool)  # neither active nor given up
+        self._iterations = 0
+        self._eliminate()
+
+    def admit_all(self) -> None:
+        """Let every candidate have weight, and refit."""
+        self._admitted.fill_(True)
+        self._start()
+        self._refit()
+
+    def admit(self, candidate: int) -> bool:
+        """Let ``candidate`` have weight, and refit; False, and nothing changed, if rounding hides what it adds."""
+        if not self._enter(candidate):
+            return False
+        self._admitted[candidate] = True
+        self._refit()
+        return True
+
+    def best(self) -> int | None:
+        """The candidate that would lower the objective most beside the active ones; None if none would.
+
+        By slack squared over the Schur complement, for candidates where both are above rounding and that are
+        not yet admitted. When the active ones lack a single direction of all, every candidate that has any of
+        it gains the same. Of equal gains the largest slack is best: it asks the least of the other weights,
+        which then stay positive. Of these, the first.
+        """
+        useful = (self._slack > 0) & (self._schur > self._rounding) & ~self._admitted
+        gains = torch.where(useful, self._slack.square() / self._schur, _ZERO)
+        slack = torch.where(gains >= self._nearly * gains.max(), self._slack, _ZERO)
+        candidate = int((slack >= self._nearly * slack.max()).to(torch.uint8).argmax())
+        return candidate if useful[candidate] else None
+
+    def solution(self) -> WeightSolution:
+        """The weights so far in the units of the system; ``converged`` speaks of all candidates, admitted or not."""
+        self._solve_active()
+        scaled = torch.zeros_like(self._cross_gram).index_put((self._active,), self._shares)
+        slack = self._system[:, -1] - self._system[:, :-1] @ scaled
+        violation = slack.index_put((self._active,), slack[self._active].abs())
+        # A candidate of no length with a positive product has no best weight.
+        bounded = not bool((self._lengths.isinf() & (self._cross_gram > 0)).any())
+        weights = scaled * self._unit / self._lengths
+        return WeightSolution(
+            weights=weights,
+            slack=self._cross_gram - self._gram @ weights,
+            iterations=self._iterations,
+            converged=bounded and bool((violation <= self._accepted_slack()).all()),
+        )
+
+    def _measure(self, slack: Tensor) -> None:
+        """Note the ``slack`` outside the active set where it is larger than what is accepted at a zero weight."""
+        self._slack = torch.where((slack > self._accepted_slack()) & self._open, slack, _ZERO)
+
+    def _accepted_slack(self) -> Tensor:
+        """Shape ``(n,)``: what is within the tolerance, or within the rounding of ``gram @ weights``."""
+        return self._tolerance.clamp(min=self._rounding * (1.0 + float(self._shares.sum())))
+
+    def _start(self) -> None:
+        """Begin with all candidates whose weights come out positive together, which is most often the answer."""
+        guess = self._lengths.isfinite().nonzero()[:, 0]
+        while len(guess):
+            self._iterations += 1
+            block = self._system[guess]
+            lower, failed = torch.linalg.cholesky_ex(block[:, guess])
+            inverse = torch.linalg.solve_triangular(
+                lower, torch.eye(len(guess), dtype=lower.dtype), upper=False
+            )
+            # Only where half of the digits survive: in a worse system rounding could make a weight positive.
+            if failed or not bool((inverse.square().sum(1) < self._rounding**-0.5).all()):
+                return
+            shares = inverse.T @ (inverse @ block[:, -1])
+            positive = shares > 0
+            if bool(positive.all()):
+                self._set_active(guess, shares)
+                return
+            guess = guess[positive]
+
+    def _refit(self) -> None:
+        for _ in range(10 * len(self._slack)):
+            slack = torch.where(self._admitted, self._slack, _ZERO)
+            candidate = int(slack.argmax())  # the first of the largest
+            if not slack[candidate] > 0:
+                break
+            self._enter(candidate)
+
+    def _enter(self, candidate: int) -> bool:
+        """Give ``candidate`` weight; False, and it is never offered any again, if no finite weight can be told.
+
+        The slack of the active candidates stays zero all the way: as the newcomer's weight grows, they make
+        room by its coefficients among them. One whose weight is used up leaves, and the newcomer goes on
+        beside the others.
+        """
+        self._iterations += 1
+        active, shares = self._active, self._shares
+        slack, weight = float(self._slack[candidate]), 0.0
+        while True:
+            column = self._rows[: len(self._active), candidate]
+            coefficients = self._back_substitute(column)
+            schur = float(self._schur[candidate])
+            # Entries of the Gram matrix off by eps move a Schur complement by about eps (1 +
+            # |coefficients|^2).
+            independent = schur > self._rounding * (1.0 + float(coefficients @ coefficients))
+            if independent:
+                step = slack / schur
+                left = self._shares - step * coefficients
+                if bool((left >= 0).all()):
+                    break
+            limits = torch.where(coefficients > 0, self._shares / coefficients, torch.inf)
+            limit = float(limits.min()) if len(limits) else math.inf
+            if limit == math.inf or not (independent or limit * schur <= slack):
+                # As far as rounding can tell, the objective falls without end.
+                self._open[candidate] = False
+                self._set_active(active, shares)
+                return False
+            leaving = int(limits.argmin())
+            slack -= limit * schur
+            weight += limit
+            left = (self._shares - limit * coefficients).clamp(min=0.0)
+            stays = torch.arange(len(limits)) != leaving
+            self._set_active(self._active[stays], left[stays], unchanged=leaving)
+        self._append(candidate, weight + step, left, column)
+        if weight > 0:
+            self._solve_active()
+        return True
+
+    def _append(self, candidate: int, weight: float, others: Tensor, column: Tensor) -> None:
+        """Add ``candidate`` to the active set: the last step of the elimination, by itself."""
+        size = len(self._active)
+        schur = self._schur[candidate]
+        row = self._rows[size]
+        torch.addmv(self._system[candidate], self._rows[:size].T, column, alpha=-1, out=row)
+        row /= schur.sqrt()
+        self._active = torch.cat([self._active, torch.tensor([candidate])])
+        self._shares = torch.cat([others, torch.tensor([weight], dtype=torch.float64)])
+        self._open[candidate] = False
+        self._schur = self._schur - row[:-1].square()
+        rows = self._rows[: size + 1]
+        self._measure(self._system[:, -1] - rows[:, -1] @ rows[:, :-1])
+
+    def _set_active(self, active: Tensor, shares: Tensor, *, unchanged: int = 0) -> None:
+        """Make ``active`` the active set; the rows of its first ``unchanged`` ones are still right."""
+        self._open[self._active] = True
+        self._open[active] = False
+        self._active, self._shares = active, shares
+        self._eliminate(unchanged)
+
+    def _eliminate(self, unchanged: int = 0) -> None:
+        """Form the rows of the active set from the first ``unchanged`` ones on, and what follows from them."""
+        size = len(self._active)
+        head, new = self._rows[:unchanged], self._active[unchanged:]
+        block = self._system[new] - head[:, new].T @ head
+        # Schur complements only grow when candidates leave: what was above rounding stays positive definite.
+        lower = torch.linalg.cholesky(block[:, new])
+        self._rows[unchanged:size] = torch.linalg.solve_triangular(lower, block, upper=False)
+        rows = self._rows[:size]
+        self._schur = self._system.diagonal() - rows[:, :-1].square().sum(0)
+        self._measure(self._system[:, -1] - rows[:, -1] @ rows[:, :-1])
+
+    def _solve_active(self) -> None:
+        """Weights of the active candidates from their rows, free of the rounding of the steps that led there."""
+        self._shares = self._back_substitute(self._rows[: len(self._active), -1]).clamp(min=0.0)
+
+    def _back_substitute(self, column: Tensor) -> Tensor:
+        upper = self._rows[: len(self._active), self._active]
+        return torch.linalg.solve_triangular(upper, column[:, None], upper=True)[:, 0]
+
+
+def _check_system(gram: Tensor, cross_gram: Tensor, tol: float) -> None:
+    k = len(cross_gram) if cross_gram.ndim == 1 else -1
+    if gram.shape != (k, k):
+        raise ValueError(
+            f"Expected gram (k, k) and cross_gram (k,), got {tuple(gram.shape)} and {tuple(cross_gram.shape)}. "
+            "Restrict both to the same candidates."
+        )
+    for name, tensor in (("gram", gram), ("cross_gram", cross_gram)):
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(
+                f"{name} must be of a floating-point dtype, which tells its rounding, got {tensor.dtype}. "
+                f"Convert it with {name}.double()."
+            )
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{name} must be finite, got {int((~tensor.isfinite()).sum())} entries that are not. "
+                "Leave out candidates whose gradient is not finite."
+            )
+    if not 0.0 < tol < 1.0:
+        raise ValueError(f"tol must be in (0, 1), got {tol}. Choose one near 1e-10.")

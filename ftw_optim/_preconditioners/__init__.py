@@ -1,0 +1,4 @@
+"""Preconditioners: the positive map ``P`` of the inner optimizer's next update, read from its state."""
+
+from ftw_optim._preconditioners import adam as adam
+from ftw_optim._preconditioners import sgd as sgd

@@ -1,0 +1,106 @@
+"""Inner products from factors against those of whole gradients, under every form of preconditioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ftw_optim import Diagonal, Factors, Kronecker, Preconditioner, RankOne, RotatedDiagonal, Scalar
+from ftw_optim._gram import METRICS, products
+from tests.test_factors import gradients, random_factors
+
+ROWS, COLUMNS, N = 6, 4, 3
+
+
+def positive(size: int, generator: torch.Generator) -> Tensor:
+    root = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    return root @ root.T
+
+
+def uniform(*shape: int) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8)) + 0.1
+
+
+MAPS: dict[str, Callable[[torch.Generator], Preconditioner]] = {
+    "scalar": lambda g: Scalar(0.3),
+    "diagonal": lambda g: Diagonal(uniform(ROWS, COLUMNS)),
+    "rank one": lambda g: RankOne(uniform(ROWS), uniform(COLUMNS)),
+    "kronecker": lambda g: Kronecker(positive(ROWS, g), positive(COLUMNS, g)),
+    "rotated": lambda g: RotatedDiagonal(
+        torch.linalg.qr(positive(ROWS, g))[0], torch.linalg.qr(positive(COLUMNS, g))[0], uniform(ROWS, COLUMNS)
+    ),
+}
+
+USES: dict[str, list[Factors]] = {
+    "dense": [random_factors("dense", grid=(N, 5), rows=ROWS, columns=COLUMNS, seed=1)],
+    "embedding": [random_factors("one-hot", grid=(N, 2), rows=ROWS, columns=COLUMNS, seed=2)],
+    "tied": [
+        random_factors("one-hot", grid=(N, 5), rows=ROWS, columns=COLUMNS, seed=3),
+        random_factors("dense", grid=(N, 5), rows=ROWS, columns=COLUMNS, seed=4),
+        random_factors("dense", grid=(N, 2), rows=ROWS, columns=COLUMNS, seed=5),
+    ],
+}
+
+
+@pytest.mark.parametrize("memory_limit", [None, 1, 8 * N * COLUMNS * 4], ids=["whole", "by row", "by four rows"])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("uses", USES.values(), ids=USES)
+@pytest.mark.parametrize("build", MAPS.values(), ids=MAPS)
+def test_products_are_those_of_whole_gradients(
+    build: Callable[[torch.Generator], Preconditioner], uses: list[Factors], scale: float, memory_limit: int | None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    preconditioner = build(generator)
+    target = torch.randn(ROWS, COLUMNS, dtype=torch.float64, generator=generator)
+    accepted = torch.tensor([True, False, True])
+    found = [use.without(~accepted) for use in uses]
+    whole = sum(map(gradients, found)) / scale
+    seen: list[Tensor] = []
+
+    def precondition(name: str, reference: Tensor) -> Preconditioner:
+        seen.append(reference)
+        return preconditioner
+
+    result = products(
+        {"weight": found},
+        {"weight": target},
+        precondition,
+        accepted,
+        shapes={"weight": torch.Size((ROWS, COLUMNS))},
+        metrics=METRICS,
+        scale=scale,
+        memory_limit=memory_limit,
+    )
+    torch.testing.assert_close(seen, [whole[accepted].mean(0)])
+    moved, moved_target = preconditioner.apply(whole), preconditioner.apply(target)
+    for metric, left, left_target, right, right_target in (
+        ("euclidean", whole, target, whole, target),
+        ("preconditioned", whole, target, moved, moved_target),
+        ("update", moved, moved_target, moved, moved_target),
+    ):
+        expected = torch.einsum("irc,jrc->ij", left, right)
+        torch.testing.assert_close(result[metric].gram, expected)
+        torch.testing.assert_close(result[metric].cross_gram, torch.einsum("irc,rc->i", right, left_target))
+        torch.testing.assert_close(result[metric].target_energy, (left_target * right_target).sum())
+
+
+def test_parameters_add_up_and_one_without_a_target_gradient_counts_in_the_gram_alone() -> None:
+    uses, target = USES["dense"], uniform(ROWS, COLUMNS)
+    shape = torch.Size((ROWS, COLUMNS))
+    one, both = (
+        products(
+            {name: uses for name in names},
+            {"a": target},
+            lambda name, reference: Scalar(1.0),
+            torch.ones(N, dtype=torch.bool),
+            shapes={"a": shape, "b": shape},
+            metrics=["euclidean"],
+        )["euclidean"]
+        for names in (["a"], ["a", "b"])
+    )
+    torch.testing.assert_close(both.gram, 2 * one.gram)
+    torch.testing.assert_close(both.cross_gram, one.cross_gram)
+    torch.testing.assert_close(both.target_energy, one.target_energy)
