@@ -179,23 +179,15 @@ class Capture:
         finite = losses.isfinite()
         total = torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
         due = checked is not None and bool(finite.all()) and any(use.key not in checked for use in self._uses)
-        edges = [use.edge for use in self._uses]
-        outside = [] if self._attached else list(self._plan.parameters.items())
+        edges: list[Any] = [use.edge for use in self._uses]
+        outside: dict[str, Any] = {} if self._attached else dict(self._plan.parameters)
         gradients: tuple[Tensor | None, ...] = ()
         if edges or outside:
             gradients = torch.autograd.grad(
-                total,
-                [*edges, *(parameter for _, parameter in outside)],
-                allow_unused=True,
-                retain_graph=keep_graph or due,
+                total, [*edges, *outside.values()], allow_unused=True, retain_graph=keep_graph or due
             )
-        self._refuse_uses_outside(
-            [
-                name
-                for (name, _), gradient in zip(outside, gradients[len(edges) :], strict=True)
-                if gradient is not None
-            ]
-        )
+        beside = zip(outside, gradients[len(edges) :], strict=True)
+        self._refuse_uses_outside([name for name, gradient in beside if gradient is not None])
         found: dict[str, list[Factors]] = {}
         reached: list[_Use] = []
         for use, gradient in zip(self._uses, gradients, strict=False):
@@ -308,12 +300,13 @@ class Capture:
             if x.shape[0] == 1 and x.ndim > 1:
                 return "one row for all", n
         self._refuse_layout(owner, x, f"the {n} candidates (or 1, for all of them) first")
+        return None
 
     @staticmethod
     def _refuse_layout(owner: Owner, x: Tensor, expected: str) -> NoReturn:
         raise NotImplementedError(
-            f"Expected layer {owner.name!r} to take inputs with {expected}, got shape {tuple(x.shape)}: which candidate "
-            f"a position belongs to is not known. {WAYS_OUT}"
+            f"Expected layer {owner.name!r} to take inputs with {expected}, got shape {tuple(x.shape)}: which "
+            f"candidate a position belongs to is not known. {WAYS_OUT}"
         )
 
     # ------------------------------------------------------------------ after the backward pass
@@ -394,9 +387,7 @@ class Capture:
         }
         flat = [tensor for tensors in sources.values() for tensor in tensors]
         gradients = iter(
-            torch.autograd.grad(
-                (weights.to(losses) * losses).sum(), flat, allow_unused=True, retain_graph=keep_graph
-            )
+            torch.autograd.grad((weights.to(losses) * losses).sum(), flat, allow_unused=True, retain_graph=keep_graph)
         )
         for name, tensors in sources.items():
             parts = [part for part in [next(gradients) for _ in tensors] if part is not None]
@@ -410,14 +401,12 @@ class Capture:
             size = torch.linalg.vector_norm(expected)
             scale = torch.maximum(size, torch.stack([use.magnitude(weights.to(size)) for use in uses]).max())
             if not error <= tolerance(tensors[0].dtype) * scale:
-                layers = ", ".join(
-                    repr(use.owner.name) for use in reached if name in use.owner.parameters.values()
-                )
+                layers = ", ".join(repr(use.owner.name) for use in reached if name in use.owner.parameters.values())
                 raise RuntimeError(
-                    f"Self-check: the captured per-candidate gradients of {name} (layer {layers}) differ from autograd's "
-                    f"by {float(error / scale):.1e} of their size. Expected losses that each depend on one row of the "
-                    "model's input: look for layers that mix rows (BatchNorm), inputs with time as first axis, or a "
-                    f"layer whose rule does not hold. {WAYS_OUT}"
+                    f"Self-check: the captured per-candidate gradients of {name} (layer {layers}) differ from "
+                    f"autograd's by {float(error / scale):.1e} of their size. Expected losses that each depend on "
+                    "one row of the model's input: look for layers that mix rows (BatchNorm), inputs with time as first "
+                    f"axis, or a layer whose rule does not hold. {WAYS_OUT}"
                 )
 
 

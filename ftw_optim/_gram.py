@@ -21,7 +21,7 @@ DEFAULT_MEMORY_LIMIT = 256 * 2**20
 @final
 @dataclass(kw_only=True, eq=False)
 class Products:
-    """Inner products in one metric, summed over parameters: ``gram`` (n, n), ``cross_gram`` (n,), ``target_energy`` ()."""
+    """Inner products in one metric, summed over parameters: ``gram`` (n, n), ``cross_gram`` (n,), ``target_energy``."""
 
     gram: Tensor
     cross_gram: Tensor
@@ -88,9 +88,7 @@ def products(
     for uses in found.values():
         for use in uses:
             dtype = torch.promote_types(dtype, use.dtype())
-    sums = {
-        metric: Products.zeros(len(accepted), dtype=dtype, device=first.left.device) for metric in metrics
-    }
+    sums = {metric: Products.zeros(len(accepted), dtype=dtype, device=first.left.device) for metric in metrics}
     mean = accepted.to(torch.float64) / accepted.sum()
     buffer = _Buffer()
     with torch.no_grad():
@@ -204,7 +202,8 @@ def _add_general(
         summed.add(left, right, None)
         if left_target is not None:
             summed.cross_gram += (right @ left_target).to(summed.cross_gram)
-            assert target is not None and moved_target is not None
+            assert target is not None
+            assert moved_target is not None
             summed.add_energy(left_target, target.flatten() if metric == "euclidean" else moved_target)
 
 
@@ -219,11 +218,12 @@ def _touched_rows(uses: Sequence[Factors]) -> Tensor | None:
     """The rows that one-hot factors touch, sorted; None where a dense factor touches all of them."""
     if not all(use.indexed for use in uses):
         return None
-    return torch.cat([use.left.flatten() for use in uses]).unique()
+    touched: Tensor = torch.cat([use.left.flatten() for use in uses]).unique()  # type: ignore[no-untyped-call]
+    return touched
 
 
 class _Buffer:
-    """Memory for multiplied-out gradients, reused from parameter to parameter: fresh pages cost more than arithmetic."""
+    """Memory for multiplied-out gradients, reused for each parameter: fresh pages cost more than arithmetic."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None

@@ -88,7 +88,7 @@ def damped(gram: Tensor, cross_gram: Tensor, *, ridge: float, anchor: float) -> 
 
 @final
 class ActiveSet:
-    """Candidates at positive weights, grown one candidate at a time; the weights are always the best for them.
+    """Candidates at positive weights, grown one at a time; the weights are always the best for them.
 
     The iterations of Lawson and Hanson on a set of admitted candidates that may grow between them, which is
     all that a greedy filter adds. Candidates are scaled to length one and the target to at most one, so that
@@ -115,8 +115,7 @@ class ActiveSet:
     ) -> None:
         _check_system(gram, cross_gram, tol)
         n = len(cross_gram)
-        # Products of float32 gradients were seen off by some 3 eps; our own sums of n terms add float64
-        # rounding.
+        # Products of float32 gradients were seen off by some 3 eps; our own sums add float64 rounding.
         eps = torch.finfo(gram.dtype).eps if eps is None else eps
         self._rounding = 8 * eps + n * torch.finfo(torch.float64).eps
         self._nearly = 1.0 - self._rounding**0.5  # equal in half of the digits
@@ -129,23 +128,23 @@ class ActiveSet:
         scaled = self._cross_gram / self._lengths
         largest = float(self._cross_gram.abs().max()) if n else 0.0
         largest_scaled = float(scaled.abs().max()) if n else 0.0
-        self._unit = max(largest_scaled, target_energy**0.5) or 1.0
+        self._unit = max(largest_scaled, max(target_energy, 0.0) ** 0.5) or 1.0
         self._system = torch.empty(n, n + 1, dtype=torch.float64)  # [gram | cross_gram], scaled
-        scaled_gram = self._system[:, :n].copy_(
-            self._gram
-        )  # in place: fresh pages cost more than the arithmetic
-        scaled_gram.div_(self._lengths[:, None]).div_(self._lengths)
+        # In place: fresh pages cost more than the arithmetic.
+        self._system[:, :n].copy_(self._gram).div_(self._lengths[:, None]).div_(self._lengths)
         self._system[:, n] = scaled / self._unit
         self._tolerance = tol * (largest / self._lengths).clamp(max=largest_scaled) / self._unit
 
         self._active = torch.empty(0, dtype=torch.int64)
         self._shares = torch.empty(0, dtype=torch.float64)  # their weights, scaled
-        # Row i: what is left of the system's row active[i] after the rows before it are eliminated
-        # (Cholesky).
+        # Cholesky: row i is what is left of the system's row active[i] without the rows before it.
         self._rows = torch.empty(n, n + 1, dtype=torch.float64)
         self._admitted = torch.zeros(n, dtype=torch.bool)
+        self._given_up: list[int] = []
         self._open = torch.ones(n, dtype=torch.bool)  # neither active nor given up
         self._iterations = 0
+        self._slack = self._system[:, -1]  # where it can be used: see _measure
+        self._schur = self._system.diagonal()  # of each candidate, against the active ones
         self._eliminate()
 
     def admit_all(self) -> None:
@@ -155,7 +154,7 @@ class ActiveSet:
         self._refit()
 
     def admit(self, candidate: int) -> bool:
-        """Let ``candidate`` have weight, and refit; False, and nothing changed, if rounding hides what it adds."""
+        """Let ``candidate`` have weight, and refit; False, and no change, if rounding hides what it adds."""
         if not self._enter(candidate):
             return False
         self._admitted[candidate] = True
@@ -177,11 +176,13 @@ class ActiveSet:
         return candidate if useful[candidate] else None
 
     def solution(self) -> WeightSolution:
-        """The weights so far in the units of the system; ``converged`` speaks of all candidates, admitted or not."""
-        self._solve_active()
+        """The weights so far, in the units of the system; ``converged`` speaks of all, admitted or not."""
+        self._settle()
         scaled = torch.zeros_like(self._cross_gram).index_put((self._active,), self._shares)
         slack = self._system[:, -1] - self._system[:, :-1] @ scaled
         violation = slack.index_put((self._active,), slack[self._active].abs())
+        coefficients = self._back_substitute(self._rows[: len(self._active), :-1])
+        accepted = torch.maximum(self._tolerance, self._slack_rounding(coefficients.square().sum(0)))
         # A candidate of no length with a positive product has no best weight.
         bounded = not bool((self._lengths.isinf() & (self._cross_gram > 0)).any())
         weights = scaled * self._unit / self._lengths
@@ -189,47 +190,50 @@ class ActiveSet:
             weights=weights,
             slack=self._cross_gram - self._gram @ weights,
             iterations=self._iterations,
-            converged=bounded and bool((violation <= self._accepted_slack()).all()),
+            converged=bounded and bool((violation <= accepted).all()),
         )
 
     def _measure(self, slack: Tensor) -> None:
-        """Note the ``slack`` outside the active set where it is larger than what is accepted at a zero weight."""
-        self._slack = torch.where((slack > self._accepted_slack()) & self._open, slack, _ZERO)
+        """Note the ``slack`` outside the active set where it is more than is accepted at a zero weight."""
+        accepted = self._tolerance.clamp(min=float(self._slack_rounding(torch.zeros(()))))
+        self._slack = torch.where((slack > accepted) & self._open, slack, _ZERO)
 
-    def _accepted_slack(self) -> Tensor:
-        """Shape ``(n,)``: what is within the tolerance, or within the rounding of ``gram @ weights``."""
-        return self._tolerance.clamp(min=self._rounding * (1.0 + float(self._shares.sum())))
+    def _slack_rounding(self, squared: Tensor) -> Tensor:
+        """What entries off by eps make of the slack of a candidate.
+
+        Args:
+            squared: sum of its ``squared`` coefficients among the active candidates, whose weights are off too.
+        """
+        return self._rounding * (1.0 + self._shares.sum()) * (1.0 + squared).sqrt()
 
     def _start(self) -> None:
-        """Begin with all candidates whose weights come out positive together, which is most often the answer."""
+        """Begin with all candidates whose weights are positive together, which is most often the answer."""
         guess = self._lengths.isfinite().nonzero()[:, 0]
         while len(guess):
             self._iterations += 1
             block = self._system[guess]
             lower, failed = torch.linalg.cholesky_ex(block[:, guess])
-            inverse = torch.linalg.solve_triangular(
-                lower, torch.eye(len(guess), dtype=lower.dtype), upper=False
-            )
+            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(guess), dtype=lower.dtype), upper=False)
             # Only where half of the digits survive: in a worse system rounding could make a weight positive.
             if failed or not bool((inverse.square().sum(1) < self._rounding**-0.5).all()):
                 return
             shares = inverse.T @ (inverse @ block[:, -1])
-            positive = shares > 0
+            positive = shares > self._rounding * (1.0 + shares.abs().sum())
             if bool(positive.all()):
                 self._set_active(guess, shares)
                 return
             guess = guess[positive]
 
     def _refit(self) -> None:
-        for _ in range(10 * len(self._slack)):
+        for _ in range(10 * len(self._slack)):  # far more than are needed: rounding must not keep us here
             slack = torch.where(self._admitted, self._slack, _ZERO)
             candidate = int(slack.argmax())  # the first of the largest
             if not slack[candidate] > 0:
-                break
+                return
             self._enter(candidate)
 
     def _enter(self, candidate: int) -> bool:
-        """Give ``candidate`` weight; False, and it is never offered any again, if no finite weight can be told.
+        """Give ``candidate`` weight; False if rounding hides how much.
 
         The slack of the active candidates stays zero all the way: as the newcomer's weight grows, they make
         room by its coefficients among them. One whose weight is used up leaves, and the newcomer goes on
@@ -240,11 +244,13 @@ class ActiveSet:
         slack, weight = float(self._slack[candidate]), 0.0
         while True:
             column = self._rows[: len(self._active), candidate]
-            coefficients = self._back_substitute(column)
+            coefficients = self._back_substitute(column[:, None])[:, 0]
             schur = float(self._schur[candidate])
-            # Entries of the Gram matrix off by eps move a Schur complement by about eps (1 +
-            # |coefficients|^2).
-            independent = schur > self._rounding * (1.0 + float(coefficients @ coefficients))
+            squared = coefficients @ coefficients
+            # Entries of the Gram matrix off by eps move this by about eps (1 + |coefficients|^2).
+            independent = schur > self._rounding * (1.0 + float(squared))
+            if weight == 0 and slack <= float(self._slack_rounding(squared)):
+                return self._give_up(candidate)
             if independent:
                 step = slack / schur
                 left = self._shares - step * coefficients
@@ -254,9 +260,8 @@ class ActiveSet:
             limit = float(limits.min()) if len(limits) else math.inf
             if limit == math.inf or not (independent or limit * schur <= slack):
                 # As far as rounding can tell, the objective falls without end.
-                self._open[candidate] = False
                 self._set_active(active, shares)
-                return False
+                return self._give_up(candidate)
             leaving = int(limits.argmin())
             slack -= limit * schur
             weight += limit
@@ -265,8 +270,15 @@ class ActiveSet:
             self._set_active(self._active[stays], left[stays], unchanged=leaving)
         self._append(candidate, weight + step, left, column)
         if weight > 0:
-            self._solve_active()
+            self._settle()
         return True
+
+    def _give_up(self, candidate: int) -> bool:
+        """Leave ``candidate`` as it is until another one enters."""
+        self._given_up.append(candidate)
+        self._open[candidate] = False
+        self._slack[candidate] = 0.0
+        return False
 
     def _append(self, candidate: int, weight: float, others: Tensor, column: Tensor) -> None:
         """Add ``candidate`` to the active set: the last step of the elimination, by itself."""
@@ -277,6 +289,9 @@ class ActiveSet:
         row /= schur.sqrt()
         self._active = torch.cat([self._active, torch.tensor([candidate])])
         self._shares = torch.cat([others, torch.tensor([weight], dtype=torch.float64)])
+        if self._given_up:
+            self._open[self._given_up] = True
+            self._given_up = []
         self._open[candidate] = False
         self._schur = self._schur - row[:-1].square()
         rows = self._rows[: size + 1]
@@ -290,32 +305,49 @@ class ActiveSet:
         self._eliminate(unchanged)
 
     def _eliminate(self, unchanged: int = 0) -> None:
-        """Form the rows of the active set from the first ``unchanged`` ones on, and what follows from them."""
+        """Form the rows of the active set after the first ``unchanged`` ones, and what follows from them."""
         size = len(self._active)
         head, new = self._rows[:unchanged], self._active[unchanged:]
         block = self._system[new] - head[:, new].T @ head
         # Schur complements only grow when candidates leave: what was above rounding stays positive definite.
         lower = torch.linalg.cholesky(block[:, new])
-        self._rows[unchanged:size] = torch.linalg.solve_triangular(lower, block, upper=False)
+        rows = self._rows[unchanged:size]
+        torch.linalg.solve_triangular(lower, block, upper=False, out=rows)
+        rows[:, new] = lower.T  # equal but for rounding, without which the weights solve the active system
         rows = self._rows[:size]
         self._schur = self._system.diagonal() - rows[:, :-1].square().sum(0)
         self._measure(self._system[:, -1] - rows[:, -1] @ rows[:, :-1])
 
-    def _solve_active(self) -> None:
-        """Weights of the active candidates from their rows, free of the rounding of the steps that led there."""
-        self._shares = self._back_substitute(self._rows[: len(self._active), -1]).clamp(min=0.0)
+    def _settle(self) -> None:
+        """Weights of the active candidates from their rows, without the rounding of the steps to here.
 
-    def _back_substitute(self, column: Tensor) -> Tensor:
+        Those that only this rounding had left positive leave.
+        """
+        while len(self._active):
+            rows, block = self._rows[: len(self._active)], self._system[self._active]
+            shares = self._back_substitute(rows[:, -1:])[:, 0]
+            # One step of refinement: next to opposed candidates, weights are large and errors with them.
+            missing = block[:, -1] - block[:, self._active] @ shares
+            shares += torch.cholesky_solve(missing[:, None], rows[:, self._active], upper=True)[:, 0]
+            positive = shares > 0
+            if bool(positive.all()):
+                self._shares = shares
+                break
+            self._set_active(self._active[positive], shares[positive], unchanged=int(positive.int().argmin()))
+
+    def _back_substitute(self, columns: Tensor) -> Tensor:
+        """``upper @ solution = columns``, where ``upper`` is the Cholesky factor of the active block."""
         upper = self._rows[: len(self._active), self._active]
-        return torch.linalg.solve_triangular(upper, column[:, None], upper=True)[:, 0]
+        solution: Tensor = torch.linalg.solve_triangular(upper, columns, upper=True)
+        return solution
 
 
 def _check_system(gram: Tensor, cross_gram: Tensor, tol: float) -> None:
     k = len(cross_gram) if cross_gram.ndim == 1 else -1
     if gram.shape != (k, k):
         raise ValueError(
-            f"Expected gram (k, k) and cross_gram (k,), got {tuple(gram.shape)} and {tuple(cross_gram.shape)}. "
-            "Restrict both to the same candidates."
+            "Expected gram (k, k) and cross_gram (k,), "
+            f"got {tuple(gram.shape)} and {tuple(cross_gram.shape)}. Restrict both to the same candidates."
         )
     for name, tensor in (("gram", gram), ("cross_gram", cross_gram)):
         if not tensor.dtype.is_floating_point:

@@ -62,8 +62,8 @@ class SelectiveOptimizer(OptimizerWrapper):
     r"""Wraps an optimizer so that each step applies only the candidates that its target asks for.
 
     At every step a closure gives the candidates' losses. Their gradients ``g_i`` are captured in factorized form, the
-    preconditioner ``P`` is read from the inner optimizer's state, and weights ``w >= 0`` on at most ``k`` candidates are
-    fitted so that ``sum_i w_i g_i`` makes the update that the target gradient would make: minimal
+    preconditioner ``P`` is read from the inner optimizer's state, and weights ``w >= 0`` on at most ``k`` candidates
+    are fitted so that ``sum_i w_i g_i`` makes the update that the target gradient would make: minimal
     ``w @ gram @ w / 2 - cross_gram @ w`` with ``gram[i, j] = <g_i, P g_j>`` and ``cross_gram[i] = <g_i, P target>``.
 
     Args:
@@ -112,7 +112,11 @@ class SelectiveOptimizer(OptimizerWrapper):
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected the model as an nn.Module, got {type(model).__name__}.")
         preconditioner_rule(optimizer)
-        for name, value, known in (("metric", metric, METRICS), ("update", update, UPDATES), ("gram", gram, ("exact",))):
+        for name, value, known in (
+            ("metric", metric, METRICS),
+            ("update", update, UPDATES),
+            ("gram", gram, ("exact",)),
+        ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
         if memory_limit is not None and memory_limit < 1:
@@ -176,8 +180,8 @@ class SelectiveOptimizer(OptimizerWrapper):
         """Select among the closure's candidates and apply the inner optimizer's step to their combined gradient.
 
         Args:
-            closure: returns the candidates' own losses, shape ``(n,)``; run once, with gradients enabled. What ``.grad``
-                held before is discarded. None, or a closure that returns None: the inner optimizer's step on
+            closure: returns the candidates' own losses, shape ``(n,)``; run once, with gradients enabled. What
+                ``.grad`` held before is discarded. None, or a closure that returns None: the inner optimizer's step on
                 whatever ``.grad`` holds, or nothing if every :meth:`backward` since the last step was skipped.
 
         Returns:
@@ -201,14 +205,18 @@ class SelectiveOptimizer(OptimizerWrapper):
             self.optimizer.step()
             return outcome
         for name, parameter in outcome.members.parameters.items():
-            parameter.grad = outcome.gradients.get(name)  # type: ignore[assignment]
+            parameter.grad = outcome.gradients.get(name)
         self._commit(outcome)
         if not outcome.selection.skipped:
             self.optimizer.step()
         return outcome.loss
 
     def backward(
-        self, closure: Callable[..., Any], *, grad_scale: float = 1.0, sample_ids: Tensor | None = None
+        self,
+        closure: Callable[..., Any],
+        *,
+        grad_scale: float | Tensor = 1.0,
+        sample_ids: Tensor | None = None,
     ) -> Tensor:
         """The first half of a step: select, and add the combined gradient to ``.grad`` as ``loss.backward()`` does.
 
@@ -259,9 +267,10 @@ class SelectiveOptimizer(OptimizerWrapper):
             members.scored, self._kept_target, calls=self._backwards, scale=scale, seed=self._seed("target")
         )
         before = _gradient_marks(members.parameters)
-        with torch.enable_grad(), Capture(
-            self.model, plan_, attached=update == "graph", sample_ids=sample_ids
-        ) as capture:
+        with (
+            torch.enable_grad(),
+            Capture(self.model, plan_, attached=update == "graph", sample_ids=sample_ids) as capture,
+        ):
             losses = closure()
             if plain_allowed and self._is_plain(losses, capture, members, before):
                 return losses
@@ -286,14 +295,10 @@ class SelectiveOptimizer(OptimizerWrapper):
         selection = self._match(found, target or {}, members, values.cpu(), accepted, scale, overflow=overflow)
         gradients: Mapping[str, Tensor] = {}
         if overflow:
-            gradients = {
-                name: torch.full_like(members.parameters[name], torch.inf) for name in found
-            }
+            gradients = {name: torch.full_like(members.parameters[name], torch.inf) for name in found}
         elif not selection.skipped:
             with torch.enable_grad():
-                selection, gradients = self._combine(
-                    update, found, selection, losses, members, closure, scale=scale
-                )
+                selection, gradients = self._combine(update, found, selection, losses, members, closure, scale=scale)
         return _Outcome(
             loss=_weighted_loss(values, selection),
             selection=selection,
@@ -418,9 +423,7 @@ class SelectiveOptimizer(OptimizerWrapper):
                 "at least one."
             )
         trained = sum(parameter.requires_grad for parameter in self.model.parameters())
-        return _Members(
-            parameters=parameters, groups=groups, scored=scored, all_trained=trained == len(parameters)
-        )
+        return _Members(parameters=parameters, groups=groups, scored=scored, all_trained=trained == len(parameters))
 
     def _update(self, members: _Members, found_owners: list[Owner]) -> str:
         if not members.parameters:
@@ -430,9 +433,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         # With a rule for every updated parameter the factors cost less than a second backward, however few are scored.
         return "graph" if uncovered(found_owners, members.parameters, self.model) else "factors"
 
-    def _is_plain(
-        self, value: Any, capture: Capture, members: _Members, before: Mapping[str, tuple[int, int]]
-    ) -> bool:
+    def _is_plain(self, value: Any, capture: Capture, members: _Members, before: Mapping[str, tuple[int, int]]) -> bool:
         """Whether the closure only wants the inner optimizer's step: it returned None, or ran its own backward."""
         if value is None:
             return True
@@ -480,6 +481,11 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     def read_extra_state(self, extra: Mapping[str, Any] | None) -> dict[str, Any]:
         """See :meth:`extra_state`."""
+        if extra is not None and not {"backwards", "seed"} <= extra.keys():
+            raise ValueError(
+                f"Expected {self.EXTRA_KEY!r} of the state dict to hold 'backwards' and 'seed', got {sorted(extra)}. "
+                "Remove the key to load the inner optimizer's state alone."
+            )
         target = (extra or {}).get("target")
         devices = {name: parameter.device for name, parameter in self.model.named_parameters()}
         return {
@@ -590,10 +596,8 @@ def _ordinary_backward(total: Tensor, members: _Members) -> dict[str, Tensor]:
     """``total.backward()``, with what it left in ``.grad`` of the updated parameters."""
     # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect.
     inputs = None if members.all_trained else list(members.parameters.values())
-    total.backward(inputs=inputs)
-    return {
-        name: parameter.grad for name, parameter in members.parameters.items() if parameter.grad is not None
-    }
+    torch.autograd.backward(total, inputs=inputs)
+    return {name: parameter.grad for name, parameter in members.parameters.items() if parameter.grad is not None}
 
 
 def _gradient_marks(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,9 +67,7 @@ def select(
     fitted = torch.empty(0, dtype=torch.float64)
     converged = True
     if len(names):
-        kept = _checked_kept(
-            filter_stage(matching(metric), *map(matching, metrics_of(filter_stage))), len(names)
-        )
+        kept = _checked_kept(filter_stage(matching(metric), *map(matching, metrics_of(filter_stage))), len(names))
     if len(kept):
         solution = weight_stage(
             matching(metric).restrict(kept),
@@ -132,17 +131,15 @@ def _normalised(
         _, reference, _ = _energies(products, names, uniform)
         _, length, _ = _energies(products, kept, weights)
         if length > 0.0:
-            return weights * (reference / length) ** 0.5
+            return weights * math.sqrt(reference / length)
     return weights
 
 
 def _checked_kept(kept: Tensor, n: int) -> Tensor:
     if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.ndim != 1:
         raise TypeError(f"A filter stage must return the kept indices as int64 of shape (k,), got {kept!r}.")
-    if len(kept) and (int(kept.min()) < 0 or int(kept.max()) >= n or len(kept.unique()) < len(kept)):
-        raise ValueError(
-            f"A filter stage must return different indices from 0 to {n - 1}, got {kept.tolist()}."
-        )
+    if len(kept) and (int(kept.min()) < 0 or int(kept.max()) >= n or len(torch.unique(kept)) < len(kept)):
+        raise ValueError(f"A filter stage must return different indices from 0 to {n - 1}, got {kept.tolist()}.")
     return kept
 
 

@@ -23,9 +23,9 @@ class WeightStage(ABC):
 
     Attributes:
         metrics: names of further metrics whose matching problems the stage wants after the first.
-        normalize: what becomes of the fitted weights afterwards. ``"sum"``: divided by their sum. ``"norm"``: scaled
-            until the combined gradient is as long, in the metric, as the mean gradient. None: applied as
-            fitted.
+        normalize: what becomes of the fitted weights afterwards. ``"sum"``: divided by their sum.
+            ``"norm"``: scaled until the combined gradient is as long, in the metric, as the mean gradient.
+            None: applied as fitted.
     """
 
     metrics: ClassVar[tuple[str, ...]] = ()
@@ -71,7 +71,7 @@ class NonNegativeLeastSquares(WeightStage):
             if not 0.0 <= strength < math.inf:
                 raise ValueError(
                     f"{name} must be finite and not negative, got {strength}. "
-                    "It is relative to the mean squared length of the kept gradients: 0.1 is gentle, 0 turns it off."
+                    "It is relative to the mean squared length of the kept gradients: 0.1 is gentle, 0 off."
                 )
         if self.normalize not in ("sum", "norm", None):
             raise ValueError(f"normalize must be 'sum', 'norm' or None, got {self.normalize!r}.")
@@ -95,9 +95,7 @@ class UniformWeights(WeightStage):
 
     def __call__(self, matching: Matching, *more: Matching) -> WeightSolution:
         """See :class:`WeightStage`; nothing is fitted, so it has always converged."""
-        gram, cross_gram = damped(matching.gram, matching.cross_gram, ridge=0.0, anchor=0.0)
         k = len(matching)
         weights = torch.full((k,), 1.0 / max(k, 1), dtype=torch.float64)
-        return WeightSolution(
-            weights=weights, slack=cross_gram - gram @ weights, iterations=0, converged=True
-        )
+        slack = matching.cross_gram.double() - matching.gram.double() @ weights
+        return WeightSolution(weights=weights, slack=slack, iterations=0, converged=True)

@@ -43,7 +43,7 @@ class OptimizerWrapper(Optimizer):
         self._warned_capturable_if_run_uncaptured = True  # read by torch.optim
         self._patch_step_function()
 
-    @property  # type: ignore[override]
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The inner optimizer's groups."""
         return self.optimizer.param_groups
@@ -52,7 +52,7 @@ class OptimizerWrapper(Optimizer):
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.optimizer.param_groups = groups
 
-    @property  # type: ignore[override]
+    @property
     def state(self) -> defaultdict[Tensor, Any]:
         """The inner optimizer's state; nothing of ours is in it."""
         return self.optimizer.state
@@ -61,7 +61,7 @@ class OptimizerWrapper(Optimizer):
     def state(self, state: defaultdict[Tensor, Any]) -> None:
         self.optimizer.state = state
 
-    @property  # type: ignore[override]
+    @property
     def defaults(self) -> dict[str, Any]:
         """The inner optimizer's defaults."""
         return self.optimizer.defaults

@@ -186,9 +186,7 @@ def _transformers(family: str, *, lora: bool) -> nn.Module:
     configs = {
         "llama": lambda: transformers.LlamaConfig(**sizes),
         "qwen3": lambda: transformers.Qwen3Config(**sizes, head_dim=4, tie_word_embeddings=True),
-        "gemma3": lambda: transformers.Gemma3TextConfig(
-            **sizes, head_dim=4, query_pre_attn_scalar=4, sliding_window=4
-        ),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**sizes, head_dim=4, query_pre_attn_scalar=4, sliding_window=4),
         "gpt2": lambda: transformers.GPT2Config(
             vocab_size=VOCABULARY,
             n_embd=8,

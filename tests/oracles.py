@@ -1,4 +1,5 @@
 """Slow and obvious answers."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -65,9 +65,7 @@ def rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
 def test_linear_layers_of_any_input(axes: tuple[int, ...], n: int, attached: bool) -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2, bias=False))).double()
     x = torch.randn(n, *axes, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    check_every_candidate(
-        model, lambda rows: model(rows_of(x, rows)).square().flatten(1).sum(1), n, attached=attached
-    )
+    check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().flatten(1).sum(1), n, attached=attached)
 
 
 class Embedded(nn.Module):
@@ -279,9 +277,7 @@ class MixesRows(nn.Module):
 @pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("kind", ["batch norm", "time-major", "reversed", "rows"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_self_check_finds_mixed_rows_that_a_plain_sum_would_not(
-    kind: str, attached: bool, dtype: torch.dtype
-) -> None:
+def test_self_check_finds_mixed_rows_that_a_plain_sum_would_not(kind: str, attached: bool, dtype: torch.dtype) -> None:
     """Every kind passes a plain sum over candidates; of rows that stay apart nothing is said."""
     model = seeded(lambda: MixesRows(kind)).to(dtype)
     x = torch.randn(4, 4, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
@@ -295,7 +291,7 @@ def test_self_check_finds_mixed_rows_that_a_plain_sum_would_not(
         captured(model, losses, attached=attached)
 
 
-class _nothing:  # noqa: N801  # a context manager in place of pytest.raises
+class _nothing:  # a context manager in place of pytest.raises
     def __enter__(self) -> None: ...
 
     def __exit__(self, *error: object) -> None: ...
@@ -352,6 +348,8 @@ def test_uncovered_parameters_are_named_before_anything_runs() -> None:
 
 
 @pytest.mark.parametrize("options", [{"sparse": True}, {"scale_grad_by_freq": True}], ids=str)
-def test_embeddings_whose_gradients_are_not_plain_are_refused_with_the_reason(options: dict[str, Any]) -> None:
+def test_embeddings_whose_gradients_are_not_plain_are_refused_with_the_reason(
+    options: dict[str, Any],
+) -> None:
     with pytest.raises(NotImplementedError, match=next(iter(options))):
         plan(nn.Sequential(nn.Embedding(3, 2, **options)), {"0.weight"})

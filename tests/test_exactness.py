@@ -48,9 +48,7 @@ def references() -> Iterator[dict[Tensor, Tensor]]:
     seen: dict[Tensor, Tensor] = {}
     ask = Preconditioners.__call__
 
-    def spy(
-        self: Preconditioners, param: Tensor, group: dict[str, Any], reference: Tensor | None
-    ) -> Preconditioner:
+    def spy(self: Preconditioners, param: Tensor, group: dict[str, Any], reference: Tensor | None) -> Preconditioner:
         assert reference is not None
         seen[param] = reference.clone()
         return ask(self, param, group, reference)
@@ -63,8 +61,8 @@ def references() -> Iterator[dict[Tensor, Tensor]]:
 def check_against_oracle(case: Case, optimizer: SelectiveOptimizer, dtype: torch.dtype) -> None:
     """One backward, with its Gram matrix, cross-Gram and applied gradient compared to the oracle's.
 
-    ``P`` is taken at the very reference that the step used, after that was compared to the mean candidate gradient: at a
-    cold start ``P`` divides by it, and where candidates cancel in it a float32 oracle is itself off by up to 3e-5.
+    ``P`` is taken at the very reference that the step used, after that was compared to the mean candidate gradient: at
+    a cold start ``P`` divides by it, and where candidates cancel in it a float32 oracle is itself off by up to 3e-5.
     """
     atol = TOLERANCE[dtype]
     gradients = candidate_gradients(case)
@@ -110,9 +108,7 @@ def check_against_oracle(case: Case, optimizer: SelectiveOptimizer, dtype: torch
 @pytest.mark.parametrize("inner", OPTIMIZERS)
 @pytest.mark.parametrize("metric", ["preconditioned", "update", "euclidean"])
 @pytest.mark.parametrize("name", CASES)
-def test_gram_cross_gram_and_gradient_are_autograds(
-    name: str, metric: str, inner: str, dtype: torch.dtype
-) -> None:
+def test_gram_cross_gram_and_gradient_are_autograds(name: str, metric: str, inner: str, dtype: torch.dtype) -> None:
     """Cold, and once more when the optimizer has seen gradients."""
     with precision(dtype):
         case, optimizer = build(name, dtype, inner, metric=metric)
@@ -195,8 +191,7 @@ def test_a_step_of_sgd_is_its_formula(update: str) -> None:
     assert selection is not None
     for name, parameter in case.model.named_parameters():
         moved = sum(
-            weight * gradients[i][name]
-            for i, weight in zip(selection.kept.tolist(), selection.weights, strict=True)
+            weight * gradients[i][name] for i, weight in zip(selection.kept.tolist(), selection.weights, strict=True)
         )
         torch.testing.assert_close(parameter.detach(), before[name] - 0.1 * moved, rtol=1e-10, atol=1e-12)
     share = selection.weights / selection.weights.sum()

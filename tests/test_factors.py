@@ -93,9 +93,7 @@ def test_any_rows_multiplied_out_are_those_of_the_gradients(found: list[Factors]
 def test_projection_is_that_of_the_weighted_sum(found: list[Factors], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     n, rows, columns = found[0].count, found[0].rows, found[0].columns
-    weights, left, right = (
-        torch.randn(size, dtype=torch.float64, generator=generator) for size in (n, rows, columns)
-    )
+    weights, left, right = (torch.randn(size, dtype=torch.float64, generator=generator) for size in (n, rows, columns))
     expected = torch.einsum("n,r,nrc,c->", weights, left, sum(map(gradients, found)), right)
     value, scale = projection(found, weights, left, right)
     torch.testing.assert_close(value, expected)
@@ -141,7 +139,7 @@ def test_reduced_precision_factors_are_accumulated_in_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    "left, right",
+    ("left", "right"),
     [
         (torch.zeros(2, 3), None),
         (torch.zeros(2, 3, dtype=torch.int64), None),

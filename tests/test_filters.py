@@ -75,6 +75,7 @@ def test_greedy_picks_what_picking_from_scratch_picks_whatever_the_trouble(probl
     assert problem.alike()[kept].tolist() == problem.alike()[expected].tolist()
 
 
+@settings(max_examples=50)
 @given(problem=problems())
 def test_greedy_only_adds_as_its_count_grows_and_the_objective_falls(problem: Problem) -> None:
     matching = problem.matching()
@@ -88,6 +89,7 @@ def test_greedy_only_adds_as_its_count_grows_and_the_objective_falls(problem: Pr
         before = after
 
 
+@settings(max_examples=50)
 @given(problem=problems(), seed=st.integers(0, 2**31))
 def test_permuting_the_candidates_permutes_what_greedy_keeps(problem: Problem, seed: int) -> None:
     order = torch.randperm(len(problem), generator=torch.Generator().manual_seed(seed))
@@ -95,12 +97,11 @@ def test_permuting_the_candidates_permutes_what_greedy_keeps(problem: Problem, s
     kept = GreedyFilter(keep=4)(problem.matching())
     kept_permuted = GreedyFilter(keep=4)(permuted.matching())
     assert problem.alike()[order[kept_permuted]].tolist() == problem.alike()[kept].tolist()
-    before, after = (
-        fitted_objective(p.matching(), k) for p, k in ((problem, kept), (permuted, kept_permuted))
-    )
+    before, after = (fitted_objective(p.matching(), k) for p, k in ((problem, kept), (permuted, kept_permuted)))
     assert after == pytest.approx(before, abs=1e-9)
 
 
+@settings(max_examples=50)
 @given(problem=problems(), which=st.integers(0, 9))
 def test_an_exact_duplicate_changes_neither_the_objective_nor_the_combined_gradient(
     problem: Problem, which: int
@@ -114,9 +115,7 @@ def test_an_exact_duplicate_changes_neither_the_objective_nor_the_combined_gradi
         fitted_objective(doubled.matching(), kept_doubled),
     )
     assert after == pytest.approx(before, abs=1e-9)
-    torch.testing.assert_close(
-        combination(doubled, kept_doubled), combination(problem, kept), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(combination(doubled, kept_doubled), combination(problem, kept), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -153,9 +152,7 @@ def test_powers_of_two_change_no_kept_index_and_no_normalised_weight(problem: Pr
 
 
 @given(problem=problems(), scale=st.sampled_from([1.0, 1e-8, 1e8]))
-def test_a_candidate_along_the_target_is_picked_first_and_leaves_nothing(
-    problem: Problem, scale: float
-) -> None:
+def test_a_candidate_along_the_target_is_picked_first_and_leaves_nothing(problem: Problem, scale: float) -> None:
     matching = replace(problem, vectors=torch.cat([problem.vectors, scale * problem.target[None]])).matching()
     kept = GreedyFilter(keep=1)(matching)
     # 1 + 2 objective = |target - combination|^2 / |target|^2.
@@ -199,9 +196,7 @@ NOTHING_TO_KEEP = {
 def test_nothing_is_kept_where_nothing_helps(
     stage: FilterStage, vectors: list[list[float]], target: list[float]
 ) -> None:
-    matching = Problem(
-        vectors=torch.tensor(vectors).double(), target=torch.tensor(target).double()
-    ).matching()
+    matching = Problem(vectors=torch.tensor(vectors).double(), target=torch.tensor(target).double()).matching()
     kept = stage(matching)
     assert kept.shape == (0,)
     assert kept.dtype == torch.int64

@@ -30,7 +30,9 @@ MAPS: dict[str, Callable[[torch.Generator], Preconditioner]] = {
     "rank one": lambda g: RankOne(uniform(ROWS), uniform(COLUMNS)),
     "kronecker": lambda g: Kronecker(positive(ROWS, g), positive(COLUMNS, g)),
     "rotated": lambda g: RotatedDiagonal(
-        torch.linalg.qr(positive(ROWS, g))[0], torch.linalg.qr(positive(COLUMNS, g))[0], uniform(ROWS, COLUMNS)
+        torch.linalg.qr(positive(ROWS, g))[0],
+        torch.linalg.qr(positive(COLUMNS, g))[0],
+        uniform(ROWS, COLUMNS),
     ),
 }
 
@@ -50,7 +52,10 @@ USES: dict[str, list[Factors]] = {
 @pytest.mark.parametrize("uses", USES.values(), ids=USES)
 @pytest.mark.parametrize("build", MAPS.values(), ids=MAPS)
 def test_products_are_those_of_whole_gradients(
-    build: Callable[[torch.Generator], Preconditioner], uses: list[Factors], scale: float, memory_limit: int | None
+    build: Callable[[torch.Generator], Preconditioner],
+    uses: list[Factors],
+    scale: float,
+    memory_limit: int | None,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     preconditioner = build(generator)
@@ -92,7 +97,7 @@ def test_parameters_add_up_and_one_without_a_target_gradient_counts_in_the_gram_
     shape = torch.Size((ROWS, COLUMNS))
     one, both = (
         products(
-            {name: uses for name in names},
+            dict.fromkeys(names, uses),
             {"a": target},
             lambda name, reference: Scalar(1.0),
             torch.ones(N, dtype=torch.bool),

@@ -41,9 +41,7 @@ OPTIMIZERS: dict[str, Callable[[list[Any]], Optimizer]] = {
 
 def warmed_up(build: Callable[[list[Any]], Optimizer], steps: int) -> tuple[Optimizer, nn.Parameter]:
     generator = torch.Generator().manual_seed(1)
-    parameters = [
-        nn.Parameter(torch.randn(SHAPE, dtype=torch.float64, generator=generator)) for _ in range(2)
-    ]
+    parameters = [nn.Parameter(torch.randn(SHAPE, dtype=torch.float64, generator=generator)) for _ in range(2)]
     optimizer = build(parameters)
     for _ in range(steps):
         for parameter in parameters:
@@ -190,7 +188,9 @@ def test_a_third_party_registers_its_optimizer_and_subclasses_with_another_step_
         preconditioner_of(Doubled([parameter], lr=0.1), parameter)
 
     @register_preconditioner(Doubled)
-    def doubled(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None) -> Preconditioner:
+    def doubled(
+        param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None
+    ) -> Preconditioner:
         return Scalar(2 * group["lr"])
 
     found = preconditioner_of(Doubled([parameter], lr=0.1), parameter)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ftw_optim._factors import Factors
-from ftw_optim._layers.registry import LayerRule, by_position, own_parameters, recognise, register_layer, swapped
+from ftw_optim._layers.registry import (
+    LayerRule,
+    by_position,
+    own_parameters,
+    recognise,
+    register_layer,
+    swapped,
+)
 
 
 def _refuses(module: nn.Module) -> str | None:
@@ -47,7 +54,12 @@ def scaled_embedding(module: nn.Module) -> LayerRule | None:
         with torch.no_grad():
             output = module.forward(ids)
         torch.testing.assert_close(output, module.weight.detach()[ids] * scale)
-    except (TypeError, ValueError, RuntimeError, AssertionError):  # it does something else, or takes other inputs
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AssertionError,
+    ):  # it does something else, or takes other inputs
         return None
 
     def rule(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:

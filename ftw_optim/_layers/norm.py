@@ -40,9 +40,7 @@ def scale_norm(module: nn.Module) -> LayerRule | None:
     if not 0 < weight.numel() <= 2**20:  # the probe runs on six times as many numbers
         return None
     generator = torch.Generator().manual_seed(0)
-    x, other = (
-        torch.randn(*shape, generator=generator).to(weight) for shape in ((2, 3, *weight.shape), weight.shape)
-    )
+    x, other = (torch.randn(*shape, generator=generator).to(weight) for shape in ((2, 3, *weight.shape), weight.shape))
     try:
         with torch.no_grad(), swapped(module, {"weight": other}):
             output = module.forward(x)

@@ -60,7 +60,7 @@ class Diagonal(Elementwise):
 @final
 @dataclass(frozen=True, eq=False)
 class RankOne(Elementwise):
-    """``P = diag(outer(rows, columns))`` of a matrix: a second moment factored as Adafactor's, ``(d_out,), (d_in,)``."""
+    """``P = diag(outer(rows, columns))`` of a matrix, ``(d_out,)`` and ``(d_in,)``, as for Adafactor."""
 
     rows: Tensor
     columns: Tensor

@@ -23,9 +23,9 @@ def register_preconditioner(cls: type[Optimizer] | str) -> Callable[[Rule], Rule
 
     The rule is called as ``rule(param, group, state, reference)``: the parameter, its group (with ``lr`` 1 where every
     group's is zero), its state (empty before its first step) and the gradient that the coming step is expected to see,
-    float32 at least and shaped like ``param``, or None for zero. It returns ``P`` of that coming step, with the learning
-    rate, bias corrections and the fresh gradient's share of the momentum included; momentum and decay left out. It
-    serves subclasses too, unless they override ``step``.
+    float32 at least and shaped like ``param``, or None for zero. It returns ``P`` of that coming step, with the
+    learning rate, bias corrections and the fresh gradient's share of the momentum included; momentum and decay left
+    out. It serves subclasses too, unless they override ``step``.
 
     Args:
         cls: the class, or its full dotted name where importing it would be a dependency.
@@ -78,9 +78,7 @@ def preconditioner_of(optimizer: Optimizer, param: Tensor, reference: Tensor | N
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     if reference is not None and reference.shape != param.shape:
-        raise ValueError(
-            f"Expected a reference of shape {tuple(param.shape)}, got {tuple(reference.shape)}."
-        )
+        raise ValueError(f"Expected a reference of shape {tuple(param.shape)}, got {tuple(reference.shape)}.")
     for group, other in _parameters(inner):
         if other is param:
             return Preconditioners(inner)(param, group, reference)
