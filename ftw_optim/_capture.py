@@ -8,7 +8,6 @@ kept; ``torch.autograd.grad`` then gives all output gradients at once, and never
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -20,14 +19,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ftw_optim._factors import Factors, PositionMap, projection, weighted_sum
+from ftw_optim._checks import WAYS_OUT, refuse_uses_outside, verify_weighted_sums
+from ftw_optim._factors import Factors, PositionMap
 from ftw_optim._layers.coverage import Covered, Owner, owners, table
 from ftw_optim._layers.registry import LayerRule
-
-WAYS_OUT = (
-    'Leave it out of what is scored (scored=last_blocks(model, 1), say) with update="graph", which updates every '
-    "parameter exactly; freeze it; or register a rule with @register_layer."
-)
 
 
 @final
@@ -176,6 +171,10 @@ class Capture:
                 parameter was used outside its layer, or the self-check failed.
         """
         self._recording = False
+        if self._sample_ids is not None and int(self._sample_ids.max()) >= len(losses):
+            raise ValueError(
+                f"Expected sample_ids below the number of losses, {len(losses)}, got {int(self._sample_ids.max())}."
+            )
         finite = losses.isfinite()
         total = torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
         due = checked is not None and bool(finite.all()) and any(use.key not in checked for use in self._uses)
@@ -187,7 +186,7 @@ class Capture:
                 total, [*edges, *outside.values()], allow_unused=True, retain_graph=keep_graph or due
             )
         beside = zip(outside, gradients[len(edges) :], strict=True)
-        self._refuse_uses_outside([name for name, gradient in beside if gradient is not None])
+        refuse_uses_outside([name for name, gradient in beside if gradient is not None])
         found: dict[str, list[Factors]] = {}
         reached: list[_Use] = []
         for use, gradient in zip(self._uses, gradients, strict=False):
@@ -204,7 +203,8 @@ class Capture:
             )
         if due:
             assert checked is not None
-            self._self_check(losses * scale, found, reached, keep_graph=keep_graph, generator=generator)
+            sources, layers = self._sources(reached)
+            verify_weighted_sums(losses * scale, found, sources, layers, keep_graph=keep_graph, generator=generator)
             checked.update(use.key for use in reached)
         return found
 
@@ -350,115 +350,17 @@ class Capture:
             found[name] = factors
         return found
 
-    def _refuse_uses_outside(self, names: list[str]) -> None:
-        if names:
-            raise RuntimeError(
-                f"Expected {', '.join(names[:5])} to be used only by calling the layers that own them, but a gradient "
-                "reached them by another way (a weight read directly, as in F.linear(x, layer.weight); a compiled or "
-                f"fused call), so the captured gradient would be incomplete. Call the layer as a module. {WAYS_OUT}"
-            )
-
-    def _self_check(
-        self,
-        losses: Tensor,
-        found: Mapping[str, list[Factors]],
-        reached: list[_Use],
-        *,
-        keep_graph: bool,
-        generator: torch.Generator,
-    ) -> None:
-        """Compare ``sum_i r_i g_i`` for random ``r`` with autograd's gradient of ``sum_i r_i losses_i``.
-
-        Random weights, since a plain sum is right even when rows are mixed up.
-        """
-        weights = torch.rand(len(losses), generator=generator, dtype=torch.float64) + 0.5
-        sources = {
-            name: (
-                [parameter]
-                if self._attached
-                else [
-                    use.stand_ins[local]
-                    for use in reached
-                    for local, other in use.owner.parameters.items()
-                    if other == name
-                ]
-            )
-            for name, parameter in self._plan.parameters.items()
-        }
-        flat = [tensor for tensors in sources.values() for tensor in tensors]
-        gradients = iter(
-            torch.autograd.grad((weights.to(losses) * losses).sum(), flat, allow_unused=True, retain_graph=keep_graph)
-        )
-        for name, tensors in sources.items():
-            parts = [part for part in [next(gradients) for _ in tensors] if part is not None]
-            if not parts:
-                continue
-            if name not in found:
-                self._refuse_uses_outside([name])
-            uses, shape = found[name], self._plan.parameters[name].shape
-            expected = torch.stack([part.to(uses[0].dtype()) for part in parts]).sum(0)
-            error = torch.linalg.vector_norm(weighted_sum(uses, weights, shape) - expected)
-            size = torch.linalg.vector_norm(expected)
-            scale = torch.maximum(size, torch.stack([use.magnitude(weights.to(size)) for use in uses]).max())
-            if not error <= tolerance(tensors[0].dtype) * scale:
-                layers = ", ".join(repr(use.owner.name) for use in reached if name in use.owner.parameters.values())
-                raise RuntimeError(
-                    f"Self-check: the captured per-candidate gradients of {name} (layer {layers}) differ from "
-                    f"autograd's by {float(error / scale):.1e} of their size. Expected losses that each depend on "
-                    "one row of the model's input: look for layers that mix rows (BatchNorm), inputs with time as first "
-                    f"axis, or a layer whose rule does not hold. {WAYS_OUT}"
-                )
-
-
-def verify_projection(
-    found: Mapping[str, list[Factors]],
-    gradients: Mapping[str, Tensor],
-    weights: Tensor,
-    generator: torch.Generator,
-) -> None:
-    """Check autograd's gradients against the weighted factors by one random projection for each parameter.
-
-    Args:
-        found: captured factors, by parameter name.
-        gradients: what a backward of the weighted losses formed, for the same parameters.
-        weights: shape ``(n,)``, those of the losses (over the scale of the factors).
-        generator: of the projections.
-
-    Raises:
-        RuntimeError: they differ: a captured parameter was used outside the layers that own it.
-    """
-    names, misses = [], []
-    for name, gradient in gradients.items():
-        uses = found.get(name)
-        if uses is None:
-            names.append(name)
-            misses.append(torch.ones((), device=gradient.device))
-            continue
-        dtype, device = uses[0].dtype(), gradient.device
-        matrix = gradient.to(dtype).reshape(uses[0].rows, uses[0].columns)
-        left, right = (torch.randn(size, generator=generator).to(device, dtype) for size in matrix.shape)
-        expected, scale = projection(uses, weights, left, right)
-        error = (left @ matrix @ right - expected).abs()
-        names.append(name)
-        misses.append((error > tolerance(gradient.dtype) * torch.maximum(scale, expected.abs())).to(torch.float32))
-    if not misses:
-        return
-    missed = torch.stack([miss.to(misses[0].device) for miss in misses]).tolist()  # one synchronisation
-    listed = [name for name, miss in zip(names, missed, strict=True) if miss]
-    if listed:
-        raise RuntimeError(
-            f"The captured gradients of {', '.join(listed[:5])} differ from those autograd formed: expected these "
-            "parameters to be used only by calling the layers that own them (a weight read directly, as in "
-            "F.linear(x, layer.weight), is not captured). Call the layer as a module. " + WAYS_OUT
-        )
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """Largest relative difference that counts as rounding: half of the digits.
-
-    Those of float32 even where parameters are wider: most model families normalise in float32 whatever they are given.
-    """
-    return math.sqrt(max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))
+    def _sources(self, reached: list[_Use]) -> tuple[dict[str, list[Tensor]], dict[str, list[str]]]:
+        """The tensors of the graph that stand for each parameter, and the layers they were used in."""
+        sources: dict[str, list[Tensor]] = {name: [] for name in self._plan.parameters}
+        layers: dict[str, list[str]] = {name: [] for name in self._plan.parameters}
+        for use in reached:
+            for local, name in use.owner.parameters.items():
+                layers[name].append(use.owner.name)
+                sources[name] += [] if self._attached else [use.stand_ins[local]]
+        if self._attached:
+            sources = {name: [parameter] for name, parameter in self._plan.parameters.items()}
+        return sources, layers
 
 
 def _version(value: Any) -> int | None:

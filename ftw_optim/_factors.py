@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -133,7 +133,7 @@ class Factors:
 
     def without(self, rejected: Tensor) -> Factors:
         """The same factors with those of the ``rejected`` candidates, bool ``(n,)``, replaced by zeros."""
-        drop = self.spread(rejected)[..., None]
+        drop = self.spread(rejected.to(self.left.device))[..., None]
         zero = torch.zeros((), device=self.left.device)
         right = None if self.right is None else torch.where(drop, zero.to(self.right.dtype), self.right)
         left = self.left if self.indexed else torch.where(drop, zero.to(self.left.dtype), self.left)
@@ -257,3 +257,10 @@ def projection(uses: Sequence[Factors], weights: Tensor, left: Tensor, right: Te
         total = total + terms.sum()
         square = square + terms.square().sum()
     return total, square.sqrt()
+
+
+def finite_candidates(found: Mapping[str, Sequence[Factors]], losses: Tensor) -> Tensor:
+    """Which candidates have a finite loss, and which of those finite factors too: bool ``(2, n)``, on the CPU."""
+    loss = losses.detach().isfinite()
+    masks = [use.finite().to(loss.device) for uses in found.values() for use in uses]
+    return torch.stack([loss, torch.stack([loss, *masks]).all(dim=0)]).cpu()

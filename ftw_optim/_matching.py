@@ -99,3 +99,48 @@ class Selection:
     skipped: bool
     converged: bool
     update: str
+
+    @classmethod
+    def nothing(cls, losses: Tensor, accepted: Tensor) -> Selection:
+        """The outcome where there is nothing to match; ``accepted`` is False where a candidate was rejected."""
+        n = len(losses)
+        return cls(
+            losses=losses,
+            kept=torch.empty(0, dtype=torch.int64),
+            weights=torch.empty(0, dtype=torch.float64),
+            fitted_scale=0.0,
+            gram=torch.zeros(n, n),
+            cross_gram=torch.zeros(n),
+            target_energy=0.0,
+            cosine=0.0,
+            residual=1.0,
+            predicted_decrease=0.0,
+            effective_size=0.0,
+            rejected=(~accepted).nonzero()[:, 0],
+            skipped=True,
+            converged=True,
+            update="skipped",
+        )
+
+    def applied_by(self, update: str | None) -> Selection:
+        """The same selection, applied in that way; None: it cannot be applied, and is skipped."""
+        if update is not None:
+            return replace(self, update=update)
+        return replace(
+            self,
+            weights=torch.zeros_like(self.weights),
+            cosine=0.0,
+            residual=1.0,
+            predicted_decrease=0.0,
+            effective_size=0.0,
+            skipped=True,
+        )
+
+    def weighted_loss(self) -> Tensor:
+        """The kept losses under weights that sum to one; skipped: the mean of the finite ones; all rejected: NaN."""
+        if not self.skipped:
+            share = (self.weights / self.weights.sum()).to(self.losses)
+            return (share * self.losses[self.kept]).sum()
+        accepted = torch.ones(len(self.losses), dtype=torch.bool)
+        accepted[self.rejected] = False
+        return self.losses[accepted].mean() if bool(accepted.any()) else self.losses.new_full((), torch.nan)

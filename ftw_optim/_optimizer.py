@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ftw_optim._capture import Capture, plan, uncovered, verify_projection
-from ftw_optim._factors import Factors, weighted_sum
+from ftw_optim._capture import Capture, plan, uncovered
+from ftw_optim._closures import checked_losses, gradient_marks, is_scalar, takes_rows
+from ftw_optim._combine import UPDATES, combined_gradients, usable_update
+from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._filters import FilterStage, GreedyFilter
 from ftw_optim._gram import METRICS, products
 from ftw_optim._layers.coverage import Coverage, Owner, coverage, owners
 from ftw_optim._matching import Selection
+from ftw_optim._members import Members, Scored, members_of
 from ftw_optim._preconditioners.registry import Preconditioners, preconditioner_rule
 from ftw_optim._selection import NORMALIZATIONS, metrics_of, select
 from ftw_optim._target import TargetGradient
 from ftw_optim._weights import NonNegativeLeastSquares, WeightStage
 from ftw_optim._wrapper import OptimizerWrapper
-
-UPDATES = ("auto", "factors", "graph", "rerun")
-
-Scored = Callable[[str, nn.Parameter], bool]
-
-
-@final
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Members:
-    """The optimizer's parameters that require a gradient, by their names in the model."""
-
-    parameters: Mapping[str, nn.Parameter]
-    groups: Mapping[str, dict[str, Any]]
-    scored: Mapping[str, nn.Parameter]
-    all_trained: bool
-    """No other parameter of the model requires a gradient."""
 
 
 @final
@@ -51,10 +36,9 @@ class _Outcome:
     loss: Tensor
     selection: Selection
     gradients: Mapping[str, Tensor]
-    members: _Members
+    members: Members
     target: Mapping[str, Tensor] | None
-    uses: Mapping[str, int]
-    multiplications: Mapping[str, int]
+    captured: Mapping[str, list[Factors]]
 
 
 @final
@@ -143,7 +127,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._checked: set[tuple[str, str]] = set()
         self._last_capture: tuple[frozenset[str], Mapping[str, int], Mapping[str, int]] | None = None
         self._warned_own_backward = False
-        self._members()  # says now what a step would say
+        members_of(self.model, self.param_groups, self.scored)  # says now what a step would say
 
     # ------------------------------------------------------------------ what the user sees
 
@@ -256,29 +240,24 @@ class SelectiveOptimizer(OptimizerWrapper):
         self, closure: Callable[..., Any], *, scale: float, sample_ids: Tensor | None, plain_allowed: bool
     ) -> _Outcome | Any:
         """One selection, applied to nothing; or the value of a closure after which the inner step is due."""
-        members = self._members()
-        found_owners = owners(self.model)
-        update = self._update(members, found_owners)
-        if update == "rerun" and not _takes_rows(closure):
+        members = members_of(self.model, self.param_groups, self.scored)
+        layers = owners(self.model)
+        update = self._update(members, layers)
+        if update == "rerun" and not takes_rows(closure):
             raise TypeError('update="rerun" needs a closure that accepts rows: closure(rows=kept) -> losses (k,).')
-        captured = members.parameters if update == "factors" else members.scored
-        plan_ = plan(self.model, captured, found_owners)
+        what = plan(self.model, members.parameters if update == "factors" else members.scored, layers)
         target = self.target.gradients(
             members.scored, self._kept_target, calls=self._backwards, scale=scale, seed=self._seed("target")
         )
-        before = _gradient_marks(members.parameters)
+        marks = gradient_marks(members.parameters)
         with (
             torch.enable_grad(),
-            Capture(self.model, plan_, attached=update == "graph", sample_ids=sample_ids) as capture,
+            Capture(self.model, what, attached=update == "graph", sample_ids=sample_ids) as capture,
         ):
             losses = closure()
-            if plain_allowed and self._is_plain(losses, capture, members, before):
+            if plain_allowed and self._is_plain(losses, capture, members, marks):
                 return losses
-            losses = _checked_losses(losses, capture.count)
-            if sample_ids is not None and int(sample_ids.max()) >= len(losses):
-                raise ValueError(
-                    f"Expected sample_ids below the number of losses, {len(losses)}, got {int(sample_ids.max())}."
-                )
+            losses = checked_losses(losses, capture.count)
             found = capture.differentiate(
                 losses,
                 scale=scale,
@@ -286,61 +265,58 @@ class SelectiveOptimizer(OptimizerWrapper):
                 checked=self._checked if self.self_check else None,
                 generator=self._generator("check"),
             )
-        values = losses.detach()
-        finite = values.isfinite().cpu()
-        accepted = finite & _finite_factors(found).cpu()
-        overflow = scale > 1.0 and (target is None or bool((finite & ~accepted).any()))
+        finite, accepted = finite_candidates(found, losses)
+        values = losses.detach().cpu()
         if not bool(accepted.all()):
-            found = {name: [use.without(~accepted.to(use.left.device)) for use in uses] for name, uses in found.items()}
-        selection = self._match(found, target or {}, members, values.cpu(), accepted, scale, overflow=overflow)
+            found = {name: [use.without(~accepted) for use in uses] for name, uses in found.items()}
         gradients: Mapping[str, Tensor] = {}
-        if overflow:
+        if scale > 1.0 and (target is None or bool((finite & ~accepted).any())):
+            # An overflow: what a bare run would leave, so that a GradScaler backs off.
+            selection = Selection.nothing(values, accepted)
             gradients = {name: torch.full_like(members.parameters[name], torch.inf) for name in found}
-        elif not selection.skipped:
-            with torch.enable_grad():
-                selection, gradients = self._combine(update, found, selection, losses, members, closure, scale=scale)
+        else:
+            assert target is not None
+            selection = self._match(found, target, members, values, accepted, scale)
+            way = None if selection.skipped else usable_update(update, selection, members, closure)
+            selection = selection.applied_by(way)
+            if way is not None:
+                gradients = self._combine(way, selection, found, losses, members, closure, scale)
         return _Outcome(
-            loss=_weighted_loss(values, selection),
+            loss=selection.weighted_loss().to(losses.device),
             selection=selection,
             gradients=gradients,
             members=members,
             target=target if self.target.remembers else None,
-            uses={name: len(uses) for name, uses in found.items()},
-            multiplications={
-                name: sum(use.multiplications() for use in uses)
-                for name, uses in found.items()
-                if name in members.scored
-            },
+            captured=found,
         )
 
     def _match(
         self,
         found: Mapping[str, list[Factors]],
         target: Mapping[str, Tensor],
-        members: _Members,
+        members: Members,
         losses: Tensor,
         accepted: Tensor,
         scale: float,
-        *,
-        overflow: bool,
     ) -> Selection:
         """Gram matrix, filter and weights."""
-        preconditioners = Preconditioners(self.optimizer)
-        scored = {} if overflow else {name: uses for name, uses in found.items() if name in members.scored}
-        metrics = {self.metric, "preconditioned", *metrics_of(self.filter), *metrics_of(self.weight)}
+        scored = {name: uses for name, uses in found.items() if name in members.scored}
         if not scored or not bool(accepted.any()):
-            return _nothing(losses, accepted)
+            return Selection.nothing(losses, accepted)
+        preconditioners = Preconditioners(self.optimizer)
+        metrics = {self.metric, "preconditioned", *metrics_of(self.filter), *metrics_of(self.weight)}
+        problem = products(
+            scored,
+            target,
+            lambda name, reference: preconditioners(members.scored[name], members.groups[name], reference),
+            accepted,
+            shapes={name: parameter.shape for name, parameter in members.scored.items()},
+            metrics=[metric for metric in METRICS if metric in metrics],
+            scale=scale,
+            memory_limit=self.memory_limit,
+        )
         return select(
-            products(
-                scored,
-                target,
-                lambda name, reference: preconditioners(members.scored[name], members.groups[name], reference),
-                accepted,
-                shapes={name: parameter.shape for name, parameter in members.scored.items()},
-                metrics=[metric for metric in METRICS if metric in metrics],
-                scale=scale,
-                memory_limit=self.memory_limit,
-            ),
+            problem,
             losses,
             accepted,
             metric=self.metric,
@@ -352,95 +328,41 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     def _combine(
         self,
-        update: str,
-        found: Mapping[str, list[Factors]],
+        way: str,
         selection: Selection,
+        found: Mapping[str, list[Factors]],
         losses: Tensor,
-        members: _Members,
+        members: Members,
         closure: Callable[..., Any],
-        *,
         scale: float,
-    ) -> tuple[Selection, Mapping[str, Tensor]]:
+    ) -> Mapping[str, Tensor]:
         """The weighted gradient of every updated parameter that was reached, times ``scale``."""
-        weights = torch.zeros(len(losses), dtype=torch.float64)
-        weights[selection.kept] = selection.weights
-        if update == "graph" and len(selection.rejected):
-            # 0 * NaN inside the layers: the common graph can no longer serve.
-            if members.scored.keys() == members.parameters.keys():
-                update = "factors"
-            elif _takes_rows(closure):
-                update = "rerun"
-            else:
-                return _skipped(selection), {}
-        if update == "factors":
-            gradients = {
-                name: weighted_sum(uses, weights, members.parameters[name].shape).to(members.parameters[name].dtype)
-                for name, uses in found.items()
-            }
-        elif update == "graph":
-            with _fresh_gradients(self.model):
-                total = (weights.to(losses) * losses).sum() * scale
-                gradients = _ordinary_backward(total, members)
-            verify_projection(
+        with torch.enable_grad():
+            return combined_gradients(
+                way,
+                selection,
                 found,
-                {name: gradients[name] for name in members.scored if name in gradients},
-                weights,
-                self._generator("projection"),
+                losses,
+                members,
+                self.model,
+                closure,
+                scale=scale,
+                generator=self._generator("projection"),
             )
-        else:
-            again = _checked_losses(closure(rows=selection.kept), None)
-            if len(again) != len(selection.kept):
-                raise ValueError(
-                    f"closure(rows=kept) must return the losses of these {len(selection.kept)} rows, got {len(again)}."
-                )
-            with _fresh_gradients(self.model):
-                total = (selection.weights.to(again) * again).sum() * scale
-                gradients = _ordinary_backward(total, members)
-        return replace(selection, update=update), gradients
 
-    def _members(self) -> _Members:
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        parameters: dict[str, nn.Parameter] = {}
-        groups: dict[str, dict[str, Any]] = {}
-        for number, group in enumerate(self.param_groups):
-            for parameter in group["params"]:
-                name = names.get(id(parameter))
-                if name is None:
-                    raise ValueError(
-                        f"Group {number} holds a parameter of shape {tuple(parameter.shape)} that is not the model's; "
-                        "expected parameters of the model given to SelectiveOptimizer. Optimize the others apart."
-                    )
-                if parameter.requires_grad:
-                    parameters[name], groups[name] = parameter, group
-        scored = {
-            name: parameter
-            for name, parameter in parameters.items()
-            if self.scored is None or self.scored(name, parameter)
-        }
-        if parameters and not scored:
-            raise ValueError(
-                f"scored={self.scored!r} accepts none of the {len(parameters)} parameters that are updated; expected "
-                "at least one."
-            )
-        trained = sum(parameter.requires_grad for parameter in self.model.parameters())
-        return _Members(parameters=parameters, groups=groups, scored=scored, all_trained=trained == len(parameters))
-
-    def _update(self, members: _Members, found_owners: list[Owner]) -> str:
-        if not members.parameters:
-            raise ValueError("None of the optimizer's parameters requires a gradient; expected at least one.")
+    def _update(self, members: Members, layers: list[Owner]) -> str:
+        """The way of this step."""
         if self.update != "auto":
             return self.update
         # With a rule for every updated parameter the factors cost less than a second backward, however few are scored.
-        return "graph" if uncovered(found_owners, members.parameters, self.model) else "factors"
+        return "graph" if uncovered(layers, members.parameters, self.model) else "factors"
 
-    def _is_plain(self, value: Any, capture: Capture, members: _Members, before: Mapping[str, tuple[int, int]]) -> bool:
+    def _is_plain(self, value: Any, capture: Capture, members: Members, before: Mapping[str, tuple[int, int]]) -> bool:
         """Whether the closure only wants the inner optimizer's step: it returned None, or ran its own backward."""
         if value is None:
             return True
-        if not (isinstance(value, float) or (isinstance(value, Tensor) and value.ndim == 0)):
-            return False
         own = capture.own_backward_gradients()
-        if not own and _gradient_marks(members.parameters) == before:
+        if not is_scalar(value) or (not own and gradient_marks(members.parameters) == before):
             return False
         for name, gradient in own.items():
             parameter = members.parameters[name]
@@ -459,7 +381,15 @@ class SelectiveOptimizer(OptimizerWrapper):
     def _commit(self, outcome: _Outcome) -> None:
         self._selection = outcome.selection
         self._kept_target = outcome.target
-        self._last_capture = (frozenset(outcome.members.scored), outcome.uses, outcome.multiplications)
+        scored = frozenset(outcome.members.scored)
+        self._last_capture = (
+            scored,
+            {name: len(uses) for name, uses in outcome.captured.items()},
+            {
+                name: sum(use.multiplications() for use in uses) if name in scored else 0
+                for name, uses in outcome.captured.items()
+            },
+        )
         self._backwards += 1
 
     def _seed(self, purpose: str) -> int:
@@ -499,111 +429,3 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_target"}
-
-
-def _takes_rows(closure: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(closure).bind(rows=None)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def _checked_losses(losses: Any, count: int | None) -> Tensor:
-    """The closure's losses, shape ``(n,)``."""
-    wanted = "one loss for each candidate, shape (n,), such as token_losses(model, batch)"
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"The closure must return {wanted}; got {type(losses).__name__}.")
-    if losses.ndim != 1:
-        hint = ' (reduction="none" and a mean over positions keep the candidates apart)' if losses.ndim == 0 else ""
-        raise ValueError(f"The closure must return {wanted}{hint}; got shape {tuple(losses.shape)}.")
-    if losses.numel() == 0:
-        raise ValueError(f"The closure must return {wanted}; got an empty batch.")
-    if not losses.requires_grad:
-        raise ValueError(f"The closure must return {wanted}, with their graph; got losses that are detached.")
-    if count is not None and count != len(losses):
-        raise ValueError(
-            f"The closure returned {len(losses)} losses, but the model ran on {count} rows; expected {wanted}."
-        )
-    return losses
-
-
-def _finite_factors(found: Mapping[str, list[Factors]]) -> Tensor:
-    """Which candidates have finite factors in every use of every parameter."""
-    finite = [use.finite() for uses in found.values() for use in uses]
-    return torch.stack([mask.to(finite[0].device) for mask in finite]).all(dim=0)
-
-
-def _weighted_loss(losses: Tensor, selection: Selection) -> Tensor:
-    """The kept losses under weights that sum to one; skipped: the mean of the finite ones; all rejected: NaN."""
-    if not selection.skipped:
-        share = (selection.weights / selection.weights.sum()).to(losses)
-        return (share * losses[selection.kept.to(losses.device)]).sum()
-    accepted = torch.ones(len(losses), dtype=torch.bool)
-    accepted[selection.rejected] = False
-    return losses[accepted.to(losses.device)].mean() if bool(accepted.any()) else losses.new_full((), torch.nan)
-
-
-def _nothing(losses: Tensor, accepted: Tensor) -> Selection:
-    """The outcome where there is nothing to match."""
-    n = len(losses)
-    return Selection(
-        losses=losses,
-        kept=torch.empty(0, dtype=torch.int64),
-        weights=torch.empty(0, dtype=torch.float64),
-        fitted_scale=0.0,
-        gram=torch.zeros(n, n),
-        cross_gram=torch.zeros(n),
-        target_energy=0.0,
-        cosine=0.0,
-        residual=1.0,
-        predicted_decrease=0.0,
-        effective_size=0.0,
-        rejected=(~accepted).nonzero()[:, 0],
-        skipped=True,
-        converged=True,
-        update="skipped",
-    )
-
-
-def _skipped(selection: Selection) -> Selection:
-    """A selection that cannot be applied."""
-    return replace(
-        selection,
-        weights=torch.zeros_like(selection.weights),
-        cosine=0.0,
-        residual=1.0,
-        predicted_decrease=0.0,
-        effective_size=0.0,
-        skipped=True,
-    )
-
-
-@contextmanager
-def _fresh_gradients(model: nn.Module) -> Iterator[None]:
-    """Set every ``.grad`` aside while the block runs, and put it back whatever happens."""
-    held = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in held:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in held:
-            parameter.grad = gradient
-
-
-def _ordinary_backward(total: Tensor, members: _Members) -> dict[str, Tensor]:
-    """``total.backward()``, with what it left in ``.grad`` of the updated parameters."""
-    # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect.
-    inputs = None if members.all_trained else list(members.parameters.values())
-    torch.autograd.backward(total, inputs=inputs)
-    return {name: parameter.grad for name, parameter in members.parameters.items() if parameter.grad is not None}
-
-
-def _gradient_marks(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, int]]:
-    """Tells whether a ``.grad`` was replaced or changed in between."""
-    return {
-        name: (id(parameter.grad), parameter.grad._version)
-        for name, parameter in parameters.items()
-        if parameter.grad is not None
-    }

@@ -727,7 +727,7 @@ def test_small_memory_limits_change_nothing_but_memory() -> None:
         ({"gram": "guess"}, ValueError, "gram must be one of 'exact'"),
         ({"memory_limit": 0}, ValueError, "memory_limit must be a positive number of bytes"),
         ({"filter": 3}, ValueError, "Expected a callable stage"),
-        ({"scored": lambda name, p: False}, ValueError, "accepts none of the 6 parameters"),
+        ({"scored": lambda name, p: False}, ValueError, "accepts none of the 6 updated"),
         ({"target": None}, TypeError, "Expected a closure that returns the target losses"),
     ],
 )

@@ -1,0 +1,125 @@
+"""Checks of what was captured: against autograd's gradients, and for uses of a parameter outside its layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ftw_optim._factors import Factors, projection, weighted_sum
+
+WAYS_OUT = (
+    'Leave it out of what is scored (scored=last_blocks(model, 1), say) with update="graph", which updates every '
+    "parameter exactly; freeze it; or register a rule with @register_layer."
+)
+
+
+def refuse_uses_outside(names: Sequence[str]) -> None:
+    """Raise if a gradient reached any parameter by another way than the layers that own it."""
+    if names:
+        raise RuntimeError(
+            f"Expected {', '.join(names[:5])} to be used only by calling the layers that own them, but a gradient "
+            "reached them by another way (a weight read directly, as in F.linear(x, layer.weight); a compiled or "
+            f"fused call), so the captured gradient would be incomplete. Call the layer as a module. {WAYS_OUT}"
+        )
+
+
+def verify_weighted_sums(
+    losses: Tensor,
+    found: Mapping[str, Sequence[Factors]],
+    sources: Mapping[str, Sequence[Tensor]],
+    layers: Mapping[str, Iterable[str]],
+    *,
+    keep_graph: bool,
+    generator: torch.Generator,
+) -> None:
+    """The self-check: ``sum_i r_i g_i`` for random ``r`` against autograd's gradient of ``sum_i r_i losses_i``.
+
+    Random weights, since a plain sum is right even when rows are mixed up.
+
+    Args:
+        losses: shape ``(n,)``, with their graph.
+        found: captured factors, by parameter name.
+        sources: the tensors of the graph whose gradients add up to the parameter's, by parameter name.
+        layers: the layers it was captured in, for the message.
+        keep_graph: leave the graph for another backward.
+        generator: of the weights.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    weights = torch.rand(len(losses), generator=generator, dtype=torch.float64) + 0.5
+    flat = [tensor for tensors in sources.values() for tensor in tensors]
+    total = (weights.to(losses) * losses).sum()
+    gradients = iter(torch.autograd.grad(total, flat, allow_unused=True, retain_graph=keep_graph))
+    for name, tensors in sources.items():
+        parts = [part for part in [next(gradients) for _ in tensors] if part is not None]
+        if not parts:
+            continue
+        if name not in found:
+            refuse_uses_outside([name])
+        uses = found[name]
+        expected = torch.stack([part.to(uses[0].dtype()) for part in parts]).sum(0)
+        error = torch.linalg.vector_norm(weighted_sum(uses, weights, expected.shape) - expected)
+        scale = torch.stack([use.magnitude(weights.to(expected)) for use in uses]).max()
+        scale = torch.maximum(scale, torch.linalg.vector_norm(expected))
+        if not error <= tolerance(tensors[0].dtype) * scale:
+            raise RuntimeError(
+                f"Self-check: the captured per-candidate gradients of {name} (layer "
+                f"{', '.join(map(repr, layers[name]))}) differ from autograd's by {float(error / scale):.1e} of their "
+                "size. Expected losses that each depend on one row of the model's input: look for layers that mix "
+                "rows (BatchNorm), inputs with time as first axis, or a layer whose rule does not hold. " + WAYS_OUT
+            )
+
+
+def verify_projection(
+    found: Mapping[str, list[Factors]],
+    gradients: Mapping[str, Tensor],
+    weights: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """Check autograd's gradients against the weighted factors by one random projection for each parameter.
+
+    Args:
+        found: captured factors, by parameter name.
+        gradients: what a backward of the weighted losses formed, for the same parameters.
+        weights: shape ``(n,)``, those of the losses (over the scale of the factors).
+        generator: of the projections.
+
+    Raises:
+        RuntimeError: they differ: a captured parameter was used outside the layers that own it.
+    """
+    names, misses = [], []
+    for name, gradient in gradients.items():
+        uses = found.get(name)
+        if uses is None:
+            names.append(name)
+            misses.append(torch.ones((), device=gradient.device))
+            continue
+        dtype, device = uses[0].dtype(), gradient.device
+        matrix = gradient.to(dtype).reshape(uses[0].rows, uses[0].columns)
+        left, right = (torch.randn(size, generator=generator).to(device, dtype) for size in matrix.shape)
+        expected, scale = projection(uses, weights, left, right)
+        error = (left @ matrix @ right - expected).abs()
+        names.append(name)
+        misses.append((error > tolerance(gradient.dtype) * torch.maximum(scale, expected.abs())).to(torch.float32))
+    if not misses:
+        return
+    missed = torch.stack([miss.to(misses[0].device) for miss in misses]).tolist()  # one synchronisation
+    listed = [name for name, miss in zip(names, missed, strict=True) if miss]
+    if listed:
+        raise RuntimeError(
+            f"The captured gradients of {', '.join(listed[:5])} differ from those autograd formed: expected these "
+            "parameters to be used only by calling the layers that own them (a weight read directly, as in "
+            "F.linear(x, layer.weight), is not captured). Call the layer as a module. " + WAYS_OUT
+        )
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest relative difference that counts as rounding: half of the digits.
+
+    Those of float32 even where parameters are wider: most model families normalise in float32 whatever they are given.
+    """
+    return math.sqrt(max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps))

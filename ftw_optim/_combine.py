@@ -1,0 +1,101 @@
+"""Where the combined gradient comes from: the factors, the common graph, or the kept candidates once more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ftw_optim._checks import verify_projection
+from ftw_optim._closures import checked_losses, takes_rows
+from ftw_optim._factors import Factors, weighted_sum
+from ftw_optim._matching import Selection
+from ftw_optim._members import Members
+
+UPDATES = ("auto", "factors", "graph", "rerun")
+
+
+def usable_update(update: str, selection: Selection, members: Members, closure: Callable[..., Any]) -> str | None:
+    """The way that can still serve; None where none can.
+
+    A backward through the common graph would multiply a rejected candidate's NaN by zero inside the layers.
+    """
+    if update != "graph" or not len(selection.rejected):
+        return update
+    if members.scored.keys() == members.parameters.keys():
+        return "factors"
+    return "rerun" if takes_rows(closure) else None
+
+
+def combined_gradients(
+    update: str,
+    selection: Selection,
+    found: Mapping[str, list[Factors]],
+    losses: Tensor,
+    members: Members,
+    model: nn.Module,
+    closure: Callable[..., Any],
+    *,
+    scale: float,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """``scale * sum_i weights[i] g_i`` of every updated parameter that was reached; ``.grad`` is left alone.
+
+    Args:
+        update: ``"factors"``, ``"graph"`` or ``"rerun"``.
+        selection: whom to combine, with which weights.
+        found: factors, multiplied by ``scale``.
+        losses: shape ``(n,)``, with their graph if ``update`` is ``"graph"``.
+        members: which parameters.
+        model: whose ``.grad`` is set aside during a backward.
+        closure: called as ``closure(rows=kept)`` if ``update`` is ``"rerun"``.
+        scale: of the losses.
+        generator: of the projections that compare graph and factors.
+
+    Raises:
+        RuntimeError: the graph's gradient is not that of the factors.
+        ValueError: the closure did not return the losses of ``rows``.
+    """
+    if update == "rerun":
+        again = checked_losses(closure(rows=selection.kept))
+        if len(again) != len(selection.kept):
+            raise ValueError(
+                f"closure(rows=kept) must return the losses of these {len(selection.kept)} rows, got {len(again)}."
+            )
+        return _ordinary_backward((selection.weights.to(again) * again).sum() * scale, members, model)
+    weights = torch.zeros(len(losses), dtype=torch.float64)
+    weights[selection.kept] = selection.weights
+    if update == "factors":
+        return {
+            name: weighted_sum(uses, weights, members.parameters[name].shape).to(members.parameters[name].dtype)
+            for name, uses in found.items()
+        }
+    gradients = _ordinary_backward((weights.to(losses) * losses).sum() * scale, members, model)
+    scored = {name: gradients[name] for name in members.scored if name in gradients}
+    verify_projection(found, scored, weights, generator)
+    return gradients
+
+
+def _ordinary_backward(total: Tensor, members: Members, model: nn.Module) -> dict[str, Tensor]:
+    """What ``total.backward()`` forms for the updated parameters."""
+    # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect.
+    inputs = list(members.parameters.values()) if members.others_train else None
+    with _gradients_set_aside(model):
+        torch.autograd.backward(total, inputs=inputs)
+        return {name: p.grad for name, p in members.parameters.items() if p.grad is not None}
+
+
+@contextmanager
+def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """Every ``.grad`` is None when the block starts, and as before when it ends, whatever happens."""
+    held = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in held:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in held:
+            parameter.grad = gradient

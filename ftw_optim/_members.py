@@ -1,0 +1,59 @@
+"""The optimizer's parameters by their names in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import nn
+
+Scored = Callable[[str, nn.Parameter], bool]
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Members:
+    """The optimizer's parameters that require a gradient, found anew for each step: wrappers swap parameters.
+
+    Attributes:
+        parameters: all that are updated.
+        groups: the group of each.
+        scored: those that count in the Gram matrix.
+        others_train: some other parameter of the model requires a gradient too.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    groups: Mapping[str, dict[str, Any]]
+    scored: Mapping[str, nn.Parameter]
+    others_train: bool
+
+
+def members_of(model: nn.Module, groups: Sequence[dict[str, Any]], scored: Scored | None) -> Members:
+    """The parameters in ``groups``, by the names the model gives them.
+
+    Raises:
+        ValueError: one is not the model's, none requires a gradient, or ``scored`` accepts none.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters: dict[str, nn.Parameter] = {}
+    group_of: dict[str, dict[str, Any]] = {}
+    for number, group in enumerate(groups):
+        for parameter in group["params"]:
+            name = names.get(id(parameter))
+            if name is None:
+                raise ValueError(
+                    f"Group {number} holds a parameter of shape {tuple(parameter.shape)} that is not the model's; "
+                    "expected parameters of the model given to SelectiveOptimizer. Optimize the others apart."
+                )
+            if parameter.requires_grad:
+                parameters[name], group_of[name] = parameter, group
+    if not parameters:
+        raise ValueError("None of the optimizer's parameters requires a gradient; expected at least one.")
+    counted = {name: p for name, p in parameters.items() if scored is None or scored(name, p)}
+    if not counted:
+        raise ValueError(
+            f"scored={scored!r} accepts none of the {len(parameters)} updated parameters; expected one or more."
+        )
+    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    return Members(parameters=parameters, groups=group_of, scored=counted, others_train=trained > len(parameters))
