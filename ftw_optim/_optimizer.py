@@ -240,6 +240,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         self, closure: Callable[..., Any], *, scale: float, sample_ids: Tensor | None, plain_allowed: bool
     ) -> _Outcome | Any:
         """One selection, applied to nothing; or the value of a closure after which the inner step is due."""
+        _refuse_more_than_one_process()
         members = members_of(self.model, self.param_groups, self.scored)
         layers = owners(self.model)
         update = self._update(members, layers)
@@ -429,3 +430,12 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_target"}
+
+
+def _refuse_more_than_one_process() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise NotImplementedError(
+            f"Expected one process, got {distributed.get_world_size()}: each would select for itself, and the parameters "
+            "would drift apart. Select in a run of one process."
+        )
