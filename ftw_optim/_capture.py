@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ftw_optim._checks import WAYS_OUT, refuse_uses_outside, verify_weighted_sums
-from ftw_optim._factors import Factors, PositionMap
+from ftw_optim._factors import Factors, PositionMap, finite_candidates
 from ftw_optim._layers.coverage import Covered, Owner, owners, table
 from ftw_optim._layers.registry import LayerRule
 
@@ -74,13 +74,10 @@ class _Use:
     inputs: tuple[Any, ...]
     versions: tuple[int | None, ...]
     edge: GradientEdge
+    shape: torch.Size
     stand_ins: dict[str, Tensor]
     reading: str
     """Which axis of the inputs was read as the candidate's."""
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.owner.name, self.reading
 
 
 @final
@@ -109,6 +106,9 @@ class Capture:
         self._standing: dict[nn.Module, list[dict[str, nn.Parameter | None]]] = {}
         self._handles: list[RemovableHandle] = []
         self._recording = False
+        self._modes = hash(tuple(module.training for module in model.modules()))
+        self._without_grad: set[str] = set()
+        self._computed_in: set[torch.dtype] = set()
 
     def __enter__(self) -> Capture:
         self._recording = True
@@ -138,6 +138,11 @@ class Capture:
         """The number of candidates the model saw; None where only ``sample_ids`` or the losses tell."""
         return None if self._grid is None or self._sample_ids is not None else self._grid[0]
 
+    @property
+    def computed_in(self) -> set[torch.dtype]:
+        """The dtypes that the captured layers computed in."""
+        return self._computed_in
+
     def own_backward_gradients(self) -> dict[str, Tensor]:
         """What a closure that ran its own backward left at the stand-ins, by parameter name."""
         found: dict[str, Tensor] = {}
@@ -154,7 +159,7 @@ class Capture:
         *,
         scale: float,
         keep_graph: bool,
-        checked: set[tuple[str, str]] | None,
+        checked: set[tuple[str, str, int]] | None,
         generator: torch.Generator,
     ) -> dict[str, list[Factors]]:
         """Factors of every captured parameter that the losses reached, each multiplied by ``scale``.
@@ -163,7 +168,7 @@ class Capture:
             losses: shape ``(n,)``, of the closure. Non-finite ones contribute nothing.
             scale: multiplies the losses for the pass.
             keep_graph: leave the graph for a second backward.
-            checked: the (layer, reading) pairs the self-check has seen, extended in place; None: no self-check.
+            checked: what the self-check has seen, extended in place; None: no self-check.
             generator: for the self-check's weights.
 
         Raises:
@@ -171,13 +176,17 @@ class Capture:
                 parameter was used outside its layer, or the self-check failed.
         """
         self._recording = False
-        if self._sample_ids is not None and int(self._sample_ids.max()) >= len(losses):
-            raise ValueError(
-                f"Expected sample_ids below the number of losses, {len(losses)}, got {int(self._sample_ids.max())}."
-            )
+        if self._sample_ids is not None and self._sample_ids.numel():
+            least, most = int(self._sample_ids.min()), int(self._sample_ids.max())
+            if least < -1 or most >= len(losses):
+                raise ValueError(
+                    f"Expected sample_ids from -1 (none) to {len(losses) - 1}, one less than the number of losses, got "
+                    f"{least} to {most}."
+                )
         finite = losses.isfinite()
         total = torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
-        due = checked is not None and bool(finite.all()) and any(use.key not in checked for use in self._uses)
+        self._refuse_reentrant_checkpointing(losses)
+        due = checked is not None and any(self._key(use) not in checked for use in self._uses)
         edges: list[Any] = [use.edge for use in self._uses]
         outside: dict[str, Any] = {} if self._attached else dict(self._plan.parameters)
         gradients: tuple[Tensor | None, ...] = ()
@@ -188,30 +197,43 @@ class Capture:
         beside = zip(outside, gradients[len(edges) :], strict=True)
         refuse_uses_outside([name for name, gradient in beside if gradient is not None])
         found: dict[str, list[Factors]] = {}
-        reached: list[_Use] = []
         for use, gradient in zip(self._uses, gradients, strict=False):
             if gradient is None:
                 continue
-            reached.append(use)
-            for name, factors in self._factors(use, gradient, len(losses)).items():
-                found.setdefault(name, []).append(factors)
+            for name, factors in self._factors(use, gradient.reshape(use.shape), len(losses)).items():
+                uses = found.setdefault(name, [])
+                if uses and (uses[0].rows, uses[0].columns) != (factors.rows, factors.columns):
+                    raise RuntimeError(
+                        f"The rules of the layers that share {name} return gradients of {uses[0].rows} x "
+                        f"{uses[0].columns} and of {factors.rows} x {factors.columns} entries; expected one shape."
+                    )
+                uses.append(factors)
         if not found:
             raise RuntimeError(
                 "Expected the losses to depend on a captured parameter, but none was reached. Compute the losses "
-                "with the model that was given to SelectiveOptimizer, with its layers called as modules, and compile "
-                "it (if at all) after the first step."
+                "with the model that was given to SelectiveOptimizer, with its layers called as modules; compiled "
+                "models are not supported yet."
             )
-        if due:
+        # Of what is not finite nothing can be compared: then the check waits for the next step.
+        if due and bool(finite_candidates(found, losses).all()):
             assert checked is not None
-            sources, layers = self._sources(reached)
-            verify_weighted_sums(losses * scale, found, sources, layers, keep_graph=keep_graph, generator=generator)
-            checked.update(use.key for use in reached)
+            sources, layers = self._sources()
+            verify_weighted_sums(
+                losses * scale,
+                found,
+                sources,
+                layers,
+                keep_graph=keep_graph,
+                generator=generator,
+                computed_in=self._computed_in,
+            )
+            checked.update(map(self._key, self._uses))
         return found
 
     # ------------------------------------------------------------------ while the closure runs
 
     def _read_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._recording:
+        if not self._recording or not torch.is_grad_enabled():
             return
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.ndim > 0:
@@ -237,7 +259,10 @@ class Capture:
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
             stand_ins = self._restore(module)
-            if not self._recording or not torch.is_grad_enabled() or output is None:
+            if not self._recording or output is None:
+                return None
+            if not torch.is_grad_enabled():
+                self._without_grad.add(owner.name)
                 return None
             return self._record(owner, (*args, *kwargs.values()), output, stand_ins)
 
@@ -267,15 +292,21 @@ class Capture:
         detached = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
         if rows is not None:  # autograd sums over rows before a gradient arrives, unless they are made here
             missing = reading != "one row for all"
-            output = changed = (output[None] if missing else output).expand(rows, *output.shape[not missing :])
+            wide = (output[None] if missing else output).expand(rows, *output.shape[not missing :])
+            output = changed = wide.clone()  # of its own memory: the model may go on in place
             first = detached[0][None] if missing else detached[0]
             detached = (first.expand(rows, *first.shape[1:]), *detached[1:])
+        edge, copied = _edge(output)
+        changed = copied if changed is None else changed
+        device = output.device.type
+        self._computed_in.add(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype)
         self._uses.append(
             _Use(
                 owner=owner,
                 inputs=detached,
                 versions=tuple(_version(value) for value in detached),
-                edge=get_gradient_edge(output),
+                edge=edge,
+                shape=output.shape,
                 stand_ins=stand_ins,
                 reading=reading,
             )
@@ -292,6 +323,8 @@ class Capture:
             return "rows", None
         n, positions = self._grid[0], self._grid[1] if len(self._grid) > 1 else None
         index = not x.is_floating_point()
+        if x.ndim == 0:
+            self._refuse_layout(owner, x, f"the {n} candidates first")
         if index and x.ndim == 1 and x.shape[0] == positions:
             return "positions", n
         if x.ndim > 1 or index:
@@ -329,7 +362,7 @@ class Capture:
                     f"The rule {rule.name!r} returned no gradient for {local!r} of layer {use.owner.name!r}; expected "
                     "one for each of its trainable parameters."
                 )
-            factors = Factors(left=value.flatten(1)[:, None]) if isinstance(value, Tensor) else value
+            factors = _explicit(value, self._plan.parameters[name]) if isinstance(value, Tensor) else value
             if factors.rows * factors.columns != self._plan.parameters[name].numel():
                 raise RuntimeError(
                     f"The rule {rule.name!r} returned gradients of {factors.rows} x {factors.columns} entries for "
@@ -350,11 +383,23 @@ class Capture:
             found[name] = factors
         return found
 
-    def _sources(self, reached: list[_Use]) -> tuple[dict[str, list[Tensor]], dict[str, list[str]]]:
+    def _key(self, use: _Use) -> tuple[str, str, int]:
+        """What the self-check vouches for: one layer, read in one way, with the model in one mode."""
+        return use.owner.name, use.reading, self._modes
+
+    def _refuse_reentrant_checkpointing(self, losses: Tensor) -> None:
+        """Its first pass runs without gradients, so the layers in it leave nothing to capture."""
+        if self._without_grad and "CheckpointFunctionBackward" in _node_names(losses):
+            raise NotImplementedError(
+                f"Layers such as {sorted(self._without_grad)[0]!r} ran inside reentrant gradient checkpointing, which "
+                "hides them. Use use_reentrant=False (gradient_checkpointing_kwargs in Transformers)."
+            )
+
+    def _sources(self) -> tuple[dict[str, list[Tensor]], dict[str, list[str]]]:
         """The tensors of the graph that stand for each parameter, and the layers they were used in."""
         sources: dict[str, list[Tensor]] = {name: [] for name in self._plan.parameters}
         layers: dict[str, list[str]] = {name: [] for name in self._plan.parameters}
-        for use in reached:
+        for use in self._uses:
             for local, name in use.owner.parameters.items():
                 layers[name].append(use.owner.name)
                 sources[name] += [] if self._attached else [use.stand_ins[local]]
@@ -365,3 +410,43 @@ class Capture:
 
 def _version(value: Any) -> int | None:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
+def _edge(output: Tensor) -> tuple[GradientEdge, Tensor | None]:
+    """The gradient edge of a layer's output, and a copy that must take its place if no edge of itself would last.
+
+    An operation in place on a view moves the view's edge out of the graph. A Linear layer's output is one: all of the
+    matrix product below it, whose own edge stays.
+    """
+    base = output._base
+    if base is None:
+        return get_gradient_edge(output), None
+    whole = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    below = None if output.grad_fn is None else output.grad_fn.next_functions
+    if whole and below and base.grad_fn is not None and below[0][0] is base.grad_fn:
+        return get_gradient_edge(base), None
+    copied = output.clone()
+    return get_gradient_edge(copied), copied
+
+
+def _explicit(gradients: Tensor, parameter: Tensor) -> Factors:
+    """Candidates' gradients ``(n, *shape)`` as factors of as many rows and columns as other rules give."""
+    n = len(gradients)
+    if parameter.ndim < 2 or gradients[0].numel() != parameter.numel():
+        return Factors(left=gradients.reshape(n, 1, -1))
+    rows = parameter.shape[0]
+    index = torch.arange(rows, device=gradients.device).expand(n, rows)
+    return Factors(left=index, right=gradients.reshape(n, rows, -1), rows=rows)
+
+
+def _node_names(losses: Tensor) -> set[str]:
+    """The kinds of all nodes in the graph of the losses."""
+    names: set[str] = set()
+    seen, waiting = set(), [losses.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.add(node.name())
+            waiting += [below for below, _ in node.next_functions]
+    return names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,16 +18,23 @@ from ftw_optim._members import Members
 UPDATES = ("auto", "factors", "graph", "rerun")
 
 
-def usable_update(update: str, selection: Selection, members: Members, closure: Callable[..., Any]) -> str | None:
-    """The way that can still serve; None where none can.
+def usable_updates(update: str, selection: Selection, members: Members, closure: Callable[..., Any]) -> list[str]:
+    """The ways that can serve, the first one that gives a finite gradient to be taken; empty where none can.
 
     A backward through the common graph would multiply a rejected candidate's NaN by zero inside the layers.
     """
-    if update != "graph" or not len(selection.rejected):
-        return update
+    if update != "graph":
+        return [update]
+    usable = [] if len(selection.rejected) else ["graph"]
     if members.scored.keys() == members.parameters.keys():
-        return "factors"
-    return "rerun" if takes_rows(closure) else None
+        usable.append("factors")
+    return [*usable, "rerun"] if takes_rows(closure) else usable
+
+
+def all_finite(gradients: Iterable[Tensor]) -> bool:
+    """Whether every entry of all gradients is finite."""
+    sums = [gradient.sum() for gradient in gradients]
+    return not sums or bool(torch.stack([total.float().to(sums[0].device) for total in sums]).isfinite().all())
 
 
 def combined_gradients(
@@ -41,6 +48,7 @@ def combined_gradients(
     *,
     scale: float,
     generator: torch.Generator,
+    computed_in: Iterable[torch.dtype] = (),
 ) -> dict[str, Tensor]:
     """``scale * sum_i weights[i] g_i`` of every updated parameter that was reached; ``.grad`` is left alone.
 
@@ -54,6 +62,7 @@ def combined_gradients(
         closure: called as ``closure(rows=kept)`` if ``update`` is ``"rerun"``.
         scale: of the losses.
         generator: of the projections that compare graph and factors.
+        computed_in: the dtypes the captured layers computed in.
 
     Raises:
         RuntimeError: the graph's gradient is not that of the factors.
@@ -75,7 +84,7 @@ def combined_gradients(
         }
     gradients = _ordinary_backward((weights.to(losses) * losses).sum() * scale, members, model)
     scored = {name: gradients[name] for name in members.scored if name in gradients}
-    verify_projection(found, scored, weights, generator)
+    verify_projection(found, scored, weights, generator, computed_in)
     return gradients
 
 

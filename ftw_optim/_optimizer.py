@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from ftw_optim._capture import Capture, plan, uncovered
 from ftw_optim._closures import checked_losses, gradient_marks, is_scalar, takes_rows
-from ftw_optim._combine import UPDATES, combined_gradients, usable_update
+from ftw_optim._combine import UPDATES, all_finite, combined_gradients, usable_updates
 from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._filters import FilterStage, GreedyFilter
 from ftw_optim._gram import METRICS, products
@@ -124,7 +125,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._kept_target: Mapping[str, Tensor] | None = None
         self._backwards = 0
         self._pending: bool | None = None  # since the last step: None no backward, False all skipped, True one applied
-        self._checked: set[tuple[str, str]] = set()
+        self._checked: set[tuple[str, str, int]] = set()
         self._last_capture: tuple[frozenset[str], Mapping[str, int], Mapping[str, int]] | None = None
         self._warned_own_backward = False
         members_of(self.model, self.param_groups, self.scored)  # says now what a step would say
@@ -144,7 +145,10 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     @target.setter
     def target(self, target: Callable[[], Tensor] | TargetGradient) -> None:
-        self._target = target if isinstance(target, TargetGradient) else TargetGradient(target)
+        new = target if isinstance(target, TargetGradient) else TargetGradient(target)
+        if "_target" in self.__dict__:  # not where a copy or checkpoint brought the gradient along
+            self._kept_target = None
+        self._target = new
 
     @property
     def selection(self) -> Selection | None:
@@ -188,11 +192,19 @@ class SelectiveOptimizer(OptimizerWrapper):
         if not isinstance(outcome, _Outcome):
             self.optimizer.step()
             return outcome
-        for name, parameter in outcome.members.parameters.items():
-            parameter.grad = outcome.gradients.get(name)
-        self._commit(outcome)
-        if not outcome.selection.skipped:
-            self.optimizer.step()
+        parameters = outcome.members.parameters
+        before = dict(self.__dict__), {name: parameter.grad for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.grad = outcome.gradients.get(name)
+            self._commit(outcome)
+            if not outcome.selection.skipped:
+                self.optimizer.step()
+        except BaseException:
+            self.__dict__.update(before[0])
+            for name, parameter in parameters.items():
+                parameter.grad = before[1][name]
+            raise
         return outcome.loss
 
     def backward(
@@ -234,6 +246,11 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._commit(outcome)
         return outcome.loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the inner optimizer does; a backward before it no longer counts."""
+        super().zero_grad(set_to_none)
+        self._pending = None
+
     # ------------------------------------------------------------------ one selection
 
     def _select(
@@ -259,13 +276,14 @@ class SelectiveOptimizer(OptimizerWrapper):
             if plain_allowed and self._is_plain(losses, capture, members, marks):
                 return losses
             losses = checked_losses(losses, capture.count)
-            found = capture.differentiate(
-                losses,
-                scale=scale,
-                keep_graph=update == "graph",
-                checked=self._checked if self.self_check else None,
-                generator=self._generator("check"),
-            )
+            with _full_precision(losses):
+                found = capture.differentiate(
+                    losses,
+                    scale=scale,
+                    keep_graph=update == "graph",
+                    checked=self._checked if self.self_check else None,
+                    generator=self._generator("check"),
+                )
         finite, accepted = finite_candidates(found, losses)
         values = losses.detach().cpu()
         if not bool(accepted.all()):
@@ -277,17 +295,26 @@ class SelectiveOptimizer(OptimizerWrapper):
             gradients = {name: torch.full_like(members.parameters[name], torch.inf) for name in found}
         else:
             assert target is not None
-            selection = self._match(found, target, members, values, accepted, scale)
-            way = None if selection.skipped else usable_update(update, selection, members, closure)
+            with _full_precision(losses):
+                selection = self._match(found, target, members, values, accepted, scale)
+            ways = [] if selection.skipped else usable_updates(update, selection, members, closure)
+            way = None
+            for way in [*ways, None]:
+                if way is None:
+                    break
+                gradients = self._combine(way, selection, found, losses, members, closure, scale, capture.computed_in)
+                # Where nothing is captured, a candidate's infinite gradient shows only now. A scaler wants to see it.
+                if scale > 1.0 or all_finite(gradients.values()):
+                    break
+                gradients = {}
             selection = selection.applied_by(way)
-            if way is not None:
-                gradients = self._combine(way, selection, found, losses, members, closure, scale)
         return _Outcome(
             loss=selection.weighted_loss().to(losses.device),
             selection=selection,
             gradients=gradients,
             members=members,
-            target=target if self.target.remembers else None,
+            # The average of target gradients survives one that overflowed.
+            target=(self._kept_target if target is None else target) if self.target.remembers else None,
             captured=found,
         )
 
@@ -306,16 +333,25 @@ class SelectiveOptimizer(OptimizerWrapper):
             return Selection.nothing(losses, accepted)
         preconditioners = Preconditioners(self.optimizer)
         metrics = {self.metric, "preconditioned", *metrics_of(self.filter), *metrics_of(self.weight)}
-        problem = products(
-            scored,
-            target,
-            lambda name, reference: preconditioners(members.scored[name], members.groups[name], reference),
-            accepted,
-            shapes={name: parameter.shape for name, parameter in members.scored.items()},
-            metrics=[metric for metric in METRICS if metric in metrics],
-            scale=scale,
-            memory_limit=self.memory_limit,
-        )
+        while True:
+            problem = products(
+                scored,
+                target,
+                lambda name, reference: preconditioners(members.scored[name], members.groups[name], reference),
+                accepted,
+                shapes={name: parameter.shape for name, parameter in members.scored.items()},
+                metrics=[metric for metric in METRICS if metric in metrics],
+                scale=scale,
+                memory_limit=self.memory_limit,
+            )
+            measurable = torch.stack([one.gram.diagonal().isfinite() for one in problem.values()]).all(dim=0)
+            if bool(measurable.all()):
+                break
+            # Finite, but its square is not: as good as infinite.
+            accepted = accepted & measurable
+            if not bool(accepted.any()):
+                return Selection.nothing(losses, accepted)
+            scored = {name: [use.without(~accepted) for use in uses] for name, uses in scored.items()}
         return select(
             problem,
             losses,
@@ -336,9 +372,10 @@ class SelectiveOptimizer(OptimizerWrapper):
         members: Members,
         closure: Callable[..., Any],
         scale: float,
+        computed_in: Iterable[torch.dtype],
     ) -> Mapping[str, Tensor]:
         """The weighted gradient of every updated parameter that was reached, times ``scale``."""
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if way == "rerun" else _full_precision(losses):
             return combined_gradients(
                 way,
                 selection,
@@ -349,6 +386,7 @@ class SelectiveOptimizer(OptimizerWrapper):
                 closure,
                 scale=scale,
                 generator=self._generator("projection"),
+                computed_in=computed_in,
             )
 
     def _update(self, members: Members, layers: list[Owner]) -> str:
@@ -360,15 +398,14 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     def _is_plain(self, value: Any, capture: Capture, members: Members, before: Mapping[str, tuple[int, int]]) -> bool:
         """Whether the closure only wants the inner optimizer's step: it returned None, or ran its own backward."""
-        if value is None:
-            return True
         own = capture.own_backward_gradients()
-        if not is_scalar(value) or (not own and gradient_marks(members.parameters) == before):
+        ran_backward = bool(own) or gradient_marks(members.parameters) != before
+        if value is not None and not (is_scalar(value) and ran_backward):
             return False
         for name, gradient in own.items():
             parameter = members.parameters[name]
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        if not self._warned_own_backward:
+        if value is not None and not self._warned_own_backward:
             self._warned_own_backward = True
             warnings.warn(
                 "The closure ran its own backward and returned a scalar, so nothing is selected: SelectiveOptimizer is "
@@ -432,10 +469,15 @@ class SelectiveOptimizer(OptimizerWrapper):
         return {name: value for name, value in super().__getstate__().items() if name != "_target"}
 
 
+def _full_precision(losses: Tensor) -> AbstractContextManager[Any]:
+    """Out of an autocast region around the step: it is meant for the closure, not for our products."""
+    return torch.autocast(losses.device.type, enabled=False)
+
+
 def _refuse_more_than_one_process() -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise NotImplementedError(
-            f"Expected one process, got {distributed.get_world_size()}: each would select for itself, and the parameters "
-            "would drift apart. Select in a run of one process."
+            f"Expected one process, got {distributed.get_world_size()}: each would select for itself, and the "
+            "parameters would drift apart. Select in a run of one process."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from ftw_optim import Factors
 from ftw_optim._capture import Capture, plan
@@ -353,3 +356,164 @@ def test_embeddings_whose_gradients_are_not_plain_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(NotImplementedError, match=next(iter(options))):
         plan(nn.Sequential(nn.Embedding(3, 2, **options)), {"0.weight"})
+
+
+INPLACE = {
+    "relu": lambda hidden: torch.relu_(hidden),
+    "add": lambda hidden: hidden.add_(1.0),
+    "slice": lambda hidden: hidden[..., :2].mul_(2.0).sum() * 0 + hidden,
+}
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("change", INPLACE)
+@pytest.mark.parametrize("build", [lambda: nn.Linear(5, 4), lambda: nn.Linear(5, 4, bias=False), lambda: Conv1D(4, 5)])
+def test_operations_in_place_on_an_output_that_is_a_view(
+    build: Callable[[], nn.Module], change: str, attached: bool
+) -> None:
+    """The output of a Linear layer on three axes is a view of its matrix product, whose edge such operations move."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = build(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.last(INPLACE[change](self.first(x)))
+            return scores
+
+    model = seeded(Model).double()
+    x = torch.randn(3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), 3, attached=attached)
+
+
+def test_operations_in_place_on_positions_that_all_rows_share() -> None:
+    model = seeded(lambda: Positions("t")).double()
+    model.positions.register_forward_hook(lambda module, args, output: output.mul_(2.0))  # type: ignore[operator,union-attr]
+    x = torch.randn(3, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), 3)
+
+
+class Checkpointed(nn.Module):
+    """Its middle layer runs inside gradient checkpointing."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant, self.first, self.middle, self.last = reentrant, *(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(lambda h: torch.tanh(self.middle(h)), self.first(x), use_reentrant=self.reentrant)
+        scores: Tensor = self.last(hidden)
+        return scores
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_non_reentrant_checkpointing_is_captured(attached: bool) -> None:
+    model = seeded(lambda: Checkpointed(reentrant=False)).double()
+    x = torch.randn(3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), 3, attached=attached)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_reentrant_checkpointing_is_refused_also_where_it_would_hide_layers_in_silence(frozen: bool) -> None:
+    model = seeded(lambda: Checkpointed(reentrant=True)).double()
+    model.first.requires_grad_(not frozen)  # type: ignore[union-attr,operator]
+    x = torch.randn(3, 6, 4, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r"'middle' ran inside reentrant.*use_reentrant=False"):
+        captured(model, lambda: model(x).square().sum((1, 2)))
+
+
+def test_a_change_of_mode_is_checked_again() -> None:
+    """BatchNorm mixes rows in training alone."""
+    model = seeded(lambda: MixesRows("batch norm")).double()
+    x = torch.randn(4, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    checked: set[Any] = set()
+
+    def differentiate() -> None:
+        with Capture(model, plan(model, dict(model.named_parameters())), attached=False) as capture:
+            losses = model(x).square().sum((1, 2)) * torch.tensor([1.0, 3.0, 0.2, 2.0], dtype=torch.float64)
+            generator = torch.Generator().manual_seed(0)
+            capture.differentiate(losses, scale=1.0, keep_graph=False, checked=checked, generator=generator)
+
+    model.eval()
+    differentiate()
+    differentiate()
+    model.train()
+    with pytest.raises(RuntimeError, match="Self-check"):
+        differentiate()
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_parameters_with_hooks_of_their_own_are_not_captured(register: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    getattr(model[0].weight, register)(lambda *args: None)
+    with pytest.raises(NotImplementedError, match=r"0\.weight: a hook on the parameter"):
+        plan(model, {"0.weight"})
+    plan(model, {"0.bias"})
+
+
+@pytest.mark.parametrize(
+    ("sample_ids", "message"),
+    [
+        (torch.zeros(2, 6), "Expected sample_ids as int64"),
+        (torch.zeros(12, dtype=torch.int64), r"of shape \(12,\)"),
+        (torch.full((2, 6), -2), "Expected sample_ids from -1"),
+        (torch.full((2, 6), 3), r"Expected sample_ids from -1 .* to 2.* got 3 to 3"),
+        (torch.zeros(2, 5, dtype=torch.int64), "the grid of sample_ids"),
+    ],
+)
+def test_sample_ids_that_do_not_fit_are_refused(sample_ids: Tensor, message: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 2))
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        captured(model, lambda: model(torch.randn(2, 6, 4)).sum(-1).sum() * torch.ones(3), sample_ids=sample_ids)
+
+
+def test_other_calls_without_gradients_may_have_other_rows() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 4))).double()
+    x = torch.randn(3, 5, dtype=torch.float64)
+
+    def losses(rows: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            shift = model(torch.ones(7, 5, dtype=torch.float64)).mean()
+        values: Tensor = model(rows_of(x, rows)).sum(1) * shift
+        return values
+
+    check_every_candidate(model, losses, 3)
+
+
+def test_an_index_without_axes_is_refused() -> None:
+    class Tasked(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = x + self[0](torch.tensor(1))
+            return scores
+
+    model = Tasked(nn.Embedding(3, 4))
+    with pytest.raises(NotImplementedError, match=r"Expected layer '0'.*got shape \(\)"):
+        captured(model, lambda: model(torch.ones(2, 4)).sum(1))
+
+
+@pytest.mark.parametrize("build", [nn.PReLU, lambda: nn.utils.weight_norm(nn.Linear(3, 2))])
+def test_what_only_looks_like_a_known_layer_has_no_rule(build: Callable[[], nn.Module]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # weight_norm's old form
+        model = build()
+    names = {name for name, _ in model.named_parameters() if name != "bias"}
+    with pytest.raises(NotImplementedError, match=r"no rule for|does not know it"):
+        plan(model, names)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_autocast_is_within_its_own_rounding_of_float32(attached: bool) -> None:
+    case = language_model(seeded(lambda: SmallGPT(width=16)), 4)
+    exact = captured(case.model, case.losses, attached=attached)
+
+    def losses() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return case.losses()
+
+    found = captured(case.model, losses, attached=attached)
+    weights = torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for name, parameter in case.model.named_parameters():
+        one, other = (weighted_sum(factors[name], weights, parameter.shape) for factors in (exact, found))
+        assert one.dtype == other.dtype == torch.float32
+        assert (one - other).norm() <= 0.05 * one.norm()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ftw_optim import Factors, SelectiveOptimizer, coverage, register_layer
+from ftw_optim._factors import materialise
 from ftw_optim._layers import registry
 from tests.models import transformers_model
 from tests.test_capture import captured, check_every_candidate, rows_of
@@ -147,3 +148,46 @@ def test_layers_that_only_look_like_a_scale_norm_are_not_taken_for_one() -> None
 
     for layer in (Power(), Mixing(), Gate()):
         assert coverage(layer)["weight"].rule is None
+
+
+class Reads(nn.Module):
+    """Shares a Linear layer's weight, with a rule that gives whole gradients."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("first", ["linear", "reads"])
+def test_a_parameter_shared_by_rules_of_different_kinds_is_one_block(first: str) -> None:
+    register_layer(Reads)(lambda module, inputs, grad: {"weight": torch.einsum("nto,nti->noi", grad, inputs[0])})
+    linear = nn.Linear(4, 4, bias=False)
+    layers = [linear, nn.Tanh(), Reads(linear.weight)]
+    model = nn.Sequential(*(layers if first == "linear" else reversed(layers))).double()
+    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), 3)
+    uses = captured(model, lambda: model(x).square().sum((1, 2)))["0.weight"]
+    block = materialise(uses, 0, 4)
+    for row in range(3):
+        (expected,) = torch.autograd.grad(model(x[row : row + 1]).square().sum(), list(model.parameters()))
+        torch.testing.assert_close(block[row], expected)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_parameter_without_axes_may_have_a_rule() -> None:
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight
+
+    register_layer(Tempered)(lambda module, inputs, grad: {"weight": (grad * inputs[0]).sum((1, 2))})
+    model = nn.Sequential(nn.Linear(4, 4), Tempered()).double()
+    x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), 3)

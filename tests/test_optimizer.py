@@ -838,3 +838,167 @@ def _seed() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+
+
+# ---------------------------------------------------------------------- what goes wrong late
+
+
+def test_a_closure_with_its_own_backward_that_returns_none_keeps_its_gradients() -> None:
+    """As a closure of manual optimisation does."""
+    for update in UPDATES:
+        case, optimizer = build(update)
+        twin = copy.deepcopy(case.model)
+        bare = torch.optim.AdamW(twin.parameters(), lr=0.01)
+        bare.zero_grad()
+        case.losses_of(twin, case.candidates).mean().backward()
+        bare.step()
+        optimizer.step(lambda case=case: case.losses().mean().backward())
+        torch.testing.assert_close(list(case.model.parameters()), list(twin.parameters()))
+
+
+class LateInfinity(nn.Module):
+    """The gradient of a row whose first input is zero is infinite, in the first layer alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        away = torch.sqrt(hidden - hidden.detach() + (x[:, :1] != 0))
+        scores: Tensor = self.last(torch.tanh(hidden) + away)
+        return scores
+
+
+@pytest.mark.parametrize("accepts_rows", [True, False])
+def test_a_gradient_that_is_infinite_where_nothing_is_scored_is_never_applied(accepts_rows: bool) -> None:
+    model = seeded(LateInfinity).double()
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[2, 0] = 0.0
+
+    def losses(rows: Tensor | None = None) -> Tensor:
+        return model(x if rows is None else x[rows]).square().sum(1)
+
+    before = copy.deepcopy(list(model.parameters()))
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        lambda: model(x[:1]).square().sum(1),
+        filter=GreedyFilter(keep=1),
+        scored=lambda name, p: name.startswith("last"),
+        update="graph",
+    )
+    optimizer.step(losses if accepts_rows else lambda: losses())
+    selection = optimizer.selection
+    assert selection is not None
+    assert 2 not in selection.kept.tolist()
+    assert selection.update == ("rerun" if accepts_rows else "skipped")
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert accepts_rows != torch.equal(next(model.parameters()), before[0])
+
+
+def test_a_gradient_whose_square_is_not_finite_is_rejected() -> None:
+    case = mlp(torch.float32, 6)
+    factor = torch.ones(6)
+    factor[3] = 1e25
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(case.model.parameters(), lr=0.1), case.model, case.target_losses, metric="euclidean"
+    )
+    optimizer.step(lambda: factor * case.losses())
+    assert optimizer.selection is not None
+    assert optimizer.selection.rejected.tolist() == [3]
+    assert not optimizer.selection.skipped
+
+
+def test_an_inner_step_that_raises_leaves_gradients_and_counters_as_they_were(unchanged: Callable[..., None]) -> None:
+    case, optimizer = build()
+
+    def refuse(*args: Any) -> None:
+        raise ArithmeticError("by the user's hook")
+
+    def failing() -> None:
+        handle = optimizer.optimizer.register_step_pre_hook(refuse)
+        with pytest.raises(ArithmeticError, match="by the user's hook"):
+            optimizer.step(case.losses)
+        handle.remove()
+
+    unchanged(case, optimizer, failing)
+
+
+def test_the_first_backward_may_overflow() -> None:
+    """As that of every fresh GradScaler does; the self-check waits for numbers it can compare."""
+    case = mlp(torch.float32, 6)
+    optimizer = SelectiveOptimizer(torch.optim.SGD(case.model.parameters(), lr=0.1), case.model, case.target_losses)
+    optimizer.backward(lambda: 1e36 * case.losses(), grad_scale=2.0**16)
+    assert not next(case.model.parameters()).grad.isfinite().all()  # type: ignore[union-attr]
+    assert not optimizer._checked
+    optimizer.zero_grad()
+    optimizer.backward(case.losses)
+    assert optimizer._checked
+
+
+def test_a_new_target_is_evaluated_at_once() -> None:
+    case, optimizer = build()
+    optimizer.target = TargetGradient(case.target_losses, refresh_every=100)
+    optimizer.backward(case.losses)
+    calls: list[int] = []
+    optimizer.target = TargetGradient(counted_target(case, calls), refresh_every=100)
+    optimizer.backward(case.losses)
+    assert len(calls) == 1
+
+
+def test_clearing_gradients_forgets_backwards_that_were_never_stepped() -> None:
+    case, optimizer = build()
+    for tensor in case.candidates.values():
+        tensor[:] = tensor[:1].clone()
+    optimizer.target = case.losses
+    optimizer.step(case.losses)
+    optimizer.backward(case.losses)  # a scaler may skip its step
+    optimizer.zero_grad()
+    optimizer.target = lambda: -case.losses()  # type: ignore[assignment]
+    before = copy.deepcopy(list(case.model.parameters()))
+    optimizer.backward(case.losses)
+    optimizer.step()
+    torch.testing.assert_close(list(case.model.parameters()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_autocast_around_the_whole_step_stays_out_of_our_products(update: str) -> None:
+    results = []
+    for whole in (False, True):
+        case = language_model(seeded(SmallGPT), 4)
+        inner = torch.optim.SGD(case.model.parameters(), lr=0.1)
+        inside, outside = (torch.autocast("cpu", torch.bfloat16, enabled=on) for on in (True, whole))
+
+        def cast(losses: Callable[[], Tensor], context: Any = inside) -> Tensor:
+            with context:
+                return losses()
+
+        optimizer = SelectiveOptimizer(inner, case.model, lambda c=case: cast(c.target_losses), update=update)
+        with outside:
+            for _ in range(3):
+                optimizer.step(lambda c=case: cast(c.losses))
+        assert optimizer.selection is not None
+        results.append((optimizer.selection.gram, [*case.model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("update", UPDATES)
+def test_half_precision_parameters_are_not_mistaken_for_uses_outside(update: str, dtype: torch.dtype) -> None:
+    for seed in range(8):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = nn.Sequential(
+                nn.Embedding(20, 16), nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 20)
+            ).to(dtype)
+            ids, labels = torch.randint(20, (2, 8, 64))
+
+        def losses(model: nn.Module = model, ids: Tensor = ids, labels: Tensor = labels) -> Tensor:
+            return functional.cross_entropy(model(ids).float().mT, labels, reduction="none").mean(1)
+
+        optimizer = SelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model, losses, update=update)
+        for _ in range(3):
+            optimizer.step(losses)
+        assert optimizer.selection is not None
+        assert optimizer.selection.gram.dtype == torch.float32

@@ -147,10 +147,16 @@ def table(found: list[Owner], parameters: Mapping[str, torch.Tensor]) -> Coverag
     reasons: dict[str, str] = {}
     for owner in found:
         for local, name in owner.parameters.items():
+            place = ".".join(filter(None, (owner.name, local)))
             if isinstance(owner.rule, str):
-                reasons.setdefault(name, f"{owner.rule} ({'.'.join(filter(None, (owner.name, local)))})")
+                reasons.setdefault(name, f"{owner.rule} ({place})")
+            elif owner.rule.parameters is not None and local not in owner.rule.parameters:
+                reasons.setdefault(name, f"the rule {owner.rule.name} does not know it ({place})")
             else:
                 rules.setdefault(name, []).append(owner.rule.name)
+    for name, parameter in parameters.items():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            reasons.setdefault(name, "a hook on the parameter changes or reads its gradient, which capture bypasses")
     return Coverage(
         tuple(
             Covered(

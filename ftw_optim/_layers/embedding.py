@@ -28,7 +28,7 @@ def _refuses(module: nn.Module) -> str | None:
     return None
 
 
-@register_layer(nn.Embedding, refuses=_refuses)
+@register_layer(nn.Embedding, parameters=["weight"], refuses=_refuses)
 def embedding(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
     """``y[t] = W[ids[t]]``: row ``ids[t]`` of the gradient receives ``output_grad[t]``; the padding row nothing."""
     assert isinstance(module, nn.Embedding)
@@ -51,7 +51,7 @@ def scaled_embedding(module: nn.Module) -> LayerRule | None:
     try:
         scale = _scale(module)
         ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)[None]
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng([]):
             output = module.forward(ids)
         torch.testing.assert_close(output, module.weight.detach()[ids] * scale)
     except (

@@ -10,7 +10,7 @@ from ftw_optim._factors import Factors
 from ftw_optim._layers.registry import by_position, register_layer
 
 
-@register_layer(nn.Linear)
+@register_layer(nn.Linear, parameters=["weight", "bias"])
 def linear(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
     """``y = x W' + b``: the weight's gradient is ``sum_t outer(output_grad[t], x[t])``."""
     output_grads = by_position(output_grad)
@@ -20,7 +20,7 @@ def linear(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> d
     }
 
 
-@register_layer("transformers.pytorch_utils.Conv1D")
+@register_layer("transformers.pytorch_utils.Conv1D", parameters=["weight", "bias"])
 def transposed_linear(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
     """``y = x W + b``, the weight stored as ``(d_in, d_out)``: the factors change places."""
     output_grads = by_position(output_grad)
@@ -28,3 +28,12 @@ def transposed_linear(module: nn.Module, inputs: tuple[Any, ...], output_grad: T
         "weight": Factors(left=by_position(inputs[0]), right=output_grads),
         "bias": Factors(left=output_grads),
     }
+
+
+@register_layer(
+    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
+    refuses=lambda module: "MultiheadAttention reads its output projection's weight without calling the layer",
+)
+def never_called(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
+    """The output projection of ``nn.MultiheadAttention``."""
+    return linear(module, inputs, output_grad)

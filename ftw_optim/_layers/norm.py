@@ -19,7 +19,7 @@ def _summed(values: Tensor, parameter_shape: torch.Size) -> Factors:
     return Factors(left=values.unsqueeze(1) if values.ndim == 2 else values.flatten(1, -2))
 
 
-@register_layer(nn.LayerNorm)
+@register_layer(nn.LayerNorm, parameters=["weight", "bias"])
 def layer_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
     """``y = weight * normalised(x) + bias``."""
     assert isinstance(module, nn.LayerNorm)
@@ -35,14 +35,16 @@ def scale_norm(module: nn.Module) -> LayerRule | None:
     Known by what it does: at three weights, on a random input, the output is linear in the weight, entry by entry.
     """
     weight = own_parameters(module).get("weight")
-    if weight is None or len(own_parameters(module)) != 1 or next(module.children(), None) is not None:
+    if weight is None or len(own_parameters(module)) != 1:
         return None
-    if not 0 < weight.numel() <= 2**20:  # the probe runs on six times as many numbers
+    if any(True for _ in module.children()) or any(True for _ in module.buffers()):
+        return None  # running it would run others, or change what it remembers
+    if weight.ndim == 0 or not 1 < weight.numel() <= 2**20:  # the probe runs on six times as many numbers
         return None
     generator = torch.Generator().manual_seed(0)
     x, other = (torch.randn(*shape, generator=generator).to(weight) for shape in ((2, 3, *weight.shape), weight.shape))
     try:
-        with torch.no_grad(), swapped(module, {"weight": other}):
+        with torch.no_grad(), torch.random.fork_rng([]), swapped(module, {"weight": other}):
             output = module.forward(x)
         if output.shape != x.shape:
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, final
@@ -25,11 +25,13 @@ class LayerRule:
         name: shown in coverage tables.
         function: ``(module, inputs, output_grad) -> {parameter name: Factors or per-candidate gradients}``.
         refuses: ``module -> reason``, or None where the rule is exact.
+        parameters: local names of those it knows; None: all that the module owns directly.
     """
 
     name: str
     function: LayerFunction
     refuses: Callable[[nn.Module], str | None] = lambda module: None
+    parameters: Collection[str] | None = None
 
 
 _RULES: dict[str, LayerRule] = {}
@@ -40,6 +42,7 @@ def register_layer(
     cls: type[nn.Module] | str,
     *,
     name: str | None = None,
+    parameters: Collection[str] | None = None,
     refuses: Callable[[nn.Module], str | None] | None = None,
 ) -> Callable[[Function], Function]:
     """Register the rule of a layer class.
@@ -52,6 +55,7 @@ def register_layer(
     Args:
         cls: the class, or its full dotted name where importing it would be a dependency.
         name: shown in coverage tables; the class name by default.
+        parameters: local names of those the rule knows; by default all that the module owns directly.
         refuses: called with a module before anything runs; returns why the rule is not exact for it, or None.
 
     Returns:
@@ -60,7 +64,7 @@ def register_layer(
     key = cls if isinstance(cls, str) else _dotted(cls)
 
     def register(function: Function) -> Function:
-        rule = LayerRule(name or key.rpartition(".")[2], function, refuses or (lambda module: None))
+        rule = LayerRule(name or key.rpartition(".")[2], function, refuses or (lambda module: None), parameters)
         _RULES[key] = rule
         return function
 
