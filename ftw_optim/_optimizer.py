@@ -297,17 +297,9 @@ class SelectiveOptimizer(OptimizerWrapper):
             assert target is not None
             with _full_precision(losses):
                 selection = self._match(found, target, members, values, accepted, scale)
-            ways = [] if selection.skipped else usable_updates(update, selection, members, closure)
-            way = None
-            for way in [*ways, None]:
-                if way is None:
-                    break
-                gradients = self._combine(way, selection, found, losses, members, closure, scale, capture.computed_in)
-                # Where nothing is captured, a candidate's infinite gradient shows only now. A scaler wants to see it.
-                if scale > 1.0 or all_finite(gradients.values()):
-                    break
-                gradients = {}
-            selection = selection.applied_by(way)
+            selection, gradients = self._combine(
+                update, selection, found, losses, members, closure, scale, capture.computed_in
+            )
         return _Outcome(
             loss=selection.weighted_loss().to(losses.device),
             selection=selection,
@@ -365,7 +357,7 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     def _combine(
         self,
-        way: str,
+        update: str,
         selection: Selection,
         found: Mapping[str, list[Factors]],
         losses: Tensor,
@@ -373,21 +365,26 @@ class SelectiveOptimizer(OptimizerWrapper):
         closure: Callable[..., Any],
         scale: float,
         computed_in: Iterable[torch.dtype],
-    ) -> Mapping[str, Tensor]:
-        """The weighted gradient of every updated parameter that was reached, times ``scale``."""
-        with torch.enable_grad(), nullcontext() if way == "rerun" else _full_precision(losses):
-            return combined_gradients(
-                way,
-                selection,
-                found,
-                losses,
-                members,
-                self.model,
-                closure,
-                scale=scale,
-                generator=self._generator("projection"),
-                computed_in=computed_in,
-            )
+    ) -> tuple[Selection, Mapping[str, Tensor]]:
+        """The weighted gradient of every updated parameter that was reached, times ``scale``, and how it was formed."""
+        for way in [] if selection.skipped else usable_updates(update, selection, members, closure):
+            with torch.enable_grad(), nullcontext() if way == "rerun" else _full_precision(losses):
+                gradients = combined_gradients(
+                    way,
+                    selection,
+                    found,
+                    losses,
+                    members,
+                    self.model,
+                    closure,
+                    scale=scale,
+                    generator=self._generator("projection"),
+                    computed_in=computed_in,
+                )
+            # Where nothing is captured, a candidate's infinite gradient shows only now. A scaler wants to see it.
+            if scale > 1.0 or all_finite(gradients.values()):
+                return selection.applied_by(way), gradients
+        return selection.applied_by(None), {}
 
     def _update(self, members: Members, layers: list[Owner]) -> str:
         """The way of this step."""
