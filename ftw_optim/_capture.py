@@ -2,82 +2,46 @@
 
 Every layer that owns a captured parameter is hooked. While it runs, a stand-in that shares the parameter's memory
 takes its place (``attached=False``), so that the backward pass forms no weight gradient and a gradient that still
-reaches the parameter itself betrays a use outside the layer. Its inputs and the gradient edge of its output are
-kept; ``torch.autograd.grad`` then gives all output gradients at once, and never touches ``.grad``.
+reaches the parameter itself betrays a use outside the layer. Its inputs and the gradient edges of its outputs are
+kept; a backward pass to these edges (:mod:`ftw_optim._passes`) then gives all output gradients at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from enum import Enum, auto
 from types import TracebackType
-from typing import Any, NoReturn, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from ftw_optim._checks import WAYS_OUT, refuse_uses_outside, verify_weighted_sums
-from ftw_optim._factors import Factors, PositionMap, finite_candidates
-from ftw_optim._layers.coverage import Covered, Owner, owners, table
-from ftw_optim._layers.registry import LayerRule
+from ftw_optim._factors import Factors, finite_candidates
+from ftw_optim._layers.calls import Call, autocast_dtype, detached, random_state
+from ftw_optim._layers.owners import Owner, parameter_at
+from ftw_optim._layers.registry import LayerRule, exchange
+from ftw_optim._layouts import Grid
+from ftw_optim._passes import REENTRANT, by_edges, gradients_set_aside, has_node, summed, take_from_node
+from ftw_optim._plan import CapturePlan
+from ftw_optim._uses import Use, factors_of, record
 
 
-@final
-@dataclass(frozen=True, kw_only=True)
-class CapturePlan:
-    """What is captured: parameters by name, and the layers that own them."""
+class _Phase(Enum):
+    """What the hooks do."""
 
-    parameters: Mapping[str, nn.Parameter]
-    owners: tuple[Owner, ...]
-
-
-def uncovered(model_owners: Iterable[Owner], names: Iterable[str], model: nn.Module) -> list[Covered]:
-    """Those of the named parameters that no rule captures."""
-    wanted = set(names)
-    rows = table(list(model_owners), dict(model.named_parameters()))
-    return [row for row in rows if row.name in wanted and row.rule is None]
-
-
-def plan(model: nn.Module, names: Iterable[str], model_owners: list[Owner] | None = None) -> CapturePlan:
-    """The plan that captures the named parameters.
-
-    Raises:
-        NotImplementedError: a parameter that no rule captures.
-    """
-    names = set(names)
-    found = owners(model) if model_owners is None else model_owners
-    missing = uncovered(found, names, model)
-    if missing:
-        listed = "; ".join(f"{row.name}: {row.reason or 'no layer owns it'}" for row in missing[:5])
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise NotImplementedError(
-            f"Expected a layer rule for every parameter to capture, but there is none for {listed}{more}. {WAYS_OUT}"
-        )
-    kept = []
-    for owner in found:
-        own = {local: name for local, name in owner.parameters.items() if name in names}
-        if own:
-            kept.append(replace(owner, parameters=own))
-    parameters = {name: parameter for name, parameter in model.named_parameters() if name in names}
-    return CapturePlan(parameters=parameters, owners=tuple(kept))
-
-
-@final
-@dataclass(kw_only=True, eq=False)
-class _Use:
-    """One call of a captured layer."""
-
-    owner: Owner
-    inputs: tuple[Any, ...]
-    versions: tuple[int | None, ...]
-    edge: GradientEdge
-    shape: torch.Size
-    stand_ins: dict[str, Tensor]
-    reading: str
-    """Which axis of the inputs was read as the candidate's."""
+    FORWARD = auto()
+    """The closure runs: every call of a captured layer is recorded."""
+    BACKWARD = auto()
+    """A plain backward pass runs: calls inside reentrant checkpoints are recorded, without weight gradients."""
+    CHECK = auto()
+    """Another one runs, to the parameters: stand-ins inside reentrant checkpoints collect their gradients."""
+    REST = auto()
 
 
 @final
@@ -100,22 +64,28 @@ class Capture:
                 f"{sample_ids.dtype} of shape {tuple(sample_ids.shape)}."
             )
         self._model, self._plan, self._attached = model, plan, attached
-        self._sample_ids = sample_ids
-        self._grid: torch.Size | None = None
-        self._uses: list[_Use] = []
-        self._standing: dict[nn.Module, list[dict[str, nn.Parameter | None]]] = {}
+        self._grid = Grid(n=None, positions=None, sample_ids=sample_ids)
+        self._uses: list[Use] = []
+        self._standing: dict[int, list[tuple[Owner, dict[str, Any]]]] = {}
+        self._collecting: list[tuple[str, Tensor]] = []
         self._handles: list[RemovableHandle] = []
-        self._recording = False
+        self._phase = _Phase.REST
         self._modes = hash(tuple(module.training for module in model.modules()))
         self._without_grad: set[str] = set()
+        self._expanded: set[str] = set()
         self._computed_in: set[torch.dtype] = set()
+        self._stance = ExitStack()
+        self._reentrant = False
 
     def __enter__(self) -> Capture:
-        self._recording = True
+        if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and importing it would take a second
+            # A compiled graph calls no hooks; for this pass its eager original runs in its place.
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._phase = _Phase.FORWARD
         self._handles.append(self._model.register_forward_pre_hook(self._read_grid, with_kwargs=True))
-        for owner in self._plan.owners:
-            before, after = self._hooks(owner)
-            self._handles.append(owner.module.register_forward_pre_hook(before))
+        for number, owner in enumerate(self._plan.owners):
+            before, after = self._hooks(number, owner)
+            self._handles.append(owner.module.register_forward_pre_hook(before, with_kwargs=True))
             # First of the forward hooks: it must see the output before any other hook changes it.
             self._handles.append(
                 owner.module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True)
@@ -125,18 +95,25 @@ class Capture:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._recording = False
+        in_closure, self._phase = self._phase is _Phase.FORWARD, _Phase.REST
+        self._stance.close()
         for handle in self._handles:
             handle.remove()
-        for module in list(self._standing):
-            while self._standing.get(module):
-                self._restore(module)
+        for number in self._standing:
+            while self._standing[number]:
+                self._restore(number)
         self._uses.clear()  # frees the graph and the factors
+        self._collecting.clear()
+        if in_closure and self._expanded and isinstance(error, RuntimeError | IndexError | ValueError):
+            error.add_note(
+                f"The output of {', '.join(sorted(self._expanded)[:5])} is the same for all candidates and was "
+                f"expanded to one row for each. If the model cannot take that: {WAYS_OUT}"
+            )
 
     @property
     def count(self) -> int | None:
         """The number of candidates the model saw; None where only ``sample_ids`` or the losses tell."""
-        return None if self._grid is None or self._sample_ids is not None else self._grid[0]
+        return None if self._grid.sample_ids is not None else self._grid.n
 
     @property
     def computed_in(self) -> set[torch.dtype]:
@@ -145,13 +122,7 @@ class Capture:
 
     def own_backward_gradients(self) -> dict[str, Tensor]:
         """What a closure that ran its own backward left at the stand-ins, by parameter name."""
-        found: dict[str, Tensor] = {}
-        for use in self._uses:
-            for local, stand_in in use.stand_ins.items():
-                if stand_in.grad is not None:
-                    name = use.owner.parameters[local]
-                    found[name] = found[name] + stand_in.grad if name in found else stand_in.grad
-        return found
+        return summed(self._left_at_stand_ins())
 
     def differentiate(
         self,
@@ -172,35 +143,162 @@ class Capture:
             generator: for the self-check's weights.
 
         Raises:
+            NotImplementedError: the candidates of a layer cannot be told apart, or it cannot be run again.
             RuntimeError: nothing was captured, an input was changed in place after its layer had read it, a captured
                 parameter was used outside its layer, or the self-check failed.
         """
-        self._recording = False
-        if self._sample_ids is not None and self._sample_ids.numel():
-            least, most = int(self._sample_ids.min()), int(self._sample_ids.max())
-            if least < -1 or most >= len(losses):
-                raise ValueError(
-                    f"Expected sample_ids from -1 (none) to {len(losses) - 1}, one less than the number of losses, got "
-                    f"{least} to {most}."
-                )
+        self._phase = _Phase.REST
+        self._check_sample_ids(len(losses))
         finite = losses.isfinite()
         total = torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
-        self._refuse_reentrant_checkpointing(losses)
-        due = checked is not None and any(self._key(use) not in checked for use in self._uses)
-        edges: list[Any] = [use.edge for use in self._uses]
-        outside: dict[str, Any] = {} if self._attached else dict(self._plan.parameters)
-        gradients: tuple[Tensor | None, ...] = ()
-        if edges or outside:
-            gradients = torch.autograd.grad(
-                total, [*edges, *outside.values()], allow_unused=True, retain_graph=keep_graph or due
+        self._reentrant = has_node(losses, REENTRANT)
+        due = checked is not None and (self._reentrant or any(self._key(use) not in checked for use in self._uses))
+        outside = {} if self._attached else self._plan.parameters
+        if self._reentrant:
+            beside = self._plain_pass(total, outside, keep_graph=keep_graph or due)
+        else:
+            beside = by_edges(total, self._uses, outside, keep_graph=keep_graph or due)
+        refuse_uses_outside(beside)
+        found = self._collect(len(losses))
+        due = due and any(self._key(use) not in checked for use in self._uses)  # type: ignore[operator]
+        # Of what is not finite nothing can be compared: then the check waits for the next step.
+        if due and bool(finite_candidates(found, losses).all()):
+            assert checked is not None
+            # Far apart: rows that are mixed up show by what their weights differ in.
+            weights = 2 * torch.rand(len(losses), generator=generator, dtype=torch.float64)
+            gradients = self._parameter_gradients((weights.to(losses) * losses * scale).sum(), keep_graph=keep_graph)
+            verify_weighted_sums(found, gradients, weights, self._layers(), computed_in=self.computed_in)
+            checked.update(map(self._key, self._uses))
+        return found
+
+    # ------------------------------------------------------------------ while the closure runs
+
+    def _read_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._phase is not _Phase.FORWARD or not torch.is_grad_enabled():
+            return
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.ndim > 0:
+                n, positions = leaf.shape[0], leaf.shape[1] if leaf.ndim > 1 else None
+                if self._grid.n is not None and n != self._grid.n:
+                    raise ValueError(
+                        f"The closure called the model on {self._grid.n} and then on {n} rows; expected all "
+                        "candidates in one call, or each call over all of them."
+                    )
+                self._grid = replace(self._grid, n=n, positions=positions)
+                return
+
+    def _hooks(self, number: int, owner: Owner) -> tuple[Any, Any]:
+        replays = owner.rule is None or (isinstance(owner.rule, LayerRule) and owner.rule.replays)
+        random: list[dict[torch.device, Tensor]] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if replays:
+                random.append(random_state(module))
+            inside = owner.name in self._without_grad  # of a reentrant checkpoint, which runs it again
+            if self._attached and not (self._phase is _Phase.BACKWARD and inside):
+                return
+            # Inside, no weight gradient is wanted; but without any, the output would have no graph at all.
+            flows = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
+            wanted = not (self._phase is _Phase.BACKWARD and inside and flows)
+            stand_ins = {
+                local: own.detach().requires_grad_(wanted)
+                for local in owner.parameters
+                if (own := parameter_at(module, local)) is not None
+            }
+            self._standing.setdefault(number, []).append((owner, exchange(module, stand_ins)))
+            if self._phase is _Phase.CHECK and inside:
+                self._collecting += [(owner.parameters[local], tensor) for local, tensor in stand_ins.items()]
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            stand_ins = self._restore(number)
+            state = random.pop() if random else None
+            inside = owner.name in self._without_grad
+            if output is None or not (self._phase is _Phase.FORWARD or (self._phase is _Phase.BACKWARD and inside)):
+                return None
+            if not torch.is_grad_enabled():
+                self._without_grad.add(owner.name)
+                return None
+            drew = state is not None and any(
+                not torch.equal(one, state[device]) for device, one in random_state(module).items()
             )
-        beside = zip(outside, gradients[len(edges) :], strict=True)
-        refuse_uses_outside([name for name, gradient in beside if gradient is not None])
+            call = Call(
+                module=module,
+                args=detached(args),
+                kwargs=detached(kwargs),
+                random=state,
+                drew=drew,
+                autocast=autocast_dtype(module),
+            )
+            phase, self._phase = self._phase, _Phase.REST  # recording may run the module
+            try:
+                use, changed = record(owner, call, output, self._grid, stand_ins)
+            finally:
+                self._phase = phase
+            if use is not None:
+                self._uses.append(use)
+                self._computed_in.add(use.computed_in)
+                if use.expands:
+                    self._expanded.add(owner.name)
+                if phase is _Phase.BACKWARD:
+                    self._handles += map(take_from_node, use.returned)
+            return changed
+
+        return before, after
+
+    def _restore(self, number: int) -> dict[str, Tensor]:
+        """Put the parameters of an owner back; returns the stand-ins."""
+        if not self._standing.get(number):
+            return {}
+        owner, parameters = self._standing[number].pop()
+        return exchange(owner.module, parameters)
+
+    # ------------------------------------------------------------------ after it
+
+    def _plain_pass(self, total: Tensor, outside: Mapping[str, nn.Parameter], *, keep_graph: bool) -> list[str]:
+        """Fill in all output gradients by a plain backward; returns which parameters outside it reached."""
+        self._handles += [take_from_node(one) for use in self._uses for one in use.returned]
+        with self._plain_backward(total, _Phase.BACKWARD, keep_graph=keep_graph):
+            return [name for name, parameter in outside.items() if parameter.grad is not None]
+
+    @contextmanager
+    def _plain_backward(self, total: Tensor, phase: _Phase, *, keep_graph: bool) -> Iterator[None]:
+        """A block in which ``.grad`` holds what a plain backward gives; afterwards it is as before."""
+        with gradients_set_aside(self._model):
+            self._phase = phase
+            try:
+                total.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
+            finally:
+                self._phase = _Phase.REST
+            yield
+
+    def _parameter_gradients(self, total: Tensor, *, keep_graph: bool) -> dict[str, Tensor]:
+        """Autograd's gradients of ``total`` by the captured parameters, through the layers that own them."""
+        if self._reentrant:
+            for use in self._uses:
+                for stand_in in use.stand_ins.values():
+                    stand_in.grad = None  # left by the pass before
+            with self._plain_backward(total, _Phase.CHECK, keep_graph=keep_graph):
+                if self._attached:
+                    return {n: p.grad for n, p in self._plan.parameters.items() if p.grad is not None}
+                return summed(self._left_at_stand_ins())
+        sources: dict[str, list[Tensor]] = {name: [] for name in self._plan.parameters}
+        if self._attached:
+            sources = {name: [parameter] for name, parameter in self._plan.parameters.items()}
+        else:
+            for use in self._uses:
+                for local, name in use.owner.parameters.items():
+                    sources[name].append(use.stand_ins[local])
+        flat = [tensor for tensors in sources.values() for tensor in tensors]
+        gradients = iter(torch.autograd.grad(total, flat, allow_unused=True, retain_graph=keep_graph))
+        return summed({name: [next(gradients) for _ in tensors] for name, tensors in sources.items()})
+
+    def _collect(self, count: int) -> dict[str, list[Factors]]:
+        """The factors of all uses that a gradient reached, by parameter name."""
         found: dict[str, list[Factors]] = {}
-        for use, gradient in zip(self._uses, gradients, strict=False):
-            if gradient is None:
+        for use in self._uses:
+            if not use.reached:
                 continue
-            for name, factors in self._factors(use, gradient.reshape(use.shape), len(losses)).items():
+            for name, factors in factors_of(use, self._plan.parameters, count, self._grid.sample_ids).items():
                 uses = found.setdefault(name, [])
                 if uses and (uses[0].rows, uses[0].columns) != (factors.rows, factors.columns):
                     raise RuntimeError(
@@ -211,242 +309,39 @@ class Capture:
         if not found:
             raise RuntimeError(
                 "Expected the losses to depend on a captured parameter, but none was reached. Compute the losses "
-                "with the model that was given to SelectiveOptimizer, with its layers called as modules; compiled "
-                "models are not supported yet."
+                "with the model that was given to SelectiveOptimizer, with its layers called as modules (an exported "
+                "graph, or one compiled ahead of time, calls none)."
             )
-        # Of what is not finite nothing can be compared: then the check waits for the next step.
-        if due and bool(finite_candidates(found, losses).all()):
-            assert checked is not None
-            sources, layers = self._sources()
-            verify_weighted_sums(
-                losses * scale,
-                found,
-                sources,
-                layers,
-                keep_graph=keep_graph,
-                generator=generator,
-                computed_in=self._computed_in,
-            )
-            checked.update(map(self._key, self._uses))
         return found
 
-    # ------------------------------------------------------------------ while the closure runs
+    def _left_at_stand_ins(self) -> dict[str, list[Tensor | None]]:
+        """What backward passes left at the stand-ins."""
+        parts: dict[str, list[Tensor | None]] = {}
+        for use in self._uses:
+            for local, stand_in in use.stand_ins.items():
+                parts.setdefault(use.owner.parameters[local], []).append(stand_in.grad)
+        for name, stand_in in self._collecting:
+            parts.setdefault(name, []).append(stand_in.grad)
+        return parts
 
-    def _read_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._recording or not torch.is_grad_enabled():
-            return
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.ndim > 0:
-                grid = leaf.shape[:2]
-                if self._grid is not None and grid[0] != self._grid[0]:
-                    raise ValueError(
-                        f"The closure called the model on {self._grid[0]} and then on {grid[0]} rows; expected all "
-                        "candidates in one call, or each call over all of them."
-                    )
-                self._grid = grid
-                return
-
-    def _hooks(self, owner: Owner) -> tuple[Any, Any]:
-        def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not self._attached:
-                stand_ins = {
-                    local: own.detach().requires_grad_()
-                    for local in owner.parameters
-                    if (own := module._parameters[local]) is not None
-                }
-                self._standing.setdefault(module, []).append({local: module._parameters[local] for local in stand_ins})
-                module._parameters.update(stand_ins)  # type: ignore[arg-type]
-
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            stand_ins = self._restore(module)
-            if not self._recording or output is None:
-                return None
-            if not torch.is_grad_enabled():
-                self._without_grad.add(owner.name)
-                return None
-            return self._record(owner, (*args, *kwargs.values()), output, stand_ins)
-
-        return before, after
-
-    def _restore(self, module: nn.Module) -> dict[str, Tensor]:
-        """Put the parameters back; returns the stand-ins."""
-        if not self._standing.get(module):
-            return {}
-        parameters = self._standing[module].pop()
-        stand_ins = {local: module._parameters[local] for local in parameters}
-        module._parameters.update(parameters)
-        return {local: tensor for local, tensor in stand_ins.items() if tensor is not None}
-
-    def _record(
-        self, owner: Owner, inputs: tuple[Any, ...], output: Any, stand_ins: dict[str, Tensor]
-    ) -> Tensor | None:
-        if not isinstance(output, Tensor) or not inputs or not isinstance(inputs[0], Tensor):
-            raise NotImplementedError(
-                f"Expected layer {owner.name!r} to take a tensor first and return one, got "
-                f"{[type(value).__name__ for value in inputs]} to {type(output).__name__}. {WAYS_OUT}"
-            )
-        if not output.requires_grad:
-            return None
-        reading, rows = self._reading(owner, inputs[0])
-        changed = None
-        detached = tuple(value.detach() if isinstance(value, Tensor) else value for value in inputs)
-        if rows is not None:  # autograd sums over rows before a gradient arrives, unless they are made here
-            missing = reading != "one row for all"
-            wide = (output[None] if missing else output).expand(rows, *output.shape[not missing :])
-            output = changed = wide.clone()  # of its own memory: the model may go on in place
-            first = detached[0][None] if missing else detached[0]
-            detached = (first.expand(rows, *first.shape[1:]), *detached[1:])
-        edge, copied = _edge(output)
-        changed = copied if changed is None else changed
-        device = output.device.type
-        self._computed_in.add(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype)
-        self._uses.append(
-            _Use(
-                owner=owner,
-                inputs=detached,
-                versions=tuple(_version(value) for value in detached),
-                edge=edge,
-                shape=output.shape,
-                stand_ins=stand_ins,
-                reading=reading,
-            )
-        )
-        return changed
-
-    def _reading(self, owner: Owner, x: Tensor) -> tuple[str, int | None]:
-        """Which axis of ``x`` is the candidate's, and how many rows to expand it to, if it has none."""
-        if self._sample_ids is not None:
-            if x.shape[:2] != self._sample_ids.shape:
-                self._refuse_layout(owner, x, f"the grid of sample_ids, {tuple(self._sample_ids.shape)}, first")
-            return "sample_ids", None
-        if self._grid is None:  # the closure calls a part of the model: the losses will tell
-            return "rows", None
-        n, positions = self._grid[0], self._grid[1] if len(self._grid) > 1 else None
-        index = not x.is_floating_point()
-        if x.ndim == 0:
-            self._refuse_layout(owner, x, f"the {n} candidates first")
-        if index and x.ndim == 1 and x.shape[0] == positions:
-            return "positions", n
-        if x.ndim > 1 or index:
-            if x.shape[0] == n:
-                return "rows", None
-            if x.shape[0] == 1 and x.ndim > 1:
-                return "one row for all", n
-        self._refuse_layout(owner, x, f"the {n} candidates (or 1, for all of them) first")
-        return None
-
-    @staticmethod
-    def _refuse_layout(owner: Owner, x: Tensor, expected: str) -> NoReturn:
-        raise NotImplementedError(
-            f"Expected layer {owner.name!r} to take inputs with {expected}, got shape {tuple(x.shape)}: which "
-            f"candidate a position belongs to is not known. {WAYS_OUT}"
-        )
-
-    # ------------------------------------------------------------------ after the backward pass
-
-    def _factors(self, use: _Use, output_grad: Tensor, count: int) -> dict[str, Factors]:
-        if use.versions != tuple(_version(value) for value in use.inputs):
-            raise RuntimeError(
-                f"An input of layer {use.owner.name!r} was changed in place after the layer had read it, so its "
-                "gradient can no longer be formed. Use the out-of-place form of that operation."
-            )
-        rule = use.owner.rule
-        assert isinstance(rule, LayerRule)
-        with torch.no_grad():
-            returned = rule.function(use.owner.module, use.inputs, output_grad)
-        found = {}
-        for local, name in use.owner.parameters.items():
-            value = returned.get(local)
-            if value is None:
-                raise RuntimeError(
-                    f"The rule {rule.name!r} returned no gradient for {local!r} of layer {use.owner.name!r}; expected "
-                    "one for each of its trainable parameters."
-                )
-            factors = _explicit(value, self._plan.parameters[name]) if isinstance(value, Tensor) else value
-            if factors.rows * factors.columns != self._plan.parameters[name].numel():
-                raise RuntimeError(
-                    f"The rule {rule.name!r} returned gradients of {factors.rows} x {factors.columns} entries for "
-                    f"{name}, expected its shape {tuple(self._plan.parameters[name].shape)}."
-                )
-            if self._sample_ids is not None:
-                if isinstance(value, Tensor):
-                    self._refuse_layout(use.owner, value, "positions that sample_ids can tell apart")
-                grid = PositionMap(candidates=self._sample_ids.to(value.left.device), count=count)
-                times = value.left.shape[1] // max(1, self._sample_ids.shape[1])
-                factors = replace(factors, positions=grid.repeated(times))
-            if factors.count != count:
-                raise ValueError(
-                    f"The closure returned {count} losses, but layer {use.owner.name!r} ran on {factors.count} rows. "
-                    "Expected one loss for each row of the model's input; call the model itself (not a part of it), "
-                    "on all candidates at once."
-                )
-            found[name] = factors
-        return found
-
-    def _key(self, use: _Use) -> tuple[str, str, int]:
-        """What the self-check vouches for: one layer, read in one way, with the model in one mode."""
-        return use.owner.name, use.reading, self._modes
-
-    def _refuse_reentrant_checkpointing(self, losses: Tensor) -> None:
-        """Its first pass runs without gradients, so the layers in it leave nothing to capture."""
-        if self._without_grad and "CheckpointFunctionBackward" in _node_names(losses):
-            raise NotImplementedError(
-                f"Layers such as {sorted(self._without_grad)[0]!r} ran inside reentrant gradient checkpointing, which "
-                "hides them. Use use_reentrant=False (gradient_checkpointing_kwargs in Transformers)."
-            )
-
-    def _sources(self) -> tuple[dict[str, list[Tensor]], dict[str, list[str]]]:
-        """The tensors of the graph that stand for each parameter, and the layers they were used in."""
-        sources: dict[str, list[Tensor]] = {name: [] for name in self._plan.parameters}
+    def _layers(self) -> dict[str, list[str]]:
+        """The layers each parameter was captured in."""
         layers: dict[str, list[str]] = {name: [] for name in self._plan.parameters}
         for use in self._uses:
-            for local, name in use.owner.parameters.items():
+            for name in use.owner.parameters.values():
                 layers[name].append(use.owner.name)
-                sources[name] += [] if self._attached else [use.stand_ins[local]]
-        if self._attached:
-            sources = {name: [parameter] for name, parameter in self._plan.parameters.items()}
-        return sources, layers
+        return layers
 
+    def _check_sample_ids(self, count: int) -> None:
+        ids = self._grid.sample_ids
+        if ids is not None and ids.numel():
+            least, most = int(ids.min()), int(ids.max())
+            if least < -1 or most >= count:
+                raise ValueError(
+                    f"Expected sample_ids from -1 (none) to {count - 1}, one less than the number of losses, got "
+                    f"{least} to {most}."
+                )
 
-def _version(value: Any) -> int | None:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
-
-
-def _edge(output: Tensor) -> tuple[GradientEdge, Tensor | None]:
-    """The gradient edge of a layer's output, and a copy that must take its place if no edge of itself would last.
-
-    An operation in place on a view moves the view's edge out of the graph. A Linear layer's output is one: all of the
-    matrix product below it, whose own edge stays.
-    """
-    base = output._base
-    if base is None:
-        return get_gradient_edge(output), None
-    whole = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
-    below = None if output.grad_fn is None else output.grad_fn.next_functions
-    if whole and below and base.grad_fn is not None and below[0][0] is base.grad_fn:
-        return get_gradient_edge(base), None
-    copied = output.clone()
-    return get_gradient_edge(copied), copied
-
-
-def _explicit(gradients: Tensor, parameter: Tensor) -> Factors:
-    """Candidates' gradients ``(n, *shape)`` as factors of as many rows and columns as other rules give."""
-    n = len(gradients)
-    if parameter.ndim < 2 or gradients[0].numel() != parameter.numel():
-        return Factors(left=gradients.reshape(n, 1, -1))
-    rows = parameter.shape[0]
-    index = torch.arange(rows, device=gradients.device).expand(n, rows)
-    return Factors(left=index, right=gradients.reshape(n, rows, -1), rows=rows)
-
-
-def _node_names(losses: Tensor) -> set[str]:
-    """The kinds of all nodes in the graph of the losses."""
-    names: set[str] = set()
-    seen, waiting = set(), [losses.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            names.add(node.name())
-            waiting += [below for below, _ in node.next_functions]
-    return names
+    def _key(self, use: Use) -> tuple[str, str, int]:
+        """What the self-check vouches for: one layer, read in one way, with the model in one mode."""
+        return use.owner.name, use.layout.reading, self._modes

@@ -27,13 +27,11 @@ def refuse_uses_outside(names: Sequence[str]) -> None:
 
 
 def verify_weighted_sums(
-    losses: Tensor,
     found: Mapping[str, Sequence[Factors]],
-    sources: Mapping[str, Sequence[Tensor]],
+    gradients: Mapping[str, Tensor],
+    weights: Tensor,
     layers: Mapping[str, Iterable[str]],
     *,
-    keep_graph: bool,
-    generator: torch.Generator,
     computed_in: Iterable[torch.dtype] = (),
 ) -> None:
     """The self-check: ``sum_i r_i g_i`` for random ``r`` against autograd's gradient of ``sum_i r_i losses_i``.
@@ -41,34 +39,24 @@ def verify_weighted_sums(
     Random weights, since a plain sum is right even when rows are mixed up.
 
     Args:
-        losses: shape ``(n,)``, with their graph.
         found: captured factors, by parameter name.
-        sources: the tensors of the graph whose gradients add up to the parameter's, by parameter name.
-        layers: the layers it was captured in, for the message.
-        keep_graph: leave the graph for another backward.
-        generator: of the weights.
+        gradients: autograd's, of the parameters it reached.
+        weights: shape ``(n,)`` float64.
+        layers: the layers each parameter was captured in, for the message.
         computed_in: the dtypes the layers computed in.
 
     Raises:
         RuntimeError: they differ.
     """
-    # Far apart: rows that are mixed up show by what their weights differ in.
-    weights = 2 * torch.rand(len(losses), generator=generator, dtype=torch.float64)
-    flat = [tensor for tensors in sources.values() for tensor in tensors]
-    total = (weights.to(losses) * losses).sum()
-    gradients = iter(torch.autograd.grad(total, flat, allow_unused=True, retain_graph=keep_graph))
-    for name, tensors in sources.items():
-        parts = [part for part in [next(gradients) for _ in tensors] if part is not None]
-        if not parts:
-            continue
+    for name, gradient in gradients.items():
         if name not in found:
             refuse_uses_outside([name])
         uses = found[name]
-        expected = torch.stack([part.to(uses[0].dtype()) for part in parts]).sum(0)
+        expected = gradient.to(uses[0].dtype())
         error = torch.linalg.vector_norm(weighted_sum(uses, weights, expected.shape) - expected)
         scale = torch.stack([use.magnitude(weights.to(expected)) for use in uses]).max()
         scale = torch.maximum(scale, torch.linalg.vector_norm(expected))
-        if not error <= tolerance([tensors[0].dtype, *computed_in]) * scale:
+        if not error <= tolerance([gradient.dtype, *computed_in]) * scale:
             raise RuntimeError(
                 f"Self-check: the captured per-candidate gradients of {name} (layer "
                 f"{', '.join(map(repr, layers[name]))}) differ from autograd's by {float(error / scale):.1e} of their "

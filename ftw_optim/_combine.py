@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from ftw_optim._closures import checked_losses, takes_rows
 from ftw_optim._factors import Factors, weighted_sum
 from ftw_optim._matching import Selection
 from ftw_optim._members import Members
+from ftw_optim._passes import REENTRANT, gradients_set_aside, has_node
 
 UPDATES = ("auto", "factors", "graph", "rerun")
 
@@ -90,21 +90,10 @@ def combined_gradients(
 
 def _ordinary_backward(total: Tensor, members: Members, model: nn.Module) -> dict[str, Tensor]:
     """What ``total.backward()`` forms for the updated parameters."""
-    # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect.
-    inputs = list(members.parameters.values()) if members.others_train else None
-    with _gradients_set_aside(model):
+    # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect, and the only one
+    # that reentrant checkpointing takes.
+    named = members.others_train and not has_node(total, REENTRANT)
+    inputs = list(members.parameters.values()) if named else None
+    with gradients_set_aside(model):
         torch.autograd.backward(total, inputs=inputs)
         return {name: p.grad for name, p in members.parameters.items() if p.grad is not None}
-
-
-@contextmanager
-def _gradients_set_aside(model: nn.Module) -> Iterator[None]:
-    """Every ``.grad`` is None when the block starts, and as before when it ends, whatever happens."""
-    held = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in held:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in held:
-            parameter.grad = gradient

@@ -54,12 +54,14 @@ class Factors:
         right: shape ``(b, t, columns)``; or None for a single column of ones, so that ``g_i`` is a plain sum.
         rows: the parameter's rows, needed where ``left`` holds indices.
         positions: the candidate of each position; None where row ``i`` of the batch is candidate ``i``.
+        whole: ``right`` holds the gradients multiplied out, row by row; see :meth:`explicit`.
     """
 
     left: Tensor
     right: Tensor | None = None
     rows: int = 0
     positions: PositionMap | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         indexed = not self.left.is_floating_point()
@@ -75,6 +77,28 @@ class Factors:
             )
         if not indexed:
             object.__setattr__(self, "rows", self.left.shape[2])
+
+    @classmethod
+    def explicit(cls, gradients: Tensor, parameter: Tensor) -> Factors:
+        """Candidates' gradients ``(n, *shape)``, in as many rows and columns as rules give of such a parameter."""
+        n = len(gradients)
+        if parameter.ndim < 2 or gradients[0].numel() != parameter.numel():
+            return cls(left=gradients.reshape(n, 1, -1))
+        rows = parameter.shape[0]
+        index = torch.arange(rows, device=gradients.device).expand(n, rows)
+        return cls(left=index, right=gradients.reshape(n, rows, -1), rows=rows, whole=True)
+
+    def folded(self, count: int) -> Factors:
+        """The same factors with one row each for ``count`` candidates, where they had several consecutive ones."""
+        rows = self.left.shape[0]
+        if rows == count or rows % count:
+            return self
+
+        def fold(part: Tensor) -> Tensor:
+            positions = rows // count * part.shape[1]
+            return part.reshape(count, positions, *part.shape[2:])
+
+        return replace(self, left=fold(self.left), right=None if self.right is None else fold(self.right), whole=False)
 
     @property
     def count(self) -> int:
@@ -99,6 +123,11 @@ class Factors:
             dtype = torch.promote_types(dtype, part)
         return dtype
 
+    def bytes(self) -> int:
+        """How much memory the factors take."""
+        parts = (self.right,) if self.whole else (self.left, self.right)
+        return sum(part.numel() * part.itemsize for part in parts if part is not None)
+
     def multiplications(self) -> int:
         """How many multiplications a candidate's gradient takes to multiply out."""
         return 0 if self.indexed or self.right is None else self.left[0].numel() * self.columns
@@ -114,7 +143,7 @@ class Factors:
             return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[index]
 
         right = None if self.right is None else regroup(self.right)
-        return replace(self, left=regroup(self.left), right=right, positions=None)
+        return replace(self, left=regroup(self.left), right=right, positions=None, whole=False)
 
     def spread(self, weights: Tensor) -> Tensor:
         """``weights`` (n,), one for each candidate, as one for each position: broadcastable to ``(b, t)``."""
@@ -171,6 +200,12 @@ def weighted_sum(uses: Sequence[Factors], weights: Tensor, shape: torch.Size) ->
     weights = weights.to(device=device, dtype=dtype)
     total: Tensor | None = None
     for use in uses:
+        if use.whole:
+            assert use.right is not None
+            some = slice(None) if everyone else chosen.to(device)
+            part = torch.einsum("n,nrc->rc", weights[some], use.right[some].to(dtype)).reshape(shape)
+            total = part if total is None else total.add_(part)
+            continue
         left, right, share = use.left, use.right, use.spread(weights)
         if use.positions is None and not everyone:
             index = chosen.to(device)
@@ -214,8 +249,12 @@ def materialise(uses: Sequence[Factors], start: int, stop: int, *, out: Tensor |
     block = out[:numel].view(size) if out is not None else torch.empty(size, dtype=dtype, device=device)
     filled = False
     # Dense uses first: their product overwrites the buffer, so that it need not be cleared.
-    for use in sorted(uses, key=lambda use: use.indexed):
-        if use.indexed:
+    for use in sorted(uses, key=lambda use: use.indexed and not use.whole):
+        if use.whole:
+            assert use.right is not None
+            values = use.right[:, start:stop].to(dtype)
+            block.add_(values) if filled else block.copy_(values)
+        elif use.indexed:
             assert use.right is not None
             if not filled:
                 block.zero_()

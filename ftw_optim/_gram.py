@@ -216,7 +216,7 @@ def _times(matrix: Tensor, factor: Tensor | float, metric: str) -> Tensor:
 
 def _touched_rows(uses: Sequence[Factors]) -> Tensor | None:
     """The rows that one-hot factors touch, sorted; None where a dense factor touches all of them."""
-    if not all(use.indexed for use in uses):
+    if not all(use.indexed and not use.whole for use in uses):
         return None
     touched: Tensor = torch.cat([use.left.flatten() for use in uses]).unique()  # type: ignore[no-untyped-call]
     return touched

@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ftw_optim._capture import Capture, plan, uncovered
+from ftw_optim._capture import Capture
 from ftw_optim._closures import checked_losses, gradient_marks, is_scalar, takes_rows
 from ftw_optim._combine import UPDATES, all_finite, combined_gradients, usable_updates
 from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._filters import FilterStage, GreedyFilter
 from ftw_optim._gram import METRICS, products
-from ftw_optim._layers.coverage import Coverage, Owner, coverage, owners
+from ftw_optim._layers.coverage import Coverage, coverage
+from ftw_optim._layers.owners import Owner, owners
 from ftw_optim._matching import Selection
 from ftw_optim._members import Members, Scored, members_of
+from ftw_optim._plan import plan, uncovered
 from ftw_optim._preconditioners.registry import Preconditioners, preconditioner_rule
 from ftw_optim._selection import NORMALIZATIONS, metrics_of, select
 from ftw_optim._target import TargetGradient
@@ -126,7 +128,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._backwards = 0
         self._pending: bool | None = None  # since the last step: None no backward, False all skipped, True one applied
         self._checked: set[tuple[str, str, int]] = set()
-        self._last_capture: tuple[frozenset[str], Mapping[str, int], Mapping[str, int]] | None = None
+        self._last_capture: tuple[frozenset[str], Mapping[str, int], Mapping[str, int], Mapping[str, int]] | None = None
         self._warned_own_backward = False
         members_of(self.model, self.param_groups, self.scored)  # says now what a step would say
 
@@ -161,8 +163,8 @@ class SelectiveOptimizer(OptimizerWrapper):
         table = coverage(self.model)
         if self._last_capture is None:
             return table
-        scored, uses, multiplications = self._last_capture
-        return table.after(scored.__contains__, uses, multiplications)
+        scored, uses, multiplications, sizes = self._last_capture
+        return table.after(scored.__contains__, uses, multiplications, sizes)
 
     def step(self, closure: Callable[..., Any] | None = None) -> Any:
         """Select among the closure's candidates and apply the inner optimizer's step to their combined gradient.
@@ -390,8 +392,11 @@ class SelectiveOptimizer(OptimizerWrapper):
         """The way of this step."""
         if self.update != "auto":
             return self.update
-        # With a rule for every updated parameter the factors cost less than a second backward, however few are scored.
-        return "graph" if uncovered(layers, members.parameters, self.model) else "factors"
+        # With a rule for every updated parameter the factors cost less than a second backward, however few are scored;
+        # to run modules again for parameters that are not scored costs more.
+        again = {name for owner in layers if owner.rule is None for name in owner.parameters.values()}
+        costly = again & (members.parameters.keys() - members.scored.keys())
+        return "graph" if costly or uncovered(layers, members.parameters, self.model) else "factors"
 
     def _is_plain(self, value: Any, capture: Capture, members: Members, before: Mapping[str, tuple[int, int]]) -> bool:
         """Whether the closure only wants the inner optimizer's step: it returned None, or ran its own backward."""
@@ -424,6 +429,7 @@ class SelectiveOptimizer(OptimizerWrapper):
                 name: sum(use.multiplications() for use in uses) if name in scored else 0
                 for name, uses in outcome.captured.items()
             },
+            {name: sum(use.bytes() for use in uses) for name, uses in outcome.captured.items()},
         )
         self._backwards += 1
 

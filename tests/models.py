@@ -132,8 +132,8 @@ def mlp(dtype: torch.dtype, n: int) -> Case:
     )
 
 
-def language_model(model: nn.Module, n: int) -> Case:
-    """Candidates and targets with padding on both sides and prompts without labels."""
+def language_model(model: nn.Module, n: int, *, padded: bool = True) -> Case:
+    """Candidates and targets with padding on both sides, unless without any, and prompts without labels."""
     generator = torch.Generator().manual_seed(4)
 
     common = torch.randint(1, VOCABULARY, (3,), generator=generator)
@@ -142,8 +142,9 @@ def language_model(model: nn.Module, n: int) -> Case:
         ids = torch.randint(1, VOCABULARY, (rows, 7), generator=generator)
         ids[:, 2:5] = common  # so that candidates are of use to the target
         mask = torch.ones_like(ids)
-        mask[1 % rows, 5:] = 0
-        mask[2 % rows, :2] = 0
+        if padded:
+            mask[1 % rows, 5:] = 0
+            mask[2 % rows, :2] = 0
         labels = ids.masked_fill(mask == 0, -100)
         labels[0, :3] = -100
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -207,17 +208,16 @@ def _transformers(family: str, *, lora: bool) -> nn.Module:
     return model.train()
 
 
-def with_lora(model: nn.Module) -> nn.Module:
-    """LoRA on all linear layers, with a B that is not zero."""
+def with_lora(model: nn.Module, **options: Any) -> nn.Module:
+    """LoRA on all linear layers or as the options say, with a B that is not zero."""
     import peft
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft on what it reads from transformers, and on Conv1D's stored layout
-        adapted: nn.Module = peft.get_peft_model(
-            model, peft.LoraConfig(r=3, lora_alpha=5, lora_dropout=0.0, target_modules="all-linear")
-        )
+        options = {"r": 3, "lora_alpha": 5, "lora_dropout": 0.0, "target_modules": "all-linear", **options}
+        adapted: nn.Module = peft.get_peft_model(model, peft.LoraConfig(**options))
     for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
+        if "lora_B" in name or "lora_embedding_A" in name:
             nn.init.normal_(parameter, std=0.3)
     return adapted
 

@@ -49,15 +49,13 @@ def outer_rule(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) 
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("key", [Outer, f"{Outer.__module__}.Outer"], ids=["class", "name"])
-def test_a_custom_layer_is_exact_with_one_registered_function(key: Any) -> None:
-    model = seeded_outer()
-    with pytest.raises(NotImplementedError, match=r"1\.direction: no rule for .*Outer"):
-        captured(model, lambda: model(torch.randn(2, 3, 4).double()).sum((1, 2)))
-    # An instance remembers what was found for it.
-    model = seeded_outer()
-    register_layer(key)(outer_rule)
+def test_a_custom_layer_is_exact_without_a_rule_and_with_one_registered_function(key: Any) -> None:
     x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), 3)
+    for rule in ("fallback", "Outer"):
+        model = seeded_outer()  # an instance remembers what was found for it
+        assert coverage(model)["1.direction"].rule == rule
+        check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), 3)  # noqa: B023
+        register_layer(key)(outer_rule)
 
 
 def seeded_outer() -> nn.Module:
@@ -95,8 +93,8 @@ class Overridden(nn.Linear):
 def test_rules_serve_subclasses_unless_they_override_forward() -> None:
     table = coverage(nn.Sequential(Renamed(2, 2), Overridden(2, 2)))
     assert table["0.weight"].rule == "Linear"
-    assert table["1.weight"].rule is None
-    assert "Overridden" in table["1.weight"].reason
+    assert table["1.weight"].rule == "fallback"
+    assert table["1.weight"].again == ("Overridden",)
     with pytest.raises(KeyError):
         table["2.weight"]
 
@@ -118,15 +116,30 @@ def test_coverage_names_every_rule_before_and_the_work_after() -> None:
     assert (row.scored, row.uses, row.multiplications) == (True, 1, 7 * 8 * 12)
     row = optimizer.coverage["model.embed_tokens.weight"]
     assert (row.scored, row.uses, row.multiplications) == (False, 2, 0)
+    tokens, hidden, logits = 4 * 7, 4 * 7 * 8, 4 * 7 * 31
+    assert row.bytes == 8 * tokens + 4 * hidden + 4 * (logits + hidden)  # embedding, head
     lines = str(optimizer.coverage).splitlines()
-    assert len(lines) == len(table) + 1
-    assert lines[0].split() == ["parameter", "shape", "rule", "scored", "uses", "multiplications"]
-    assert "Embedding + Linear" in lines[1]
+    assert lines[0].split() == ["parameter", "shape", "rule", "capture", "cost", "scored", "uses", "MACs", "MiB"]
+    assert lines[1].split()[:4] == ["model.embed_tokens.weight", "31x8", "Embedding", "+"]
 
 
-def test_coverage_says_why_a_parameter_has_no_rule() -> None:
-    table = coverage(nn.Sequential(nn.Linear(2, 2), nn.Bilinear(2, 2, 2)))
-    assert "NONE: no rule for torch.nn.modules.linear.Bilinear (1.weight)" in str(table)
+def test_a_printed_table_has_one_line_for_equal_blocks() -> None:
+    table = coverage(transformers_model("qwen3")(torch.float32, 4).model)
+    lines = str(table).splitlines()
+    assert len(lines) == 1 + 1 + 11 + 1  # header, tied embedding, one block, final norm
+    assert sum("model.layers.{0-1}." in line for line in lines) == 11
+    uneven = nn.Sequential(*(nn.Linear(2, 3 if number == 2 else 2) for number in range(5)))
+    names = [line.split()[0] for line in str(coverage(uneven)).splitlines()[1:]]
+    assert names == ["{0-1,3-4}.weight", "{0-1,3-4}.bias", "2.weight", "2.bias"]
+
+
+def test_coverage_says_what_a_refusal_or_a_fallback_means() -> None:
+    table = coverage(nn.Sequential(nn.Linear(2, 2), nn.Bilinear(2, 2, 3), nn.BatchNorm1d(3)))
+    assert [row.exact for row in table] == [True] * 4 + [False] * 2
+    assert table["1.weight"].cost == "runs Bilinear again, holds n x 12 numbers"
+    lines = str(table).splitlines()
+    assert lines[5].split()[:4] == ["2.weight", "3", "-", "refused"]
+    assert "BatchNorm1d mixes the candidates in training; call eval() on it, or use GroupNorm (2.weight)" in lines[5]
 
 
 def test_layers_that_only_look_like_a_scale_norm_are_not_taken_for_one() -> None:
@@ -147,7 +160,7 @@ def test_layers_that_only_look_like_a_scale_norm_are_not_taken_for_one() -> None
             return x * gate * self.weight
 
     for layer in (Power(), Mixing(), Gate()):
-        assert coverage(layer)["weight"].rule is None
+        assert coverage(layer)["weight"].rule == "fallback"
 
 
 class Reads(nn.Module):

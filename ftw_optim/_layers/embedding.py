@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftw_optim._factors import Factors
+from ftw_optim._factors import Factors, PositionMap
 from ftw_optim._layers.registry import (
     LayerRule,
+    add_rule,
     by_position,
     own_parameters,
     recognise,
@@ -20,7 +21,7 @@ from ftw_optim._layers.registry import (
 
 
 def _refuses(module: nn.Module) -> str | None:
-    assert isinstance(module, nn.Embedding)
+    assert isinstance(module, nn.Embedding | nn.EmbeddingBag)
     if module.sparse:
         return "sparse=True gives sparse gradients; build the embedding with sparse=False"
     if module.scale_grad_by_freq:
@@ -39,6 +40,43 @@ def embedding(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -
         padding = (ids == module.padding_idx)[..., None]
         values = torch.where(padding, torch.zeros((), dtype=values.dtype, device=values.device), values)
     return {"weight": Factors(left=ids, right=values, rows=module.num_embeddings)}
+
+
+@add_rule(
+    nn.EmbeddingBag,
+    parameters=["weight"],
+    refuses=_refuses,
+    serves=lambda module: module.mode != "max",  # whose gradient has another row for each entry
+    own_layout=True,
+)
+def embedding_bag(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
+    """``y[i] = sum_p s[p] W[ids[p]]`` over the positions of bag ``i``, with ``s = 1 / length`` for a mean."""
+    assert isinstance(module, nn.EmbeddingBag)
+    ids, offsets, scale = (*inputs, None, None)[:3]
+    n = len(output_grad)
+    if ids.ndim == 2:
+        bags = torch.arange(n, device=ids.device)[:, None].expand_as(ids)
+    else:
+        ends = offsets[1 : n + 1] if module.include_last_offset else offsets[1:]
+        bags = torch.searchsorted(ends.contiguous(), torch.arange(len(ids), device=ids.device), right=True)[None]
+        ids, scale = ids[None], None if scale is None else scale[None]
+    counted = torch.ones_like(ids, dtype=output_grad.dtype)
+    if module.padding_idx is not None:
+        counted = (ids != module.padding_idx).to(counted)
+    if module.mode == "mean":
+        lengths = torch.zeros(n, dtype=counted.dtype, device=ids.device)
+        lengths.index_add_(0, bags.flatten(), counted.flatten())
+        counted = counted / lengths.clamp(min=1.0)[bags]
+    elif scale is not None:
+        counted = counted * scale
+    return {
+        "weight": Factors(
+            left=ids.long(),
+            right=output_grad[bags] * counted[..., None],
+            rows=module.num_embeddings,
+            positions=None if inputs[0].ndim == 2 else PositionMap(candidates=bags, count=n),
+        )
+    }
 
 
 @recognise
@@ -65,7 +103,7 @@ def scaled_embedding(module: nn.Module) -> LayerRule | None:
     def rule(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
         return embedding(module, inputs, output_grad * _scale(module))
 
-    return LayerRule("scaled Embedding", rule)
+    return LayerRule(name="scaled Embedding", function=rule)
 
 
 def _scale(module: nn.Module) -> Tensor:

@@ -28,12 +28,3 @@ def transposed_linear(module: nn.Module, inputs: tuple[Any, ...], output_grad: T
         "weight": Factors(left=by_position(inputs[0]), right=output_grads),
         "bias": Factors(left=output_grads),
     }
-
-
-@register_layer(
-    "torch.nn.modules.linear.NonDynamicallyQuantizableLinear",
-    refuses=lambda module: "MultiheadAttention reads its output projection's weight without calling the layer",
-)
-def never_called(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
-    """The output projection of ``nn.MultiheadAttention``."""
-    return linear(module, inputs, output_grad)

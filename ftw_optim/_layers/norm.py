@@ -28,6 +28,63 @@ def layer_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) 
     return {"weight": _summed(output_grad * normalised, shape), "bias": _summed(output_grad, shape)}
 
 
+@register_layer(nn.GroupNorm, parameters=["weight", "bias"])
+def group_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Tensor]:
+    """``y = weight * normalised(x) + bias``, one of each for a channel."""
+    assert isinstance(module, nn.GroupNorm)
+    normalised = functional.group_norm(inputs[0], module.num_groups, eps=module.eps)
+    return _by_channel(output_grad, normalised)
+
+
+@register_layer(nn.InstanceNorm1d, parameters=["weight", "bias"])
+@register_layer(nn.InstanceNorm2d, parameters=["weight", "bias"])
+@register_layer(nn.InstanceNorm3d, parameters=["weight", "bias"])
+def instance_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Tensor]:
+    """As GroupNorm with a group for each channel, or with running statistics in evaluation."""
+    assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
+    x = inputs[0]
+    if x.ndim != module._get_no_batch_dim() + 1:
+        raise NotImplementedError(
+            f"Expected {type(module).__name__} to take inputs (n, channels, ...) of {module._get_no_batch_dim() + 1} "
+            f"axes, got shape {tuple(x.shape)}: without the first it has no candidates."
+        )
+    if not module.training and module.track_running_stats:
+        return _by_channel(output_grad, _with_running_statistics(module, x))
+    return _by_channel(output_grad, functional.instance_norm(x, eps=module.eps))
+
+
+def _mixes_rows(module: nn.Module) -> str | None:
+    assert isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+    if module.training or module.running_mean is None:
+        return f"{type(module).__name__} mixes the candidates in training; call eval() on it, or use GroupNorm"
+    return None
+
+
+@register_layer(nn.BatchNorm1d, parameters=["weight", "bias"], refuses=_mixes_rows)
+@register_layer(nn.BatchNorm2d, parameters=["weight", "bias"], refuses=_mixes_rows)
+@register_layer(nn.BatchNorm3d, parameters=["weight", "bias"], refuses=_mixes_rows)
+def batch_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Tensor]:
+    """In evaluation: ``y = weight * (x - running_mean) / sqrt(running_var + eps) + bias``."""
+    return _by_channel(output_grad, _with_running_statistics(module, inputs[0]))
+
+
+def _with_running_statistics(module: Any, x: Tensor) -> Tensor:
+    shape = (-1, *[1] * (x.ndim - 2))
+    mean, scale = module.running_mean.view(shape), (module.running_var + module.eps).rsqrt().view(shape)
+    normalised: Tensor = (x - mean) * scale
+    return normalised
+
+
+def _by_channel(output_grad: Tensor, normalised: Tensor) -> dict[str, Tensor]:
+    """Gradients of a scale and a shift for each channel, ``(n, d)``, from values ``(n, d, ...)``."""
+    dtype = torch.promote_types(output_grad.dtype, torch.float32)  # a sum over many positions
+    scaled, plain = (
+        (values.flatten(2) if values.ndim > 2 else values[..., None])
+        for values in (output_grad * normalised, output_grad)
+    )
+    return {"weight": scaled.sum(2, dtype=dtype), "bias": plain.sum(2, dtype=dtype)}
+
+
 @recognise
 def scale_norm(module: nn.Module) -> LayerRule | None:
     """Any layer ``y = (a + b weight) * f(x)`` with a single weight: torch's RMSNorm and the model families' own.
@@ -52,7 +109,7 @@ def scale_norm(module: nn.Module) -> LayerRule | None:
         torch.testing.assert_close(output, zero + other * (one - zero), rtol=1e-2, atol=1e-4)
     except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, IndexError):
         return None  # it does something else, or takes other inputs
-    return LayerRule("scale norm", _scale_norm)
+    return LayerRule(name="scale norm", function=_scale_norm)
 
 
 def _scale_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:

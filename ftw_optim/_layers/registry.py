@@ -12,26 +12,32 @@ from torch import Tensor, nn
 
 from ftw_optim._factors import Factors
 
-LayerFunction = Callable[[nn.Module, tuple[Any, ...], Tensor], Mapping[str, Factors | Tensor]]
+LayerFunction = Callable[[nn.Module, tuple[Any, ...], Any], Mapping[str, Factors | Tensor]]
 Function = TypeVar("Function", bound=LayerFunction)
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerRule:
     """A registered function together with the layers it refuses.
 
     Attributes:
         name: shown in coverage tables.
         function: ``(module, inputs, output_grad) -> {parameter name: Factors or per-candidate gradients}``.
-        refuses: ``module -> reason``, or None where the rule is exact.
-        parameters: local names of those it knows; None: all that the module owns directly.
+        refuses: ``module -> reason``, where no rule can be exact; None where one can.
+        serves: whether this rule is exact for a module that is not refused; where not, the module is run again.
+        parameters: local names of those it knows; None: all that the module owns.
+        replays: it runs parts of the module again, so the random state of the call must be restored.
+        own_layout: it finds the candidates in its inputs by itself; the output has one row for each.
     """
 
     name: str
     function: LayerFunction
     refuses: Callable[[nn.Module], str | None] = lambda module: None
+    serves: Callable[[nn.Module], bool] = lambda module: True
     parameters: Collection[str] | None = None
+    replays: bool = False
+    own_layout: bool = False
 
 
 _RULES: dict[str, LayerRule] = {}
@@ -47,25 +53,33 @@ def register_layer(
 ) -> Callable[[Function], Function]:
     """Register the rule of a layer class.
 
-    The rule is called as ``rule(module, inputs, output_grad)`` with the detached positional inputs of one call of
-    the module, keyword ones behind them, and the gradient of its output, both with the candidate as first axis. It
-    returns, for every trainable parameter that the module owns directly, its :class:`Factors` or the candidates'
-    gradients, shape ``(n, *parameter.shape)``. It serves subclasses too, unless they override ``forward``.
+    The rule is called as ``rule(module, inputs, output_grad)`` with the detached inputs of one call of the module, in
+    the order of its ``forward``, and the gradient of its output, all with the candidate as first axis. Where the module
+    returns several tensors, ``output_grad`` is a tuple with one entry for each, None where no gradient reached it. The
+    rule returns, for every trainable parameter that the module owns, its :class:`Factors` or the candidates' gradients,
+    shape ``(n, *parameter.shape)``. It serves subclasses too, unless they override ``forward``.
+
+    Without a rule a module is exact as well, but slower: it is run again, candidate by candidate. Compare the two with
+    :func:`ftw_optim.testing.check_layer`.
 
     Args:
         cls: the class, or its full dotted name where importing it would be a dependency.
         name: shown in coverage tables; the class name by default.
-        parameters: local names of those the rule knows; by default all that the module owns directly.
-        refuses: called with a module before anything runs; returns why the rule is not exact for it, or None.
+        parameters: local names of those the rule knows; by default all that the module owns.
+        refuses: called with a module before anything runs; returns why its gradients cannot be exact, or None.
 
     Returns:
         A decorator that returns the rule unchanged.
     """
-    key = cls if isinstance(cls, str) else _dotted(cls)
+    return add_rule(cls, name=name, parameters=parameters, **({} if refuses is None else {"refuses": refuses}))
+
+
+def add_rule(cls: type[nn.Module] | str, *, name: str | None = None, **options: Any) -> Callable[[Function], Function]:
+    """:func:`register_layer` with all options of a :class:`LayerRule`."""
+    key = cls if isinstance(cls, str) else dotted(cls)
 
     def register(function: Function) -> Function:
-        rule = LayerRule(name or key.rpartition(".")[2], function, refuses or (lambda module: None), parameters)
-        _RULES[key] = rule
+        _RULES[key] = LayerRule(name=name or key.rpartition(".")[2], function=function, **options)
         return function
 
     return register
@@ -77,20 +91,20 @@ def recognise(recogniser: Callable[[nn.Module], LayerRule | None]) -> Callable[[
     return recogniser
 
 
-def rule_for(module: nn.Module) -> LayerRule | str:
-    """The rule of a module, or why there is none."""
+def rule_for(module: nn.Module) -> LayerRule | str | None:
+    """The rule of a module; why its gradients cannot be exact; None if it has to be run again."""
     cls = type(module)
     for parent in cls.__mro__:
-        rule = _RULES.get(_dotted(parent))
+        rule = _RULES.get(dotted(parent))
         if rule is not None:
             if inspect.unwrap(cls.forward) is not inspect.unwrap(parent.forward):  # type: ignore[attr-defined]
                 break
-            return rule.refuses(module) or rule
+            return rule.refuses(module) or (rule if rule.serves(module) else None)
     for recogniser in _RECOGNISERS:
         rule = recogniser(module)
         if rule is not None:
             return rule
-    return f"no rule for {_dotted(cls)}"
+    return None
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -98,15 +112,30 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
 
 
+def place(module: nn.Module, local: str) -> tuple[dict[str, Any], str]:
+    """Where a module keeps the parameter of this dotted name: the dictionary and the key."""
+    path, _, key = local.rpartition(".")
+    return module.get_submodule(path)._parameters, key
+
+
+def exchange(module: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Put ``tensors`` in the places of the parameters of these dotted names; returns what stood there."""
+    before = {}
+    for local, tensor in tensors.items():
+        parameters, key = place(module, local)
+        before[local] = parameters[key]
+        parameters[key] = tensor  # a plain tensor serves for a forward
+    return before
+
+
 @contextmanager
 def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let ``tensors`` stand in for the parameters of these names while the block runs."""
-    before = {name: module._parameters[name] for name in tensors}
-    module._parameters.update(tensors)  # type: ignore[arg-type]  # a plain tensor serves for a forward
+    """Let ``tensors`` stand in for the parameters of these dotted names while the block runs."""
+    before = exchange(module, tensors)
     try:
         yield
     finally:
-        module._parameters.update(before)
+        exchange(module, before)
 
 
 def by_position(values: Tensor) -> Tensor:
@@ -114,5 +143,6 @@ def by_position(values: Tensor) -> Tensor:
     return values.unsqueeze(1) if values.ndim == 2 else values.flatten(1, -2)
 
 
-def _dotted(cls: type) -> str:
+def dotted(cls: type) -> str:
+    """The full name of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,78 @@
+"""Which axis of a layer's inputs is the candidate's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from ftw_optim._layers.registry import LayerRule
+
+TIME_FIRST = "time first"
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How one call of a layer lays out its candidates.
+
+    Attributes:
+        reading: in words; the self-check vouches for one reading of one layer.
+        expand: how many rows to make of the output, where the input has none or one for all candidates.
+        trouble: what was expected in place of an input whose candidates cannot be told apart. That is no error until
+            a gradient arrives: layers also run beside the losses, as DoRA's do for the norm of a weight.
+    """
+
+    reading: str
+    expand: int | None = None
+    trouble: str | None = None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The candidates as the model's input shows them: ``n`` rows of ``positions``, or packed by ``sample_ids``."""
+
+    n: int | None
+    positions: int | None
+    sample_ids: Tensor | None = None
+
+    def layout(self, x: Tensor, rule: LayerRule | None) -> Layout:
+        """How the first input of a layer, captured by ``rule``, lays out the candidates."""
+        if self.sample_ids is not None:
+            return self._packed(x)
+        if self.n is None:  # the closure calls a part of the model: the losses will tell
+            return Layout(reading="rows")
+        if rule is not None and rule.own_layout:
+            return Layout(reading=rule.name)
+        index = not x.is_floating_point()
+        if index and x.ndim == 1 and x.shape[0] == self.positions:
+            return Layout(reading="positions", expand=self.n)
+        if x.ndim > 1 or (index and x.ndim == 1):
+            return self._rows(x, index=index)
+        return Layout(reading="unknown", trouble=f"the {self.n} candidates first")
+
+    def _rows(self, x: Tensor, *, index: bool) -> Layout:
+        n, rows = self.n, x.shape[0]
+        assert n is not None
+        if rows == n:
+            return Layout(reading="rows")
+        if rows == 1 and x.ndim > 1:
+            return Layout(reading="one row for all", expand=n)
+        if x.ndim > 2 and x.shape[1] == n:
+            return Layout(reading=TIME_FIRST, trouble=f"the {n} candidates first, not the time (batch_first=True)")
+        if index and x.ndim == 2 and rows == x.shape[1]:
+            return Layout(reading="unknown", trouble=f"the {n} candidates first, not pairs of positions")
+        if rows % n == 0:
+            return Layout(reading="folded")
+        return Layout(reading="unknown", trouble=f"the {n} candidates (or 1, for all of them) first")
+
+    def _packed(self, x: Tensor) -> Layout:
+        assert self.sample_ids is not None
+        grid = self.sample_ids.shape
+        if x.shape[:2] == grid:
+            return Layout(reading="sample_ids")
+        if x.ndim and x.shape[0] == grid.numel():
+            return Layout(reading="sample_ids, folded")
+        return Layout(reading="unknown", trouble=f"the grid of sample_ids, {tuple(grid)}, first")

@@ -1,0 +1,287 @@
+"""One call of a captured layer, from the hook that saw it to the factors of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ftw_optim._checks import WAYS_OUT, tolerance
+from ftw_optim._factors import Factors, PositionMap
+from ftw_optim._layers.axes import SHARED, Axis, candidate_axes
+from ftw_optim._layers.calls import Call
+from ftw_optim._layers.fallback import NotRepeatable, Output, per_candidate
+from ftw_optim._layers.owners import Owner
+from ftw_optim._layers.registry import LayerRule
+from ftw_optim._layouts import TIME_FIRST, Grid, Layout
+
+
+@final
+@dataclass(kw_only=True, eq=False)
+class Returned:
+    """One tensor that a layer returned: where its gradient is found, and the gradient once it is."""
+
+    index: int
+    value: Tensor
+    version: int | None
+    edge: GradientEdge
+    axis: Axis | None = None
+    gradient: Tensor | None = None
+
+
+@final
+@dataclass(kw_only=True, eq=False)
+class Use:
+    """One call of a captured layer."""
+
+    owner: Owner
+    call: Call
+    layout: Layout
+    versions: tuple[int | None, ...]
+    returned: list[Returned]
+    """The tensors with a graph, in order."""
+    several: int | None
+    """How many tensors the layer returned in a structure; None if it returned a tensor."""
+    stand_ins: dict[str, Tensor]
+    computed_in: torch.dtype
+    expands: bool
+    """One row for all candidates was made one for each."""
+
+    @property
+    def reached(self) -> bool:
+        """Whether a gradient arrived."""
+        return any(one.gradient is not None for one in self.returned)
+
+
+def record(owner: Owner, call: Call, output: Any, grid: Grid, stand_ins: dict[str, Tensor]) -> tuple[Use | None, Any]:
+    """The use that a finished call makes of a layer, and what must take the place of its output.
+
+    The output is replaced where its candidates share a row, which are told apart only from here on, and where its
+    gradient edge would not last or would not be the layer's alone.
+    """
+    leaves, structure = tree_flatten(output)
+    tensors = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if not any(leaves[number].requires_grad for number in tensors):
+        return None, None
+    inputs = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    if owner.rule is None:
+        layout, axes = _fallback_layout(call, inputs, output, grid)
+    else:
+        assert isinstance(owner.rule, LayerRule)
+        layout, axes = grid.layout(inputs[0] if inputs else torch.empty(0), owner.rule), None
+    several = None if isinstance(output, Tensor) else len(tensors)
+    returned, changed, expands = [], False, False
+    for index, number in enumerate(tensors):
+        value: Tensor = leaves[number]
+        if not value.requires_grad:
+            continue
+        axis = None if axes is None else axes[index]
+        expand = layout.expand
+        if axis is not None and axis.dim == SHARED:
+            expand, axis = grid.n, Axis(0) if value.ndim and value.shape[0] == 1 else axis
+        if expand is not None:  # autograd sums over rows before a gradient arrives, unless they are made here
+            expands = True
+            value = _expanded(value, expand, front=layout.reading == "positions" or axis == Axis(SHARED))
+        elif several is not None:
+            value = value.clone()  # the layer may have gone on with it, and only what happens outside counts
+        edge, value = _edge(value)
+        changed |= value is not leaves[number]
+        leaves[number] = value
+        returned.append(Returned(index=index, value=value.detach(), version=version_of(value), edge=edge, axis=axis))
+    if layout.reading == "positions" or layout.reading == "one row for all":
+        assert layout.expand is not None
+        call = _with_rows(call, layout)
+    use = Use(
+        owner=owner,
+        call=call,
+        layout=layout,
+        versions=_versions(call),
+        returned=returned,
+        several=several,
+        stand_ins=stand_ins,
+        computed_in=call.autocast or returned[0].value.dtype,
+        expands=expands,
+    )
+    return use, tree_unflatten(leaves, structure) if changed else None
+
+
+def factors_of(
+    use: Use, parameters: Mapping[str, nn.Parameter], count: int, sample_ids: Tensor | None
+) -> dict[str, Factors]:
+    """Factors of a layer's parameters, by their names in the model, from a use that a gradient reached.
+
+    Raises:
+        NotImplementedError: its candidates cannot be told apart, or the module cannot be run again.
+        RuntimeError: an input was changed in place, or the rule does not keep its promises.
+        ValueError: it ran on another number of rows than there are losses.
+    """
+    owner = use.owner
+    if use.layout.trouble is not None:
+        _refuse_layout(use, use.layout.trouble)
+    if use.versions != _versions(use.call):
+        raise RuntimeError(
+            f"An input of layer {owner.name!r} was changed in place after the layer had read it, so its gradient can "
+            "no longer be formed. Use the out-of-place form of that operation."
+        )
+    given = _run_again(use, parameters, count, sample_ids) if owner.rule is None else _by_rule(use)
+    found = {}
+    for local, name in owner.parameters.items():
+        value = given.get(local)
+        if value is None:
+            raise RuntimeError(
+                f"The rule {_rule_name(use)!r} returned no gradient for {local!r} of layer {owner.name!r}; expected "
+                "one for each of its trainable parameters."
+            )
+        factors = _as_factors(use, value, parameters[name], count, sample_ids)
+        if factors.rows * factors.columns != parameters[name].numel():
+            raise RuntimeError(
+                f"The rule {_rule_name(use)!r} returned gradients of {factors.rows} x {factors.columns} entries for "
+                f"{name}, expected its shape {tuple(parameters[name].shape)}."
+            )
+        if factors.count != count:
+            raise ValueError(
+                f"The closure returned {count} losses, but layer {owner.name!r} ran on {factors.count} rows. "
+                "Expected one loss for each row of the model's input; call the model itself (not a part of it), on all "
+                "candidates at once."
+            )
+        found[name] = factors
+    return found
+
+
+def version_of(value: Any) -> int | None:
+    """How often a tensor was changed in place."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
+# ---------------------------------------------------------------------- in the forward hook
+
+
+def _fallback_layout(
+    call: Call, inputs: list[Tensor], output: Any, grid: Grid
+) -> tuple[Layout, list[Axis | None] | None]:
+    if grid.sample_ids is not None:
+        return Layout(reading="run again, sample_ids"), None
+    first = next((leaf for leaf in inputs if leaf.ndim), None)
+    if first is not None and first.ndim and (layout := grid.layout(first, None)).reading == TIME_FIRST:
+        return layout, None
+    n = grid.n if grid.n is not None else 1 if first is None else first.shape[0]
+    axes = candidate_axes(call, n, output)
+    return Layout(reading=f"run again, {[None if axis is None else axis.dim for axis in axes]}"), axes
+
+
+def _expanded(value: Tensor, rows: int, *, front: bool) -> Tensor:
+    wide = (value[None] if front else value).expand(rows, *value.shape[not front :])
+    return wide.clone()  # of its own memory: the model may go on in place
+
+
+def _with_rows(call: Call, layout: Layout) -> Call:
+    """The call with its first input expanded as the output was."""
+    assert layout.expand is not None
+    leaves, structure = tree_flatten((call.args, dict(call.kwargs)))
+    number = next(number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+    first = leaves[number][None] if layout.reading == "positions" else leaves[number]
+    leaves[number] = first.expand(layout.expand, *first.shape[1:])
+    args, kwargs = tree_unflatten(leaves, structure)
+    return replace(call, args=args, kwargs=kwargs)
+
+
+def _edge(output: Tensor) -> tuple[GradientEdge, Tensor]:
+    """The gradient edge of a layer's output, and the output, or a copy if no edge of itself would last.
+
+    An operation in place on a view moves the view's edge out of the graph. A Linear layer's output is one: all of the
+    matrix product below it, whose own edge stays.
+    """
+    base = output._base
+    if base is None:
+        return get_gradient_edge(output), output
+    whole = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    below = None if output.grad_fn is None else output.grad_fn.next_functions
+    if whole and below and base.grad_fn is not None and below[0][0] is base.grad_fn:
+        return get_gradient_edge(base), output
+    copied = output.clone()
+    return get_gradient_edge(copied), copied
+
+
+def _versions(call: Call) -> tuple[int | None, ...]:
+    return tuple(version_of(leaf) for leaf in tree_leaves((call.args, call.kwargs)))
+
+
+# ---------------------------------------------------------------------- after the backward pass
+
+
+def _by_rule(use: Use) -> Mapping[str, Factors | Tensor]:
+    rule, call = use.owner.rule, use.call
+    assert isinstance(rule, LayerRule)
+    grads: Any
+    if use.several is None:
+        grads = use.returned[0].gradient
+    else:
+        by_index = {one.index: one.gradient for one in use.returned}
+        grads = tuple(by_index.get(index) for index in range(use.several))
+    with torch.no_grad(), call.replayed() if rule.replays else nullcontext():
+        return rule.function(call.module, call.inputs(), grads)
+
+
+def _run_again(
+    use: Use, parameters: Mapping[str, nn.Parameter], count: int, sample_ids: Tensor | None
+) -> Mapping[str, Tensor]:
+    outputs = [
+        Output(
+            index=one.index,
+            value=one.value if version_of(one.value) == one.version else None,
+            grad=one.gradient,
+            axis=one.axis,
+        )
+        for one in use.returned
+        if one.gradient is not None
+    ]
+    own = {local: parameters[name] for local, name in use.owner.parameters.items()}
+    dtypes = [use.computed_in, *(parameter.dtype for parameter in own.values())]
+    try:
+        return per_candidate(use.call, own, outputs, count, tolerance=tolerance(dtypes), sample_ids=sample_ids)
+    except NotRepeatable as error:
+        raise NotImplementedError(
+            f"Expected to run {type(use.call.module).__name__} (layer {use.owner.name!r}) again, candidate by "
+            f"candidate, for the gradients of {', '.join(use.owner.parameters.values())}, but that failed: {error}. "
+            f"{WAYS_OUT}"
+        ) from error
+
+
+def _as_factors(use: Use, value: Factors | Tensor, parameter: Tensor, count: int, sample_ids: Tensor | None) -> Factors:
+    """What a rule returned, with the candidates in front."""
+    if isinstance(value, Tensor):
+        if use.owner.rule is not None and sample_ids is not None:
+            _refuse_layout(use, "positions that sample_ids can tell apart")
+        if use.layout.reading == "folded":
+            value = value.reshape(count, -1, *value.shape[1:]).sum(1)
+        return Factors.explicit(value, parameter)
+    if value.positions is not None:
+        return value
+    if sample_ids is None:
+        return value.folded(count) if use.layout.reading == "folded" else value
+    if use.layout.reading == "sample_ids, folded":
+        value = value.folded(len(sample_ids))
+    times, rest = divmod(value.left.shape[1], max(1, sample_ids.shape[1]))
+    if rest or len(value.left) != len(sample_ids):
+        _refuse_layout(use, "as many positions as sample_ids has")
+    grid = PositionMap(candidates=sample_ids.to(value.left.device), count=count)
+    return replace(value, positions=grid.repeated(times))
+
+
+def _refuse_layout(use: Use, expected: str) -> NoReturn:
+    first = next((leaf for leaf in tree_leaves((use.call.args, use.call.kwargs)) if isinstance(leaf, Tensor)), None)
+    raise NotImplementedError(
+        f"Expected layer {use.owner.name!r} to take inputs with {expected}, got shape "
+        f"{None if first is None else tuple(first.shape)}: which candidate a position belongs to is not known. "
+        f"{WAYS_OUT}"
+    )
+
+
+def _rule_name(use: Use) -> str:
+    return use.owner.rule.name if isinstance(use.owner.rule, LayerRule) else "fallback"
