@@ -298,7 +298,7 @@ class Capture:
         for use in self._uses:
             if not use.reached:
                 continue
-            for name, factors in factors_of(use, self._plan.parameters, count, self._grid.sample_ids).items():
+            for name, factors in factors_of(use, self._plan.parameters, count, self._grid.sample_ids):
                 uses = found.setdefault(name, [])
                 if uses and (uses[0].rows, uses[0].columns) != (factors.rows, factors.columns):
                     raise RuntimeError(

@@ -113,8 +113,10 @@ def record(owner: Owner, call: Call, output: Any, grid: Grid, stand_ins: dict[st
 
 def factors_of(
     use: Use, parameters: Mapping[str, nn.Parameter], count: int, sample_ids: Tensor | None
-) -> dict[str, Factors]:
-    """Factors of a layer's parameters, by their names in the model, from a use that a gradient reached.
+) -> list[tuple[str, Factors]]:
+    """Factors of a layer's parameters, with their names in the model, from a use that a gradient reached.
+
+    A parameter that a layer has in several places comes once for each.
 
     Raises:
         NotImplementedError: its candidates cannot be told apart, or the module cannot be run again.
@@ -130,7 +132,7 @@ def factors_of(
             "no longer be formed. Use the out-of-place form of that operation."
         )
     given = _run_again(use, parameters, count, sample_ids) if owner.rule is None else _by_rule(use)
-    found = {}
+    found = []
     for local, name in owner.parameters.items():
         value = given.get(local)
         if value is None:
@@ -150,7 +152,7 @@ def factors_of(
                 "Expected one loss for each row of the model's input; call the model itself (not a part of it), on all "
                 "candidates at once."
             )
-        found[name] = factors
+        found.append((name, factors))
     return found
 
 

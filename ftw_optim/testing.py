@@ -24,6 +24,7 @@ def check_layer(
     *,
     kwargs: Mapping[str, Any] | None = None,
     rtol: float = 1e-9,
+    atol: float = 1e-12,
     seed: int = 0,
 ) -> Coverage:
     """Check that every candidate's captured gradient of a module's parameters is autograd's of that candidate alone.
@@ -38,6 +39,7 @@ def check_layer(
             is the candidate's; other inputs are shared by all candidates.
         kwargs: its keyword inputs, read alike.
         rtol: largest difference, relative to the norm of the largest candidate's gradient of the same parameter.
+        atol: difference that counts as rounding where all gradients of a parameter are next to zero.
         seed: of the losses.
 
     Returns:
@@ -86,11 +88,11 @@ def check_layer(
     ]
     for number, (name, parameter) in enumerate(parameters.items()):
         expected = torch.stack([gradients[number] for gradients in alone])
-        size = float(expected.flatten(1).norm(dim=1).max())
+        size = float(expected.reshape(n, -1).norm(dim=1).max())
         for row, one in enumerate(torch.eye(n, dtype=torch.float64)):
             given = weighted_sum(found[name], one, parameter.shape) if name in found else torch.zeros_like(parameter)
             error = float((given - expected[row]).norm())
-            if not error <= rtol * size:
+            if not error <= rtol * size + atol:
                 raise AssertionError(
                     f"The gradient of {name} (rule: {table[name].rule}) for candidate {row} of {n} is off by "
                     f"{error:.1e}, where the largest candidate's has the norm {size:.1e}; expected {rtol:.0e} of it at "

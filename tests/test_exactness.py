@@ -100,7 +100,7 @@ def check_against_oracle(case: Case, optimizer: SelectiveOptimizer, dtype: torch
             for index, weight in zip(selection.kept.tolist(), selection.weights, strict=True)
         ]
         expected = torch.stack(parts).sum(0)
-        size = torch.stack(parts).flatten(1).norm(dim=1).sum() + floor
+        size = torch.stack(parts).reshape(len(parts), -1).norm(dim=1).sum() + floor
         given = torch.zeros_like(expected) if parameter.grad is None else parameter.grad.double()
         # Relative to the whole parameter, since the gradients of single entries may cancel.
         assert (given - expected).norm() <= atol * size, name

@@ -38,7 +38,8 @@ def attention(module: nn.Module, inputs: tuple[Any, ...], output_grad: Any) -> d
     """Each projection is a Linear layer; what lies between them is run again to get the gradients behind them."""
     assert isinstance(module, nn.MultiheadAttention)
     sources: list[Tensor] = list(inputs[:3])
-    padding, need, mask, average, causal = [*inputs[3:], *_DEFAULTS[len(inputs) - 3 :]]
+    given: list[Any] = list(inputs[3:])
+    padding, need, mask, average, causal = given + list(_DEFAULTS[len(given) :])
     if sources[0].ndim != 3:
         raise NotImplementedError(
             f"Expected MultiheadAttention to take queries (n, t, d), got shape {tuple(sources[0].shape)}: without the "

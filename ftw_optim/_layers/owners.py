@@ -109,23 +109,21 @@ def _is_short_convolution(module: nn.Module) -> bool:
 
 
 def _each_use_once(found: list[Owner]) -> list[Owner]:
-    """Without the modules to run again for parameters that a rule, or such a module around them, captures as well.
+    """The same owners, each use of a parameter captured once.
 
-    BERT's prediction head owns the very bias that its decoder, a Linear layer, adds.
+    What a rule captures needs no module run again: BERT's prediction head owns the very bias that its decoder, a Linear
+    layer, adds. And a module that is run again covers the uses of the same parameter in the modules below it.
     """
     ruled = {name for owner in found if isinstance(owner.rule, LayerRule) for name in owner.parameters.values()}
-    again: dict[str, list[str]] = {}
-    kept = []
+    kept: list[Owner] = []
     for owner in found:
         if not isinstance(owner.rule, LayerRule):
-            own = {
-                local: name
-                for local, name in owner.parameters.items()
-                if name not in ruled
-                and not any(owner.name != other and _within(owner.name, other) for other in again.get(name, []))
-            }
-            for name in own.values():
-                again.setdefault(name, []).append(owner.name)
+            own = {local: name for local, name in owner.parameters.items() if name not in ruled}
+            for number, above in enumerate(kept):
+                shared = [local for local in own if own[local] in above.parameters.values()]
+                if shared and above.rule is None and _within(owner.name, above.name):
+                    inner = {f"{owner.name[len(above.name) :].lstrip('.')}.{local}": own.pop(local) for local in shared}
+                    kept[number] = replace(above, parameters={**above.parameters, **inner})
             owner = replace(owner, parameters=own)
         if owner.parameters:
             kept.append(owner)
@@ -133,7 +131,7 @@ def _each_use_once(found: list[Owner]) -> list[Owner]:
 
 
 def _within(name: str, other: str) -> bool:
-    return not other or name.startswith(f"{other}.")
+    return name != other and (not other or name.startswith(f"{other}."))
 
 
 def _rule(module: nn.Module) -> LayerRule | str | None:
