@@ -72,6 +72,7 @@ class Capture:
         self._phase = _Phase.REST
         self._modes = hash(tuple(module.training for module in model.modules()))
         self._without_grad: set[str] = set()
+        self._with_grad: set[str] = set()
         self._expanded: set[str] = set()
         self._computed_in: set[torch.dtype] = set()
         self._stance = ExitStack()
@@ -197,9 +198,11 @@ class Capture:
             inside = owner.name in self._without_grad  # of a reentrant checkpoint, which runs it again
             if self._attached and not (self._phase is _Phase.BACKWARD and inside):
                 return
-            # Inside, no weight gradient is wanted; but without any, the output would have no graph at all.
+            # Inside, no weight gradient is wanted; but without any, the output would have no graph at all, and a layer
+            # that also runs elsewhere may be in a checkpoint of the other kind, which wants everything as it was.
             flows = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
-            wanted = not (self._phase is _Phase.BACKWARD and inside and flows)
+            only_inside = inside and owner.name not in self._with_grad
+            wanted = not (self._phase is _Phase.BACKWARD and only_inside and flows)
             stand_ins = {
                 local: own.detach().requires_grad_(wanted)
                 for local in owner.parameters
@@ -218,6 +221,8 @@ class Capture:
             if not torch.is_grad_enabled():
                 self._without_grad.add(owner.name)
                 return None
+            if self._phase is _Phase.FORWARD:
+                self._with_grad.add(owner.name)
             drew = state is not None and any(
                 not torch.equal(one, state[device]) for device, one in random_state(module).items()
             )

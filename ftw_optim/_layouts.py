@@ -50,17 +50,17 @@ class Grid:
         if index and x.ndim == 1 and x.shape[0] == self.positions:
             return Layout(reading="positions", expand=self.n)
         if x.ndim > 1 or (index and x.ndim == 1):
-            return self._rows(x, index=index)
+            return self._rows(x, index=index, channels_second=rule is not None and rule.channels_second)
         return Layout(reading="unknown", trouble=f"the {self.n} candidates first")
 
-    def _rows(self, x: Tensor, *, index: bool) -> Layout:
+    def _rows(self, x: Tensor, *, index: bool, channels_second: bool) -> Layout:
         n, rows = self.n, x.shape[0]
         assert n is not None
         if rows == n:
             return Layout(reading="rows")
         if rows == 1 and x.ndim > 1:
             return Layout(reading="one row for all", expand=n)
-        if x.ndim > 2 and x.shape[1] == n:
+        if rows and x.ndim > 2 and x.shape[1] == n and not channels_second:
             return Layout(reading=TIME_FIRST, trouble=f"the {n} candidates first, not the time (batch_first=True)")
         if index and x.ndim == 2 and rows == x.shape[1]:
             return Layout(reading="unknown", trouble=f"the {n} candidates first, not pairs of positions")

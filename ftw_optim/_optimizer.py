@@ -194,18 +194,21 @@ class SelectiveOptimizer(OptimizerWrapper):
         if not isinstance(outcome, _Outcome):
             self.optimizer.step()
             return outcome
-        parameters = outcome.members.parameters
-        before = dict(self.__dict__), {name: parameter.grad for name, parameter in parameters.items()}
+        # Frozen ones too: what they hold from before they were would still move them.
+        held = [(p, p.grad) for group in self.param_groups for p in group["params"]]
+        before = dict(self.__dict__)
         try:
-            for name, parameter in parameters.items():
-                parameter.grad = outcome.gradients.get(name)
+            for parameter, _ in held:
+                parameter.grad = None
+            for name, gradient in outcome.gradients.items():
+                outcome.members.parameters[name].grad = gradient
             self._commit(outcome)
             if not outcome.selection.skipped:
                 self.optimizer.step()
         except BaseException:
-            self.__dict__.update(before[0])
-            for name, parameter in parameters.items():
-                parameter.grad = before[1][name]
+            self.__dict__.update(before)
+            for parameter, gradient in held:
+                parameter.grad = gradient
             raise
         return outcome.loss
 
@@ -267,7 +270,12 @@ class SelectiveOptimizer(OptimizerWrapper):
             raise TypeError('update="rerun" needs a closure that accepts rows: closure(rows=kept) -> losses (k,).')
         what = plan(self.model, members.parameters if update == "factors" else members.scored, layers)
         target = self.target.gradients(
-            members.scored, self._kept_target, calls=self._backwards, scale=scale, seed=self._seed("target")
+            members.scored,
+            self._kept_target,
+            self.model,
+            calls=self._backwards,
+            scale=scale,
+            seed=self._seed("target"),
         )
         marks = gradient_marks(members.parameters)
         with (

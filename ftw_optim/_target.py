@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ftw_optim._passes import REENTRANT, gradients_set_aside, has_node
 
 
 @final
@@ -46,6 +48,7 @@ class TargetGradient:
         self,
         parameters: Mapping[str, Tensor],
         kept: Mapping[str, Tensor] | None,
+        model: nn.Module,
         *,
         calls: int,
         scale: float,
@@ -56,6 +59,7 @@ class TargetGradient:
         Args:
             parameters: those scored.
             kept: the gradient of the step before, or None.
+            model: whose ``.grad`` is set aside where only a plain backward will do.
             calls: backward calls before this one.
             scale: multiplies the losses for the pass; the gradient is divided by it.
             seed: of the random state the closure runs under.
@@ -71,13 +75,13 @@ class TargetGradient:
         usable = kept is not None and kept.keys() == parameters.keys()
         if usable and calls % self.refresh_every:
             assert kept is not None
-            return dict(kept)
+            return {name: gradient.to(parameters[name].device) for name, gradient in kept.items()}
         devices = sorted({parameter.device.index for parameter in parameters.values() if parameter.is_cuda})
         with torch.random.fork_rng(devices), torch.enable_grad():
             torch.manual_seed(seed)
             losses: Any = self.closure()
             _check(losses)
-            found = torch.autograd.grad(losses.mean() * scale, list(parameters.values()), allow_unused=True)
+            found = _differentiate(losses.mean() * scale, list(parameters.values()), model)
         new = {
             name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
             if gradient is None
@@ -97,6 +101,15 @@ class TargetGradient:
             assert kept is not None
             return {name: self.decay * kept[name] + (1 - self.decay) * gradient for name, gradient in new.items()}
         return new
+
+
+def _differentiate(total: Tensor, parameters: Sequence[Tensor], model: nn.Module) -> Sequence[Tensor | None]:
+    """Gradients by the parameters; ``.grad`` is as before."""
+    if not has_node(total, REENTRANT):
+        return torch.autograd.grad(total, parameters, allow_unused=True)
+    with gradients_set_aside(model):  # such a checkpoint takes no other way
+        total.backward()  # type: ignore[no-untyped-call]
+        return [parameter.grad for parameter in parameters]
 
 
 def _check(losses: Any) -> None:

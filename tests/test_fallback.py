@@ -72,7 +72,7 @@ def test_what_depends_on_the_size_of_its_batch_runs_whole() -> None:
 
 @pytest.mark.parametrize("update", ["factors", "graph"])
 def test_random_numbers_are_drawn_again_as_they_were(update: str) -> None:
-    """Gradients of every candidate under the masks of the one forward pass, and a training run equal to the bare one."""
+    """Candidates have the gradients of the one forward pass with its masks, and a training run is the bare one."""
     layer = Scale(function=lambda x: functional.dropout(torch.tanh(x), 0.5))
     model = model_with(layer)
     x = drawn(3, 5, 3)

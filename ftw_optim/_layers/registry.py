@@ -29,6 +29,7 @@ class LayerRule:
         parameters: local names of those it knows; None: all that the module owns.
         replays: it runs parts of the module again, so the random state of the call must be restored.
         own_layout: it finds the candidates in its inputs by itself; the output has one row for each.
+        channels_second: the second axis of its input is the channels', never the candidates' behind a time axis.
     """
 
     name: str
@@ -38,6 +39,7 @@ class LayerRule:
     parameters: Collection[str] | None = None
     replays: bool = False
     own_layout: bool = False
+    channels_second: bool = False
 
 
 _RULES: dict[str, LayerRule] = {}
