@@ -200,9 +200,12 @@ class Capture:
                 return
             # Inside, no weight gradient is wanted; but without any, the output would have no graph at all, and a layer
             # that also runs elsewhere may be in a checkpoint of the other kind, which wants everything as it was.
-            flows = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
-            only_inside = inside and owner.name not in self._with_grad
-            wanted = not (self._phase is _Phase.BACKWARD and only_inside and flows)
+            wanted = not (
+                self._phase is _Phase.BACKWARD
+                and inside
+                and owner.name not in self._with_grad
+                and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
+            )
             stand_ins = {
                 local: own.detach().requires_grad_(wanted)
                 for local in owner.parameters
@@ -226,10 +229,11 @@ class Capture:
             drew = state is not None and any(
                 not torch.equal(one, state[device]) for device, one in random_state(module).items()
             )
+            inputs, named = detached(args, kwargs)
             call = Call(
                 module=module,
-                args=detached(args),
-                kwargs=detached(kwargs),
+                args=inputs,
+                kwargs=named,
                 random=state,
                 drew=drew,
                 autocast=autocast_dtype(module),

@@ -29,6 +29,9 @@ class Layout:
     trouble: str | None = None
 
 
+_ROWS = Layout(reading="rows")
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -43,7 +46,7 @@ class Grid:
         if self.sample_ids is not None:
             return self._packed(x)
         if self.n is None:  # the closure calls a part of the model: the losses will tell
-            return Layout(reading="rows")
+            return _ROWS
         if rule is not None and rule.own_layout:
             return Layout(reading=rule.name)
         index = not x.is_floating_point()
@@ -57,7 +60,7 @@ class Grid:
         n, rows = self.n, x.shape[0]
         assert n is not None
         if rows == n:
-            return Layout(reading="rows")
+            return _ROWS
         if rows == 1 and x.ndim > 1:
             return Layout(reading="one row for all", expand=n)
         if rows and x.ndim > 2 and x.shape[1] == n and not channels_second:

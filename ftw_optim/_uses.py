@@ -10,7 +10,7 @@ from typing import Any, NoReturn, final
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ftw_optim._checks import WAYS_OUT, tolerance
 from ftw_optim._factors import Factors, PositionMap
@@ -65,11 +65,11 @@ def record(owner: Owner, call: Call, output: Any, grid: Grid, stand_ins: dict[st
     The output is replaced where its candidates share a row, which are told apart only from here on, and where its
     gradient edge would not last or would not be the layer's alone.
     """
-    leaves, structure = tree_flatten(output)
+    leaves, structure = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
     tensors = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     if not any(leaves[number].requires_grad for number in tensors):
         return None, None
-    inputs = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
+    inputs = call.tensors()
     if owner.rule is None:
         layout, axes = _fallback_layout(call, inputs, output, grid)
     else:
@@ -108,7 +108,9 @@ def record(owner: Owner, call: Call, output: Any, grid: Grid, stand_ins: dict[st
         computed_in=call.autocast or returned[0].value.dtype,
         expands=expands,
     )
-    return use, tree_unflatten(leaves, structure) if changed else None
+    if not changed:
+        return use, None
+    return use, leaves[0] if structure is None else tree_unflatten(leaves, structure)
 
 
 def factors_of(
@@ -156,9 +158,9 @@ def factors_of(
     return found
 
 
-def version_of(value: Any) -> int | None:
+def version_of(value: Tensor) -> int | None:
     """How often a tensor was changed in place."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+    return None if value.is_inference() else value._version
 
 
 # ---------------------------------------------------------------------- in the forward hook
@@ -211,7 +213,7 @@ def _edge(output: Tensor) -> tuple[GradientEdge, Tensor]:
 
 
 def _versions(call: Call) -> tuple[int | None, ...]:
-    return tuple(version_of(leaf) for leaf in tree_leaves((call.args, call.kwargs)))
+    return tuple(map(version_of, call.tensors()))
 
 
 # ---------------------------------------------------------------------- after the backward pass
@@ -277,7 +279,7 @@ def _as_factors(use: Use, value: Factors | Tensor, parameter: Tensor, count: int
 
 
 def _refuse_layout(use: Use, expected: str) -> NoReturn:
-    first = next((leaf for leaf in tree_leaves((use.call.args, use.call.kwargs)) if isinstance(leaf, Tensor)), None)
+    first = next(iter(use.call.tensors()), None)
     raise NotImplementedError(
         f"Expected layer {use.owner.name!r} to take inputs with {expected}, got shape "
         f"{None if first is None else tuple(first.shape)}: which candidate a position belongs to is not known. "

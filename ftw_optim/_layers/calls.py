@@ -10,7 +10,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ftw_optim._layers.registry import dotted, swapped
 
@@ -35,6 +35,12 @@ class Call:
     random: Mapping[torch.device, Tensor] | None = None
     drew: bool = False
     autocast: torch.dtype | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the inputs, in order."""
+        if _only_tensors(self.args, self.kwargs):
+            return list(self.args)
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
     def inputs(self) -> tuple[Any, ...]:
         """All inputs in the order of the module's ``forward``, keyword ones too."""
@@ -76,8 +82,8 @@ class Call:
             )
 
 
-def detached(tree: Any) -> Any:
-    """The same tree with its tensors out of the graph, and without the caches that the call has filled since.
+def detached(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The inputs of a call with their tensors out of the graph, and without the caches that the call has filled since.
 
     What a cache held before a call in training is nothing; where it was something, the module gives something else when
     it is run again, and is refused.
@@ -88,7 +94,14 @@ def detached(tree: Any) -> Any:
             return value.detach()
         return None if _is_cache(value) else value
 
-    return tree_map(leaf, tree, is_leaf=_is_cache)
+    if _only_tensors(args, kwargs):  # the tree functions would take longer than a small layer
+        return tuple(value.detach() for value in args), kwargs
+    inputs: tuple[tuple[Any, ...], Mapping[str, Any]] = tree_map(leaf, (args, kwargs), is_leaf=_is_cache)
+    return inputs
+
+
+def _only_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return not kwargs and all(type(value) is Tensor for value in args)
 
 
 def _is_cache(value: Any) -> bool:

@@ -116,6 +116,8 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def place(module: nn.Module, local: str) -> tuple[dict[str, Any], str]:
     """Where a module keeps the parameter of this dotted name: the dictionary and the key."""
+    if "." not in local:
+        return module._parameters, local
     path, _, key = local.rpartition(".")
     return module.get_submodule(path)._parameters, key
 
