@@ -10,17 +10,24 @@ import pytest
 import torch
 
 README = Path(__file__).parent.parent / "README.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+)
+"""Python, and what it prints where the README shows that."""
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft, on what it reads
 def test_code_blocks_run_and_print_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
-    """A line ``# prints: TEXT`` is checked against what the block prints."""
-    assert len(BLOCKS) >= 3
+    """A line ``# prints: TEXT`` is checked against what the block prints, and so is a block of text behind it."""
+    assert len(BLOCKS) >= 6
+    assert sum(bool(shown) for _, shown in BLOCKS) == 2
     namespace: dict[str, Any] = {}
     with torch.random.fork_rng():
-        for number, block in enumerate(BLOCKS):
+        for number, (block, shown) in enumerate(BLOCKS):
             exec(compile(block, f"README.md, code block {number}", "exec"), namespace)
             printed = capsys.readouterr().out
+            if shown:
+                assert printed == shown
             for expected in re.findall(r"# prints: (.*)", block):
                 assert expected in printed
 
