@@ -16,7 +16,7 @@ from ftw_optim import GreedyFilter, KeepAll, SelectiveOptimizer, TargetGradient,
 from ftw_optim._factors import weighted_sum
 from tests.families import case_of, family, model_of
 from tests.models import Case, SmallGPT, language_model, precision, seeded, with_lora
-from tests.test_capture import captured, rows_of
+from tests.test_capture import TiedByHand, captured, rows_of
 from tests.test_fallback import Scale, drawn
 from tests.test_families import optimizer_of
 
@@ -441,6 +441,25 @@ def test_a_branch_first_taken_at_step_five(how: str, self_check: bool, update: s
     with pytest.raises(RuntimeError, match=r"middle\.weight"):
         optimizer.step(lambda: model(x).square().sum((1, 2)))
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("update", ["factors", "graph"])
+@pytest.mark.parametrize("self_check", [True, False])
+def test_a_tied_head_that_is_called_functionally_is_found_and_nothing_is_changed(update: str, self_check: bool) -> None:
+    model = seeded(TiedByHand).double()
+    ids = torch.tensor([[1, 2, 6], [3, 3, 0], [5, 1, 4]])
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        lambda: model(ids[:2]).logsumexp(-1).sum(1),
+        update=update,
+        self_check=self_check,
+    )
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"tokens\.weight"):
+        optimizer.step(lambda: model(ids).logsumexp(-1).sum(1))
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_batch_norm_among_the_parameters_is_refused_before_anything_runs() -> None:
