@@ -1,16 +1,15 @@
 """One forward and one backward pass over a model, to the factors of its parameters.
 
-Every layer that owns a captured parameter is hooked. While it runs, a stand-in that shares the parameter's memory
-takes its place (``attached=False``), so that the backward pass forms no weight gradient and a gradient that still
-reaches the parameter itself betrays a use outside the layer. Its inputs and the gradient edges of its outputs are
-kept; a backward pass to these edges (:mod:`ftw_optim._passes`) then gives all output gradients at once.
+Every layer that owns a captured parameter is hooked while the closure runs: its inputs and the gradient edges of its
+outputs are kept. A backward pass to these edges (:mod:`ftw_optim._passes`) gives all output gradients at once, and
+forms no weight gradient. Which operations of the graph read a captured parameter is looked up at every step: one that
+was not part of a call of the layers that own it is an error.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum, auto
 from types import TracebackType
@@ -21,15 +20,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ftw_optim._checks import WAYS_OUT, refuse_uses_outside, verify_weighted_sums
+from ftw_optim._checks import WAYS_OUT, SelfChecks, refuse_uses_outside, verify_projection, verify_weighted_sums
 from ftw_optim._factors import Factors, finite_candidates
-from ftw_optim._layers.calls import Call, autocast_dtype, detached, random_state
+from ftw_optim._layers.calls import Call, autocast_dtype, detached, tensors_of
 from ftw_optim._layers.owners import Owner, parameter_at
-from ftw_optim._layers.registry import LayerRule, exchange
+from ftw_optim._layers.randomness import RandomState
+from ftw_optim._layers.registry import LayerRule
 from ftw_optim._layouts import Grid
-from ftw_optim._passes import REENTRANT, by_edges, gradients_set_aside, has_node, summed, take_from_node
+from ftw_optim._passes import Graph, Span, by_edges, node_number, parameter_gradients, take_from_node
 from ftw_optim._plan import CapturePlan
-from ftw_optim._uses import Use, factors_of, record
+from ftw_optim._uses import Use, factors_of, record, version_of
 
 
 class _Phase(Enum):
@@ -38,10 +38,11 @@ class _Phase(Enum):
     FORWARD = auto()
     """The closure runs: every call of a captured layer is recorded."""
     BACKWARD = auto()
-    """A plain backward pass runs: calls inside reentrant checkpoints are recorded, without weight gradients."""
-    CHECK = auto()
-    """Another one runs, to the parameters: stand-ins inside reentrant checkpoints collect their gradients."""
+    """A plain backward pass runs: calls inside reentrant checkpoints are recorded."""
+    RECOMPUTE = auto()
+    """Checkpoints may run their layers again: outputs are changed as they were, and nothing is recorded."""
     REST = auto()
+    """Modules are run by ourselves."""
 
 
 @final
@@ -51,32 +52,26 @@ class Capture:
     Args:
         model: the whole model; its first input tells the number of candidates.
         plan: what to capture.
-        attached: keep the parameters themselves in the graph, for an ordinary backward over it later.
         sample_ids: int64, shape of the token grid, the candidate of each position (-1 for none).
     """
 
-    def __init__(
-        self, model: nn.Module, plan: CapturePlan, *, attached: bool, sample_ids: Tensor | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: CapturePlan, *, sample_ids: Tensor | None = None) -> None:
         if sample_ids is not None and (sample_ids.ndim != 2 or sample_ids.dtype != torch.int64):
             raise ValueError(
                 "Expected sample_ids as int64 of the token grid's shape (b, t), got "
                 f"{sample_ids.dtype} of shape {tuple(sample_ids.shape)}."
             )
-        self._model, self._plan, self._attached = model, plan, attached
+        self._model, self._plan = model, plan
         self._grid = Grid(n=None, positions=None, sample_ids=sample_ids)
+        self._finds_candidates = any(isinstance(o.rule, LayerRule) and o.rule.own_layout for o in plan.owners)
         self._uses: list[Use] = []
-        self._standing: dict[int, list[tuple[Owner, dict[str, Any]]]] = {}
-        self._collecting: list[tuple[str, Tensor]] = []
+        self._spans: dict[str, list[Span]] = {name: [] for name in plan.parameters}
         self._handles: list[RemovableHandle] = []
         self._phase = _Phase.REST
         self._modes = hash(tuple(module.training for module in model.modules()))
-        self._without_grad: set[str] = set()
-        self._with_grad: set[str] = set()
         self._expanded: set[str] = set()
         self._computed_in: set[torch.dtype] = set()
         self._stance = ExitStack()
-        self._reentrant = False
 
     def __enter__(self) -> Capture:
         if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and importing it would take a second
@@ -84,8 +79,8 @@ class Capture:
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
         self._phase = _Phase.FORWARD
         self._handles.append(self._model.register_forward_pre_hook(self._read_grid, with_kwargs=True))
-        for number, owner in enumerate(self._plan.owners):
-            before, after = self._hooks(number, owner)
+        for owner in self._plan.owners:
+            before, after = self._hooks(owner)
             self._handles.append(owner.module.register_forward_pre_hook(before, with_kwargs=True))
             # First of the forward hooks: it must see the output before any other hook changes it.
             self._handles.append(
@@ -100,11 +95,7 @@ class Capture:
         self._stance.close()
         for handle in self._handles:
             handle.remove()
-        for number in self._standing:
-            while self._standing[number]:
-                self._restore(number)
         self._uses.clear()  # frees the graph and the factors
-        self._collecting.clear()
         if in_closure and self._expanded and isinstance(error, RuntimeError | IndexError | ValueError):
             error.add_note(
                 f"The output of {', '.join(sorted(self._expanded)[:5])} is the same for all candidates and was "
@@ -121,17 +112,13 @@ class Capture:
         """The dtypes that the captured layers computed in."""
         return self._computed_in
 
-    def own_backward_gradients(self) -> dict[str, Tensor]:
-        """What a closure that ran its own backward left at the stand-ins, by parameter name."""
-        return summed(self._left_at_stand_ins())
-
     def differentiate(
         self,
         losses: Tensor,
         *,
         scale: float,
         keep_graph: bool,
-        checked: set[tuple[str, str, int]] | None,
+        checks: SelfChecks | None,
         generator: torch.Generator,
     ) -> dict[str, list[Factors]]:
         """Factors of every captured parameter that the losses reached, each multiplied by ``scale``.
@@ -140,36 +127,44 @@ class Capture:
             losses: shape ``(n,)``, of the closure. Non-finite ones contribute nothing.
             scale: multiplies the losses for the pass.
             keep_graph: leave the graph for a second backward.
-            checked: what the self-check has seen, extended in place; None: no self-check.
-            generator: for the self-check's weights.
+            checks: what the self-check has seen, extended in place; None: no self-check.
+            generator: for the random numbers of the checks.
 
         Raises:
             NotImplementedError: the candidates of a layer cannot be told apart, or it cannot be run again.
             RuntimeError: nothing was captured, an input was changed in place after its layer had read it, a captured
                 parameter was used outside its layer, or the self-check failed.
         """
-        self._phase = _Phase.REST
         self._check_sample_ids(len(losses))
+        graph = Graph(losses)
+        outside = [name for name, p in self._plan.parameters.items() if graph.used_outside(p, self._spans[name])]
+        refuse_uses_outside(outside)
         finite = losses.isfinite()
         total = torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
-        self._reentrant = has_node(losses, REENTRANT)
-        due = checked is not None and (self._reentrant or any(self._key(use) not in checked for use in self._uses))
-        outside = {} if self._attached else self._plan.parameters
-        if self._reentrant:
-            beside = self._plain_pass(total, outside, keep_graph=keep_graph or due)
+        if graph.reentrant:
+            found = self._by_plain_backward(
+                total, graph, finite, scale, keep_graph=keep_graph or checks is not None, generator=generator
+            )
         else:
-            beside = by_edges(total, self._uses, outside, keep_graph=keep_graph or due)
-        refuse_uses_outside(beside)
-        found = self._collect(len(losses))
-        due = due and any(self._key(use) not in checked for use in self._uses)  # type: ignore[operator]
+            self._phase = _Phase.RECOMPUTE
+            due = checks is not None and checks.due(map(self._key, self._uses))
+            by_edges(total, self._uses, keep_graph=keep_graph or due)
+            found = self._collect(len(losses))
+        reached = [use for use in self._uses if use.reached]
         # Of what is not finite nothing can be compared: then the check waits for the next step.
-        if due and bool(finite_candidates(found, losses).all()):
-            assert checked is not None
+        if checks is not None and checks.due(map(self._key, reached)) and bool(finite_candidates(found, losses).all()):
             # Far apart: rows that are mixed up show by what their weights differ in.
             weights = 2 * torch.rand(len(losses), generator=generator, dtype=torch.float64)
-            gradients = self._parameter_gradients((weights.to(losses) * losses * scale).sum(), keep_graph=keep_graph)
+            gradients = parameter_gradients(
+                (weights.to(losses) * losses * scale).sum(),
+                self._plan.parameters,
+                plain=graph.reentrant,
+                others=[*graph.leaves, *self._model.parameters()],
+                keep_graph=keep_graph,
+            )
             verify_weighted_sums(found, gradients, weights, self._layers(), computed_in=self.computed_in)
-            checked.update(map(self._key, self._uses))
+            for use in reached:
+                checks.passed(self._key(use), conclusive=use.has_gradient())
         return found
 
     # ------------------------------------------------------------------ while the closure runs
@@ -177,144 +172,119 @@ class Capture:
     def _read_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._phase is not _Phase.FORWARD or not torch.is_grad_enabled():
             return
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.ndim > 0:
-                n, positions = leaf.shape[0], leaf.shape[1] if leaf.ndim > 1 else None
-                if self._grid.n is not None and n != self._grid.n:
-                    raise ValueError(
-                        f"The closure called the model on {self._grid.n} and then on {n} rows; expected all "
-                        "candidates in one call, or each call over all of them."
-                    )
-                self._grid = replace(self._grid, n=n, positions=positions)
-                return
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+        if not tensors:
+            return
+        first = tensors[0]
+        if self._finds_candidates and first.ndim == 1 and len(tensors) > 1 and not first.is_floating_point():
+            return  # positions of bags of any length: the losses will tell
+        n, positions = first.shape[0], first.shape[1] if first.ndim > 1 else None
+        if self._grid.n is not None and n != self._grid.n:
+            raise ValueError(
+                f"The closure called the model on {self._grid.n} and then on {n} rows; expected all "
+                "candidates in one call, or each call over all of them."
+            )
+        self._grid = replace(self._grid, n=n, positions=positions)
 
-    def _hooks(self, number: int, owner: Owner) -> tuple[Any, Any]:
-        replays = owner.rule is None or (isinstance(owner.rule, LayerRule) and owner.rule.replays)
-        random: list[dict[torch.device, Tensor]] = []
+    def _hooks(self, owner: Owner) -> tuple[Any, Any]:
+        again = owner.rule is None
+        replays = again or (isinstance(owner.rule, LayerRule) and owner.rule.replays)
+        started: list[tuple[int, Any, list[int | None]]] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if replays:
-                random.append(random_state(module))
-            inside = owner.name in self._without_grad  # of a reentrant checkpoint, which runs it again
-            if self._attached and not (self._phase is _Phase.BACKWARD and inside):
+            if self._phase is _Phase.REST:
                 return
-            # Inside, no weight gradient is wanted; but without any, the output would have no graph at all, and a layer
-            # that also runs elsewhere may be in a checkpoint of the other kind, which wants everything as it was.
-            wanted = not (
-                self._phase is _Phase.BACKWARD
-                and inside
-                and owner.name not in self._with_grad
-                and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
-            )
-            stand_ins = {
-                local: own.detach().requires_grad_(wanted)
-                for local in owner.parameters
-                if (own := parameter_at(module, local)) is not None
-            }
-            self._standing.setdefault(number, []).append((owner, exchange(module, stand_ins)))
-            if self._phase is _Phase.CHECK and inside:
-                self._collecting += [(owner.parameters[local], tensor) for local, tensor in stand_ins.items()]
+            for local, name in owner.parameters.items():
+                if parameter_at(module, local) is not self._plan.parameters[name]:
+                    raise NotImplementedError(
+                        f"Expected {name} in layer {owner.name!r} when it is called, but something stands in its "
+                        f"place (torch.func.functional_call does that). {WAYS_OUT}"
+                    )
+            state = RandomState.now(module) if replays else None
+            versions = list(map(version_of, tensors_of(args, kwargs))) if again else []
+            started.append((node_number(), state, versions))
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            stand_ins = self._restore(number)
-            state = random.pop() if random else None
-            inside = owner.name in self._without_grad
-            if output is None or not (self._phase is _Phase.FORWARD or (self._phase is _Phase.BACKWARD and inside)):
+            if self._phase is _Phase.REST or not started:
                 return None
-            if not torch.is_grad_enabled():
-                self._without_grad.add(owner.name)
+            number, state, versions = started.pop()
+            if output is None or not torch.is_grad_enabled():
                 return None
-            if self._phase is _Phase.FORWARD:
-                self._with_grad.add(owner.name)
-            drew = state is not None and any(
-                not torch.equal(one, state[device]) for device, one in random_state(module).items()
-            )
+            given = tensors_of(args, kwargs)
             inputs, named = detached(args, kwargs)
             call = Call(
                 module=module,
                 args=inputs,
                 kwargs=named,
                 random=state,
-                drew=drew,
+                drew=state is not None and state != RandomState.now(module),
                 autocast=autocast_dtype(module),
             )
-            phase, self._phase = self._phase, _Phase.REST  # recording may run the module
-            try:
-                use, changed = record(owner, call, output, self._grid, stand_ins)
-            finally:
-                self._phase = phase
-            if use is not None:
-                self._uses.append(use)
-                self._computed_in.add(use.computed_in)
-                if use.expands:
-                    self._expanded.add(owner.name)
-                if phase is _Phase.BACKWARD:
-                    self._handles += map(take_from_node, use.returned)
+            use, changed = record(owner, call, given, output, self._grid)
+            if use is None or self._phase is _Phase.RECOMPUTE:
+                return changed
+            if again and versions != list(map(version_of, given)):
+                use.refuse("that it leaves as they are: it changed one in place")
+            self._uses.append(use)
+            self._computed_in.add(use.computed_in)
+            if use.expands:
+                self._expanded.add(owner.name)
+            if self._phase is _Phase.BACKWARD:
+                self._handles += map(take_from_node, use.returned)
+            for name in owner.parameters.values():
+                self._spans[name].append((number, node_number()))
             return changed
 
         return before, after
 
-    def _restore(self, number: int) -> dict[str, Tensor]:
-        """Put the parameters of an owner back; returns the stand-ins."""
-        if not self._standing.get(number):
-            return {}
-        owner, parameters = self._standing[number].pop()
-        return exchange(owner.module, parameters)
-
     # ------------------------------------------------------------------ after it
 
-    def _plain_pass(self, total: Tensor, outside: Mapping[str, nn.Parameter], *, keep_graph: bool) -> list[str]:
-        """Fill in all output gradients by a plain backward; returns which parameters outside it reached."""
+    def _by_plain_backward(
+        self,
+        total: Tensor,
+        graph: Graph,
+        finite: Tensor,
+        scale: float,
+        *,
+        keep_graph: bool,
+        generator: torch.Generator,
+    ) -> dict[str, list[Factors]]:
+        """Factors by a plain backward, whose weight gradients betray what the graph hides inside of checkpoints."""
         self._handles += [take_from_node(one) for use in self._uses for one in use.returned]
-        with self._plain_backward(total, _Phase.BACKWARD, keep_graph=keep_graph):
-            return [name for name, parameter in outside.items() if parameter.grad is not None]
-
-    @contextmanager
-    def _plain_backward(self, total: Tensor, phase: _Phase, *, keep_graph: bool) -> Iterator[None]:
-        """A block in which ``.grad`` holds what a plain backward gives; afterwards it is as before."""
-        with gradients_set_aside(self._model):
-            self._phase = phase
-            try:
-                total.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
-            finally:
-                self._phase = _Phase.REST
-            yield
-
-    def _parameter_gradients(self, total: Tensor, *, keep_graph: bool) -> dict[str, Tensor]:
-        """Autograd's gradients of ``total`` by the captured parameters, through the layers that own them."""
-        if self._reentrant:
-            for use in self._uses:
-                for stand_in in use.stand_ins.values():
-                    stand_in.grad = None  # left by the pass before
-            with self._plain_backward(total, _Phase.CHECK, keep_graph=keep_graph):
-                if self._attached:
-                    return {n: p.grad for n, p in self._plan.parameters.items() if p.grad is not None}
-                return summed(self._left_at_stand_ins())
-        sources: dict[str, list[Tensor]] = {name: [] for name in self._plan.parameters}
-        if self._attached:
-            sources = {name: [parameter] for name, parameter in self._plan.parameters.items()}
-        else:
-            for use in self._uses:
-                for local, name in use.owner.parameters.items():
-                    sources[name].append(use.stand_ins[local])
-        flat = [tensor for tensors in sources.values() for tensor in tensors]
-        gradients = iter(torch.autograd.grad(total, flat, allow_unused=True, retain_graph=keep_graph))
-        return summed({name: [next(gradients) for _ in tensors] for name, tensors in sources.items()})
+        self._phase = _Phase.BACKWARD
+        try:
+            gradients = parameter_gradients(
+                total,
+                self._plan.parameters,
+                plain=True,
+                others=[*graph.leaves, *self._model.parameters()],
+                keep_graph=keep_graph,
+            )
+        finally:
+            self._phase = _Phase.RECOMPUTE
+        found = self._collect(len(finite))
+        weights = finite.to("cpu", torch.float64)
+        verify_projection(found, gradients, weights, generator, self.computed_in)
+        return found
 
     def _collect(self, count: int) -> dict[str, list[Factors]]:
         """The factors of all uses that a gradient reached, by parameter name."""
         found: dict[str, list[Factors]] = {}
-        for use in self._uses:
-            if not use.reached:
-                continue
-            for name, factors in factors_of(use, self._plan.parameters, count, self._grid.sample_ids):
-                uses = found.setdefault(name, [])
-                if uses and (uses[0].rows, uses[0].columns) != (factors.rows, factors.columns):
-                    raise RuntimeError(
-                        f"The rules of the layers that share {name} return gradients of {uses[0].rows} x "
-                        f"{uses[0].columns} and of {factors.rows} x {factors.columns} entries; expected one shape."
-                    )
-                uses.append(factors)
+        phase, self._phase = self._phase, _Phase.REST
+        try:
+            for use in self._uses:
+                if not use.reached:
+                    continue
+                for name, factors in factors_of(use, self._plan.parameters, count, self._grid.sample_ids):
+                    uses = found.setdefault(name, [])
+                    if uses and (uses[0].rows, uses[0].columns) != (factors.rows, factors.columns):
+                        raise RuntimeError(
+                            f"The rules of the layers that share {name} return gradients of {uses[0].rows} x "
+                            f"{uses[0].columns} and of {factors.rows} x {factors.columns} entries; expected one shape."
+                        )
+                    uses.append(factors)
+        finally:
+            self._phase = phase
         if not found:
             raise RuntimeError(
                 "Expected the losses to depend on a captured parameter, but none was reached. Compute the losses "
@@ -322,16 +292,6 @@ class Capture:
                 "graph, or one compiled ahead of time, calls none)."
             )
         return found
-
-    def _left_at_stand_ins(self) -> dict[str, list[Tensor | None]]:
-        """What backward passes left at the stand-ins."""
-        parts: dict[str, list[Tensor | None]] = {}
-        for use in self._uses:
-            for local, stand_in in use.stand_ins.items():
-                parts.setdefault(use.owner.parameters[local], []).append(stand_in.grad)
-        for name, stand_in in self._collecting:
-            parts.setdefault(name, []).append(stand_in.grad)
-        return parts
 
     def _layers(self) -> dict[str, list[str]]:
         """The layers each parameter was captured in."""
@@ -351,6 +311,6 @@ class Capture:
                     f"{least} to {most}."
                 )
 
-    def _key(self, use: Use) -> tuple[str, str, int]:
+    def _key(self, use: Use) -> tuple[object, ...]:
         """What the self-check vouches for: one layer, read in one way, with the model in one mode."""
-        return use.owner.name, use.layout.reading, self._modes
+        return use.owner.name, use.layout.reading, self._modes, self._grid.n == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import final
 
 import torch
 from torch import Tensor
@@ -16,13 +17,33 @@ WAYS_OUT = (
 )
 
 
+@final
+class SelfChecks:
+    """What the self-check has vouched for: which layers, read in which ways."""
+
+    PATIENCE = 5
+    """How often a layer is looked at that never gets a gradient, such as one behind a gate that stays shut."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[object, ...], int] = {}
+
+    def due(self, keys: Iterable[tuple[object, ...]]) -> bool:
+        """Whether any of these has not been vouched for."""
+        return any(self._seen.get(key, 0) < self.PATIENCE for key in keys)
+
+    def passed(self, key: tuple[object, ...], *, conclusive: bool) -> None:
+        """Note a check that found nothing; without gradients it could not."""
+        self._seen[key] = self.PATIENCE if conclusive else self._seen.get(key, 0) + 1
+
+
 def refuse_uses_outside(names: Sequence[str]) -> None:
     """Raise if a gradient reached any parameter by another way than the layers that own it."""
     if names:
         raise RuntimeError(
-            f"Expected {', '.join(names[:5])} to be used only by calling the layers that own them, but a gradient "
-            "reached them by another way (a weight read directly, as in F.linear(x, layer.weight); a compiled or "
-            f"fused call), so the captured gradient would be incomplete. Call the layer as a module. {WAYS_OUT}"
+            f"Expected {', '.join(names[:5])} to be used only by calling the layers that own them, but they are used "
+            "in another way too (a weight read directly, as in F.linear(x, layer.weight) or a fused loss; a layer's "
+            "forward called past its hooks; an output in an object that is no pytree), so the captured gradient would "
+            f"be incomplete. Call the layer as a module. {WAYS_OUT}"
         )
 
 
@@ -48,6 +69,7 @@ def verify_weighted_sums(
     Raises:
         RuntimeError: they differ.
     """
+    floor = rounding_of(gradients.values(), computed_in)
     for name, gradient in gradients.items():
         if name not in found:
             refuse_uses_outside([name])
@@ -56,7 +78,7 @@ def verify_weighted_sums(
         error = torch.linalg.vector_norm(weighted_sum(uses, weights, expected.shape) - expected)
         scale = torch.stack([use.magnitude(weights.to(expected)) for use in uses]).max()
         scale = torch.maximum(scale, torch.linalg.vector_norm(expected))
-        if not error <= tolerance([gradient.dtype, *computed_in]) * scale:
+        if not error <= tolerance([gradient.dtype, *computed_in]) * scale + floor.to(scale):
             raise RuntimeError(
                 f"Self-check: the captured per-candidate gradients of {name} (layer "
                 f"{', '.join(map(repr, layers[name]))}) differ from autograd's by {float(error / scale):.1e} of their "
@@ -86,6 +108,7 @@ def verify_projection(
         RuntimeError: they differ: a captured parameter was used outside the layers that own it.
     """
     names, misses = [], []
+    floor = rounding_of(gradients.values(), computed_in)
     for name, gradient in gradients.items():
         uses = found.get(name)
         if uses is None:
@@ -98,12 +121,9 @@ def verify_projection(
         expected, scale = projection(uses, weights, left, right)
         # A single number may be off by more than the norm is, four times the tolerance (seen: one, in bfloat16).
         error = (left @ matrix @ right - expected).abs()
+        limit = tolerance([gradient.dtype, *computed_in])
         names.append(name)
-        misses.append(
-            (error > 4 * tolerance([gradient.dtype, *computed_in]) * torch.maximum(scale, expected.abs())).to(
-                torch.float32
-            )
-        )
+        misses.append((error > 4 * (limit * torch.maximum(scale, expected.abs()) + floor.to(scale))).to(torch.float32))
     if not misses:
         return
     missed = torch.stack([miss.to(misses[0].device) for miss in misses]).tolist()  # one synchronisation
@@ -123,3 +143,18 @@ def tolerance(dtypes: Iterable[torch.dtype]) -> float:
     whatever they are given.
     """
     return math.sqrt(max(torch.finfo(dtype).eps for dtype in (*dtypes, torch.float32)))
+
+
+def rounding_of(gradients: Iterable[Tensor], computed_in: Iterable[torch.dtype]) -> Tensor:
+    """Size below which a gradient may be nothing but the rounding of terms that cancel.
+
+    As that of an attention key's bias, or of a bias before a normalisation, whose terms are as large as others are.
+    """
+    given = list(gradients)
+    if not given:
+        return torch.zeros(())
+    norms = [torch.linalg.vector_norm(gradient.to(torch.float32)) for gradient in given]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    dtypes = {*(gradient.dtype for gradient in given), *computed_in, torch.float32}
+    rounding: Tensor = 2 * max(torch.finfo(dtype).eps for dtype in dtypes) * total
+    return rounding

@@ -13,7 +13,7 @@ from ftw_optim._closures import checked_losses, takes_rows
 from ftw_optim._factors import Factors, weighted_sum
 from ftw_optim._matching import Selection
 from ftw_optim._members import Members
-from ftw_optim._passes import REENTRANT, gradients_set_aside, has_node
+from ftw_optim._passes import Graph, gradients_set_aside
 
 UPDATES = ("auto", "factors", "graph", "rerun")
 
@@ -92,8 +92,8 @@ def _ordinary_backward(total: Tensor, members: Members, model: nn.Module) -> dic
     """What ``total.backward()`` forms for the updated parameters."""
     # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect, and the only one
     # that reentrant checkpointing takes.
-    named = members.others_train and not has_node(total, REENTRANT)
+    named = members.others_train and not Graph(total).reentrant
     inputs = list(members.parameters.values()) if named else None
-    with gradients_set_aside(model):
+    with gradients_set_aside(model.parameters()):
         torch.autograd.backward(total, inputs=inputs)
         return {name: p.grad for name, p in members.parameters.items() if p.grad is not None}

@@ -50,7 +50,7 @@ class Grid:
         if rule is not None and rule.own_layout:
             return Layout(reading=rule.name)
         index = not x.is_floating_point()
-        if index and x.ndim == 1 and x.shape[0] == self.positions:
+        if index and x.ndim == 1 and x.shape[0] == self.positions and not (self.n == self.positions and _labels(x)):
             return Layout(reading="positions", expand=self.n)
         if x.ndim > 1 or (index and x.ndim == 1):
             return self._rows(x, index=index, channels_second=rule is not None and rule.channels_second)
@@ -79,3 +79,8 @@ class Grid:
         if x.ndim and x.shape[0] == grid.numel():
             return Layout(reading="sample_ids, folded")
         return Layout(reading="unknown", trouble=f"the grid of sample_ids, {tuple(grid)}, first")
+
+
+def _labels(index: Tensor) -> bool:
+    """Whether an index is no range, as positions are; asked only where there are as many of them as candidates."""
+    return bool((index.diff() != 1).any())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftw_optim._capture import Capture
+from ftw_optim._checks import SelfChecks
 from ftw_optim._closures import checked_losses, gradient_marks, is_scalar, takes_rows
 from ftw_optim._combine import UPDATES, all_finite, combined_gradients, usable_updates
 from ftw_optim._factors import Factors, finite_candidates
@@ -127,7 +129,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._kept_target: Mapping[str, Tensor] | None = None
         self._backwards = 0
         self._pending: bool | None = None  # since the last step: None no backward, False all skipped, True one applied
-        self._checked: set[tuple[str, str, int]] = set()
+        self._checks = SelfChecks()
         self._last_capture: tuple[frozenset[str], Mapping[str, int], Mapping[str, int], Mapping[str, int]] | None = None
         self._warned_own_backward = False
         members_of(self.model, self.param_groups, self.scored)  # says now what a step would say
@@ -278,22 +280,38 @@ class SelectiveOptimizer(OptimizerWrapper):
             seed=self._seed("target"),
         )
         marks = gradient_marks(members.parameters)
-        with (
-            torch.enable_grad(),
-            Capture(self.model, what, attached=update == "graph", sample_ids=sample_ids) as capture,
-        ):
-            losses = closure()
-            if plain_allowed and self._is_plain(losses, capture, members, marks):
-                return losses
-            losses = checked_losses(losses, capture.count)
-            with _full_precision(losses):
-                found = capture.differentiate(
-                    losses,
-                    scale=scale,
-                    keep_graph=update == "graph",
-                    checked=self._checked if self.self_check else None,
-                    generator=self._generator("check"),
-                )
+        with ExitStack() as captured:
+            with torch.enable_grad():
+                capture = captured.enter_context(Capture(self.model, what, sample_ids=sample_ids))
+                losses = closure()
+                if plain_allowed and self._is_plain(losses, members, marks):
+                    return losses
+                losses = checked_losses(losses, capture.count)
+                with _full_precision(losses):
+                    found = capture.differentiate(
+                        losses,
+                        scale=scale,
+                        keep_graph=update == "graph",
+                        checks=self._checks if self.self_check else None,
+                        generator=self._generator("check"),
+                    )
+            if update != "graph":  # whose second backward may run checkpointed layers again, as they were captured
+                captured.close()
+            again = _released_first(closure, captured)
+            return self._decide(update, found, losses, target, members, again, scale, capture.computed_in)
+
+    def _decide(
+        self,
+        update: str,
+        found: Mapping[str, list[Factors]],
+        losses: Tensor,
+        target: Mapping[str, Tensor] | None,
+        members: Members,
+        closure: Callable[..., Any],
+        scale: float,
+        computed_in: Iterable[torch.dtype],
+    ) -> _Outcome:
+        """Who is rejected, who is kept with which weight, and the gradient that this makes."""
         finite, accepted = finite_candidates(found, losses)
         values = losses.detach().cpu()
         if not bool(accepted.all()):
@@ -307,9 +325,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             assert target is not None
             with _full_precision(losses):
                 selection = self._match(found, target, members, values, accepted, scale)
-            selection, gradients = self._combine(
-                update, selection, found, losses, members, closure, scale, capture.computed_in
-            )
+            selection, gradients = self._combine(update, selection, found, losses, members, closure, scale, computed_in)
         return _Outcome(
             loss=selection.weighted_loss().to(losses.device),
             selection=selection,
@@ -406,15 +422,11 @@ class SelectiveOptimizer(OptimizerWrapper):
         costly = again & (members.parameters.keys() - members.scored.keys())
         return "graph" if costly or uncovered(layers, members.parameters, self.model) else "factors"
 
-    def _is_plain(self, value: Any, capture: Capture, members: Members, before: Mapping[str, tuple[int, int]]) -> bool:
+    def _is_plain(self, value: Any, members: Members, before: Mapping[str, tuple[int, int]]) -> bool:
         """Whether the closure only wants the inner optimizer's step: it returned None, or ran its own backward."""
-        own = capture.own_backward_gradients()
-        ran_backward = bool(own) or gradient_marks(members.parameters) != before
+        ran_backward = gradient_marks(members.parameters) != before
         if value is not None and not (is_scalar(value) and ran_backward):
             return False
-        for name, gradient in own.items():
-            parameter = members.parameters[name]
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         if value is not None and not self._warned_own_backward:
             self._warned_own_backward = True
             warnings.warn(
@@ -478,6 +490,17 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_target"}
+
+
+def _released_first(closure: Callable[..., Any], captured: ExitStack) -> Callable[..., Any]:
+    """The closure, to be called once more when nothing is captured any longer."""
+
+    @functools.wraps(closure)
+    def again(*args: Any, **kwargs: Any) -> Any:
+        captured.close()
+        return closure(*args, **kwargs)
+
+    return again
 
 
 def _full_precision(losses: Tensor) -> AbstractContextManager[Any]:

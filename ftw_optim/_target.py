@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from ftw_optim._passes import REENTRANT, gradients_set_aside, has_node
+from ftw_optim._passes import Graph, parameter_gradients
 
 
 @final
@@ -81,12 +81,18 @@ class TargetGradient:
             torch.manual_seed(seed)
             losses: Any = self.closure()
             _check(losses)
-            found = _differentiate(losses.mean() * scale, list(parameters.values()), model)
+            graph = Graph(losses)
+            found = parameter_gradients(
+                losses.mean() * scale,
+                parameters,
+                plain=graph.reentrant,
+                others=[*graph.leaves, *model.parameters()],
+            )
         new = {
-            name: torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-            if gradient is None
-            else gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale
-            for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+            name: found[name].to(torch.promote_types(parameter.dtype, torch.float32)) / scale
+            if name in found
+            else torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            for name, parameter in parameters.items()
         }
         finite = torch.stack([gradient.sum().isfinite().cpu() for gradient in new.values()])
         if not finite.all():
@@ -101,15 +107,6 @@ class TargetGradient:
             assert kept is not None
             return {name: self.decay * kept[name] + (1 - self.decay) * gradient for name, gradient in new.items()}
         return new
-
-
-def _differentiate(total: Tensor, parameters: Sequence[Tensor], model: nn.Module) -> Sequence[Tensor | None]:
-    """Gradients by the parameters; ``.grad`` is as before."""
-    if not has_node(total, REENTRANT):
-        return torch.autograd.grad(total, parameters, allow_unused=True)
-    with gradients_set_aside(model):  # such a checkpoint takes no other way
-        total.backward()  # type: ignore[no-untyped-call]
-        return [parameter.grad for parameter in parameters]
 
 
 def _check(losses: Any) -> None:

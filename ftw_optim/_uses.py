@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, final
@@ -10,6 +10,7 @@ from typing import Any, NoReturn, final
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ftw_optim._checks import WAYS_OUT, tolerance
@@ -48,69 +49,75 @@ class Use:
     """The tensors with a graph, in order."""
     several: int | None
     """How many tensors the layer returned in a structure; None if it returned a tensor."""
-    stand_ins: dict[str, Tensor]
     computed_in: torch.dtype
     expands: bool
     """One row for all candidates was made one for each."""
+
+    shared: bool
+    """Some of the returned tensors shared memory, which they no longer do."""
 
     @property
     def reached(self) -> bool:
         """Whether a gradient arrived."""
         return any(one.gradient is not None for one in self.returned)
 
+    def has_gradient(self) -> bool:
+        """Whether one arrived that is not zero."""
+        return any(bool(one.gradient.any()) for one in self.returned if one.gradient is not None)
 
-def record(owner: Owner, call: Call, output: Any, grid: Grid, stand_ins: dict[str, Tensor]) -> tuple[Use | None, Any]:
+    def refuse(self, expected: str) -> None:
+        """Make it an error if a gradient arrives."""
+        self.layout = Layout(reading=self.layout.reading, trouble=expected)
+
+
+def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid: Grid) -> tuple[Use | None, Any]:
     """The use that a finished call makes of a layer, and what must take the place of its output.
 
     The output is replaced where its candidates share a row, which are told apart only from here on, and where its
     gradient edge would not last or would not be the layer's alone.
     """
     leaves, structure = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
-    tensors = [number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    if not any(leaves[number].requires_grad for number in tensors):
+    passed = {id(tensor) for tensor in given}  # what comes out as it went in has nothing of the layer
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    own = [index for index, value in enumerate(tensors) if value.requires_grad and id(value) not in passed]
+    if not own:
         return None, None
-    inputs = call.tensors()
-    if owner.rule is None:
-        layout, axes = _fallback_layout(call, inputs, output, grid)
-    else:
-        assert isinstance(owner.rule, LayerRule)
-        layout, axes = grid.layout(inputs[0] if inputs else torch.empty(0), owner.rule), None
-    several = None if isinstance(output, Tensor) else len(tensors)
-    returned, changed, expands = [], False, False
-    for index, number in enumerate(tensors):
-        value: Tensor = leaves[number]
-        if not value.requires_grad:
+    layout, axes = _layout(owner, call, output, grid)
+    several = None if structure is None else len(tensors)
+    returned: list[Returned] = []
+    replaced: dict[int, Tensor] = {}
+    for index in own:
+        value, axis, expand = tensors[index], None if axes is None else axes[index], layout.expand
+        if id(value) in replaced:
             continue
-        axis = None if axes is None else axes[index]
-        expand = layout.expand
-        if axis is not None and axis.dim == SHARED:
-            expand, axis = grid.n, Axis(0) if value.ndim and value.shape[0] == 1 else axis
+        shared = axis == Axis(SHARED) or (axis == Axis(0) and value.shape[0] == 1)
+        if shared and grid.n is not None and grid.n > 1:
+            expand = grid.n
         if expand is not None:  # autograd sums over rows before a gradient arrives, unless they are made here
-            expands = True
             value = _expanded(value, expand, front=layout.reading == "positions" or axis == Axis(SHARED))
         elif several is not None:
             value = value.clone()  # the layer may have gone on with it, and only what happens outside counts
         edge, value = _edge(value)
-        changed |= value is not leaves[number]
-        leaves[number] = value
+        replaced[id(tensors[index])] = value
         returned.append(Returned(index=index, value=value.detach(), version=version_of(value), edge=edge, axis=axis))
-    if layout.reading == "positions" or layout.reading == "one row for all":
-        assert layout.expand is not None
-        call = _with_rows(call, layout)
+    storages = [tensors[one.index].untyped_storage().data_ptr() for one in returned] if several is not None else []
     use = Use(
         owner=owner,
-        call=call,
+        call=_with_rows(call, layout) if layout.expand is not None else call,
         layout=layout,
-        versions=_versions(call),
+        versions=(),
         returned=returned,
         several=several,
-        stand_ins=stand_ins,
         computed_in=call.autocast or returned[0].value.dtype,
-        expands=expands,
+        expands=any(one.value.shape != tensors[one.index].shape for one in returned),
+        shared=len(set(storages)) < len(storages),
     )
-    if not changed:
+    use.versions = _versions(use.call)
+    if all(replaced.get(id(value), value) is value for value in tensors):
         return use, None
-    return use, leaves[0] if structure is None else tree_unflatten(leaves, structure)
+    if structure is None:
+        return use, replaced[id(output)]
+    return use, tree_unflatten([replaced.get(id(leaf), leaf) for leaf in leaves], structure)
 
 
 def factors_of(
@@ -128,6 +135,11 @@ def factors_of(
     owner = use.owner
     if use.layout.trouble is not None:
         _refuse_layout(use, use.layout.trouble)
+    if use.shared and any(version_of(one.value) != one.version for one in use.returned):
+        raise RuntimeError(
+            f"Layer {owner.name!r} returned tensors that share memory, and one of them was changed in place, which no "
+            f"longer changes the others. Use the out-of-place form of that operation. {WAYS_OUT}"
+        )
     if use.versions != _versions(use.call):
         raise RuntimeError(
             f"An input of layer {owner.name!r} was changed in place after the layer had read it, so its gradient can "
@@ -166,13 +178,17 @@ def version_of(value: Tensor) -> int | None:
 # ---------------------------------------------------------------------- in the forward hook
 
 
-def _fallback_layout(
-    call: Call, inputs: list[Tensor], output: Any, grid: Grid
-) -> tuple[Layout, list[Axis | None] | None]:
+def _layout(owner: Owner, call: Call, output: Any, grid: Grid) -> tuple[Layout, list[Axis | None] | None]:
+    """How a call lays out its candidates and, where the module is to be run again, where they are in its outputs."""
+    inputs = call.tensors()
+    if isinstance(owner.rule, LayerRule):
+        return grid.layout(inputs[0] if inputs else torch.empty(0), owner.rule), None
+    if any(isinstance(value, PackedSequence) for value in (*call.args, *call.kwargs.values())):
+        return Layout(reading="unknown", trouble="rows of one length, not a PackedSequence"), None
     if grid.sample_ids is not None:
         return Layout(reading="run again, sample_ids"), None
     first = next((leaf for leaf in inputs if leaf.ndim), None)
-    if first is not None and first.ndim and (layout := grid.layout(first, None)).reading == TIME_FIRST:
+    if first is not None and (layout := grid.layout(first, None)).reading == TIME_FIRST:
         return layout, None
     n = grid.n if grid.n is not None else 1 if first is None else first.shape[0]
     axes = candidate_axes(call, n, output)
@@ -185,12 +201,18 @@ def _expanded(value: Tensor, rows: int, *, front: bool) -> Tensor:
 
 
 def _with_rows(call: Call, layout: Layout) -> Call:
-    """The call with its first input expanded as the output was."""
-    assert layout.expand is not None
+    """The call with its first input, and others that share a row like it, expanded as the output was."""
     leaves, structure = tree_flatten((call.args, dict(call.kwargs)))
-    number = next(number for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-    first = leaves[number][None] if layout.reading == "positions" else leaves[number]
-    leaves[number] = first.expand(layout.expand, *first.shape[1:])
+    first, rows = call.tensors()[0], layout.expand
+    assert rows is not None
+    for number, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and (leaf.ndim, leaf.dtype, leaf.shape[:1]) == (
+            first.ndim,
+            first.dtype,
+            first.shape[:1],
+        ):
+            row = leaf[None] if layout.reading == "positions" else leaf
+            leaves[number] = row.expand(rows, *row.shape[1:])
     args, kwargs = tree_unflatten(leaves, structure)
     return replace(call, args=args, kwargs=kwargs)
 
@@ -238,7 +260,8 @@ def _run_again(
     outputs = [
         Output(
             index=one.index,
-            value=one.value if version_of(one.value) == one.version else None,
+            value=one.value,
+            changed=version_of(one.value) != one.version,
             grad=one.gradient,
             axis=one.axis,
         )

@@ -78,9 +78,9 @@ def check_layer(
         return _losses(rows, n if row is None else 1, seed)
 
     table = coverage(module)
-    with Capture(module, plan(module, parameters), attached=False) as capture:
+    with Capture(module, plan(module, parameters)) as capture:
         found = capture.differentiate(
-            losses(None), scale=1.0, keep_graph=False, checked=None, generator=torch.Generator().manual_seed(seed)
+            losses(None), scale=1.0, keep_graph=False, checks=None, generator=torch.Generator().manual_seed(seed)
         )
     alone = [
         torch.autograd.grad(losses(row)[0], list(parameters.values()), allow_unused=True, materialize_grads=True)

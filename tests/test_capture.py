@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ftw_optim import Factors, coverage
 from ftw_optim._capture import Capture
+from ftw_optim._checks import SelfChecks
 from ftw_optim._factors import weighted_sum
 from ftw_optim._plan import plan
 from tests.models import SmallGPT, language_model, seeded
@@ -25,18 +26,18 @@ def captured(
     model: nn.Module,
     losses: Callable[[], Tensor],
     *,
-    attached: bool = False,
+    keep_graph: bool = False,
     self_check: bool = True,
     names: set[str] | None = None,
     sample_ids: Tensor | None = None,
 ) -> dict[str, list[Factors]]:
     names = {name for name, p in model.named_parameters() if p.requires_grad} if names is None else names
-    with Capture(model, plan(model, names), attached=attached, sample_ids=sample_ids) as capture:
+    with Capture(model, plan(model, names), sample_ids=sample_ids) as capture:
         return capture.differentiate(
             losses(),
             scale=1.0,
-            keep_graph=False,
-            checked=set() if self_check else None,
+            keep_graph=keep_graph,
+            checks=SelfChecks() if self_check else None,
             generator=torch.Generator().manual_seed(0),
         )
 
@@ -62,13 +63,15 @@ def rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x[rows]
 
 
-@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("keep_graph", [False, True])
 @pytest.mark.parametrize("axes", [(), (4,), (2, 3), (0,)], ids=["2-D", "3-D", "4-D", "no positions"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_linear_layers_of_any_input(axes: tuple[int, ...], n: int, attached: bool) -> None:
+def test_linear_layers_of_any_input(axes: tuple[int, ...], n: int, keep_graph: bool) -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2, bias=False))).double()
     x = torch.randn(n, *axes, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().flatten(1).sum(1), n, attached=attached)
+    check_every_candidate(
+        model, lambda rows: model(rows_of(x, rows)).square().flatten(1).sum(1), n, keep_graph=keep_graph
+    )
 
 
 class Embedded(nn.Module):
@@ -254,10 +257,12 @@ class MixesRows(nn.Module):
         return scores
 
 
-@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("keep_graph", [False, True])
 @pytest.mark.parametrize("kind", ["batch norm", "time-major", "reversed", "rows"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_self_check_finds_mixed_rows_that_a_plain_sum_would_not(kind: str, attached: bool, dtype: torch.dtype) -> None:
+def test_self_check_finds_mixed_rows_that_a_plain_sum_would_not(
+    kind: str, keep_graph: bool, dtype: torch.dtype
+) -> None:
     """Every kind passes a plain sum over candidates; of rows that stay apart nothing is said."""
     model = seeded(lambda: MixesRows(kind)).to(dtype)
     x = torch.randn(4, 4, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
@@ -268,7 +273,7 @@ def test_self_check_finds_mixed_rows_that_a_plain_sum_would_not(kind: str, attac
         return values
 
     with pytest.raises(RuntimeError, match="Self-check: the captured") if kind != "rows" else _nothing():
-        captured(model, losses, attached=attached)
+        captured(model, losses, keep_graph=keep_graph)
 
 
 class _nothing:  # a context manager in place of pytest.raises
@@ -297,8 +302,8 @@ def test_calls_of_the_model_on_different_numbers_of_rows_are_refused() -> None:
         captured(model, lambda: torch.cat([model(torch.ones(n, 3)).sum(1) for n in (2, 3)]))
 
 
-@pytest.mark.parametrize("attached", [False, True])
-def test_nothing_stays_behind_whatever_happens(attached: bool) -> None:
+@pytest.mark.parametrize("keep_graph", [False, True])
+def test_nothing_stays_behind_whatever_happens(keep_graph: bool) -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
     parameters = dict(model.named_parameters())
 
@@ -311,13 +316,13 @@ def test_nothing_stays_behind_whatever_happens(attached: bool) -> None:
 
     for closure, error in ((raises_in_a_layer, RuntimeError), (raises_after, KeyError)):
         with pytest.raises(error):
-            captured(model, closure, attached=attached)
+            captured(model, closure, keep_graph=keep_graph)
         assert dict(model.named_parameters()) == parameters
         assert all(a is b for a, b in zip(model.parameters(), parameters.values(), strict=True))
         for module in model.modules():
             assert not module._forward_hooks
             assert not module._forward_pre_hooks
-    captured(model, lambda: model(torch.ones(2, 3)).sum(1), attached=attached)
+    captured(model, lambda: model(torch.ones(2, 3)).sum(1), keep_graph=keep_graph)
 
 
 def test_uncovered_parameters_are_named_before_anything_runs() -> None:
@@ -342,11 +347,11 @@ INPLACE = {
 }
 
 
-@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("keep_graph", [False, True])
 @pytest.mark.parametrize("change", INPLACE)
 @pytest.mark.parametrize("build", [lambda: nn.Linear(5, 4), lambda: nn.Linear(5, 4, bias=False), lambda: Conv1D(4, 5)])
 def test_operations_in_place_on_an_output_that_is_a_view(
-    build: Callable[[], nn.Module], change: str, attached: bool
+    build: Callable[[], nn.Module], change: str, keep_graph: bool
 ) -> None:
     """The output of a Linear layer on three axes is a view of its matrix product, whose edge such operations move."""
 
@@ -361,7 +366,7 @@ def test_operations_in_place_on_an_output_that_is_a_view(
 
     model = seeded(Model).double()
     x = torch.randn(3, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), 3, attached=attached)
+    check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), 3, keep_graph=keep_graph)
 
 
 def test_operations_in_place_on_positions_that_all_rows_share() -> None:
@@ -375,13 +380,13 @@ def test_a_change_of_mode_is_checked_again() -> None:
     """BatchNorm mixes rows in training alone."""
     model = seeded(lambda: MixesRows("batch norm")).double()
     x = torch.randn(4, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    checked: set[Any] = set()
+    checks = SelfChecks()
 
     def differentiate() -> None:
-        with Capture(model, plan(model, dict(model.named_parameters())), attached=False) as capture:
+        with Capture(model, plan(model, dict(model.named_parameters()))) as capture:
             losses = model(x).square().sum((1, 2)) * torch.tensor([1.0, 3.0, 0.2, 2.0], dtype=torch.float64)
             generator = torch.Generator().manual_seed(0)
-            capture.differentiate(losses, scale=1.0, keep_graph=False, checked=checked, generator=generator)
+            capture.differentiate(losses, scale=1.0, keep_graph=False, checks=checks, generator=generator)
 
     model.eval()
     differentiate()

@@ -931,10 +931,10 @@ def test_the_first_backward_may_overflow() -> None:
     optimizer = SelectiveOptimizer(torch.optim.SGD(case.model.parameters(), lr=0.1), case.model, case.target_losses)
     optimizer.backward(lambda: 1e36 * case.losses(), grad_scale=2.0**16)
     assert not next(case.model.parameters()).grad.isfinite().all()  # type: ignore[union-attr]
-    assert not optimizer._checked
+    assert not optimizer._checks._seen
     optimizer.zero_grad()
     optimizer.backward(case.losses)
-    assert optimizer._checked
+    assert optimizer._checks._seen
 
 
 def test_a_new_target_is_evaluated_at_once() -> None:

@@ -71,12 +71,12 @@ class Checkpointed(nn.Module):
         return scores
 
 
-@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("keep_graph", [False, True])
 @pytest.mark.parametrize("self_check", [False, True])
 @pytest.mark.parametrize("kinds", [(False,), (True,), (True, False, None, True)], ids=str)
 @pytest.mark.parametrize("frozen", ["", "first", "blocks.0.0", "shared"])
 def test_checkpoints_of_both_kinds_are_captured(
-    kinds: tuple[bool | None, ...], frozen: str, attached: bool, self_check: bool
+    kinds: tuple[bool | None, ...], frozen: str, keep_graph: bool, self_check: bool
 ) -> None:
     model = seeded(lambda: Checkpointed(kinds=kinds)).double()
     plain = seeded(lambda: Checkpointed(kinds=(None,) * len(kinds))).double()
@@ -85,7 +85,7 @@ def test_checkpoints_of_both_kinds_are_captured(
             parameter.requires_grad_(not (frozen and name.startswith(frozen)))
     x = drawn(3, 5, 3).requires_grad_(frozen == "first")
     found, expected = (
-        captured(one, lambda: one(x).square().sum((1, 2)), attached=attached, self_check=self_check)  # noqa: B023
+        captured(one, lambda: one(x).square().sum((1, 2)), keep_graph=keep_graph, self_check=self_check)  # noqa: B023
         for one in (model, plain)
     )
     assert found.keys() == expected.keys()
@@ -146,9 +146,9 @@ def test_reentrant_checkpoints_beside_parameters_that_are_not_ours() -> None:
 
 
 @pytest.mark.parametrize("kind", ["autocast", "parameters"])
-@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("keep_graph", [False, True])
 @pytest.mark.parametrize("name", ["small-gpt", "llama", "mixtral", "mamba2", "lora"])
-def test_bfloat16_is_within_its_own_rounding_of_float32(name: str, attached: bool, kind: str) -> None:
+def test_bfloat16_is_within_its_own_rounding_of_float32(name: str, keep_graph: bool, kind: str) -> None:
     """Candidate by candidate, relative to the candidate's whole gradient."""
     if name == "small-gpt":
         model: nn.Module = seeded(lambda: SmallGPT(width=16))
@@ -158,7 +158,7 @@ def test_bfloat16_is_within_its_own_rounding_of_float32(name: str, attached: boo
         model = seeded(lambda: with_lora(model))
     family_name = "mamba2" if name == "mamba2" else "llama"
     exact_case = case_of(family_name, model, 4)
-    exact = captured(model, exact_case.losses, attached=attached)
+    exact = captured(model, exact_case.losses, keep_graph=keep_graph)
     other = copy.deepcopy(model)
     if kind == "parameters":
         other = other.bfloat16()
@@ -168,7 +168,7 @@ def test_bfloat16_is_within_its_own_rounding_of_float32(name: str, attached: boo
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
             return case.losses()
 
-    found = captured(other, losses, attached=attached)
+    found = captured(other, losses, keep_graph=keep_graph)
     assert found.keys() == exact.keys()
     for row in torch.eye(4, dtype=torch.float64):
         gradients: list[list[Tensor]] = []
@@ -182,9 +182,9 @@ def test_bfloat16_is_within_its_own_rounding_of_float32(name: str, attached: boo
             assert (one - two).norm() <= 0.05 * one.norm()
 
 
-@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("keep_graph", [False, True])
 @pytest.mark.parametrize("name", ["small-gpt", "gpt2", "bert", "t5", "lora", "attention", "encoder"])
-def test_dropout_in_training_is_the_one_of_the_pass(name: str, attached: bool) -> None:
+def test_dropout_in_training_is_the_one_of_the_pass(name: str, keep_graph: bool) -> None:
     with precision(torch.float64):
         if name in ("attention", "encoder"):
             layer: nn.Module = seeded(lambda: nn.TransformerEncoderLayer(4, 2, 6, batch_first=True, dropout=0.4))
@@ -192,7 +192,7 @@ def test_dropout_in_training_is_the_one_of_the_pass(name: str, attached: bool) -
                 layer = layer.self_attn  # type: ignore[assignment]
             model = _Attending(layer).double()
             x = drawn(3, 5, 4)
-            check_common_graph(model, lambda: model(x).square().sum((1, 2)), attached=attached)
+            check_common_graph(model, lambda: model(x).square().sum((1, 2)), keep_graph=keep_graph)
             return
         if name == "small-gpt":
             case = language_model(seeded(lambda: SmallGPT(dropout=0.3)).double(), 4)
@@ -210,7 +210,7 @@ def test_dropout_in_training_is_the_one_of_the_pass(name: str, attached: bool) -
                 parameter.requires_grad_("relative_attention_bias" not in parameter_name)
         if name == "gpt2":
             _positions_without_dropout(case)
-        check_common_graph(case.model, case.losses, attached=attached, rtol=1e-9)
+        check_common_graph(case.model, case.losses, keep_graph=keep_graph, rtol=1e-9)
 
 
 def _positions_without_dropout(case: Case) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,57 +32,56 @@ class Axis:
         return values.reshape(shape).movedim(self.dim, 0)
 
 
-_known: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], list[Axis | None]]] = WeakKeyDictionary()
-
-
 def candidate_axes(call: Call, n: int, output: Any) -> list[Axis | None]:
-    """Where the candidates are in each tensor of a call's output; None where that cannot be seen.
+    """Where the candidates are in each tensor of a call's output, by its shape; None where that cannot be told.
 
-    Found by running the module on the first candidate alone: the axis that is then ``n`` times shorter.
+    The self-check finds out where that was wrong.
     """
-    leaves = tensors_in(output)
-    if n == 1:  # there is nothing to tell apart
-        return [Axis(0) if leaf.ndim else None for leaf in leaves]
-    known = _known.setdefault(call.module, {})
-    key = (call.module.training, tuple(candidate_dims(call, n)), *(leaf.ndim for leaf in leaves))
-    if key not in known:
-        known[key] = _probe(call, n, leaves)
-    return known[key]
+    inputs = call.tensors()
+    return [_axis(leaf, number, call, n, inputs) for number, leaf in enumerate(tensors_in(output))]
 
 
-def _probe(call: Call, n: int, leaves: Sequence[Tensor]) -> list[Axis | None]:
-    rows = _rows(call)
-    guess: list[Axis | None] = [Axis(0) if leaf.ndim and leaf.shape[0] in (n, rows) else None for leaf in leaves]
+def _axis(value: Tensor, number: int, call: Call, n: int, inputs: Sequence[Tensor]) -> Axis | None:
+    if value.ndim == 0:
+        return None
+    if isinstance(call.module, nn.RNNBase):
+        return Axis(0 if number == 0 else 1)  # the last hidden states have their layers first
+    rows = value.shape[0]
+    first = next((leaf for leaf in inputs if leaf.ndim), None)
+    positions = first.shape[1] if first is not None and first.ndim > 1 else None
+    if rows == n == positions and n > 1 and _is_the_same_for_one(value, number, call, n):
+        return Axis(SHARED)
+    if rows in (n, 1):
+        return Axis(0)
+    if first is None:  # a table of positions, asked for their number
+        return Axis(SHARED)
+    if rows % n == 0 and (rows == first.shape[0] or (positions is not None and rows == n * positions)):
+        return Axis(0)  # folded
+    if rows == positions:
+        return Axis(SHARED)
+    return Axis(0) if rows % n == 0 else None
+
+
+def _is_the_same_for_one(value: Tensor, number: int, call: Call, n: int) -> bool:
+    """Whether the first candidate alone gets the very same output: asked where its shape could mean both."""
     flat, rebuild = candidate_inputs(call, n)
     try:
         with call.replayed(), torch.no_grad():
-            alone = tensors_in(call.run({}, *rebuild([rows[0] for rows in flat])))
+            alone = tensors_in(call.run({}, *rebuild([rows[0].clone() for rows in flat])))[number]
     except Exception:  # it cannot be run on a part of its batch
-        return guess
-    if len(alone) != len(leaves):
-        return guess
-    return [
-        _axis(whole.shape, one.shape, n) or default for whole, one, default in zip(leaves, alone, guess, strict=True)
-    ]
-
-
-def _axis(whole: torch.Size, one: torch.Size, n: int) -> Axis | None:
-    if whole == one:
-        return Axis(SHARED)
-    differing = [dim for dim, (a, b) in enumerate(zip(whole, one, strict=False)) if a != b]
-    if len(whole) != len(one) or len(differing) != 1 or whole[differing[0]] != n * one[differing[0]]:
-        return None
-    return Axis(differing[0])
+        return False
+    return torch.equal(alone, value)
 
 
 def candidate_dims(call: Call, n: int) -> dict[int, int]:
     """The axis of the candidates in each input leaf that has one."""
-    rows = _rows(call)
+    leaves = tree_leaves((call.args, dict(call.kwargs)))
+    rows = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
     dims = {}
-    for number, leaf in enumerate(tree_leaves((call.args, dict(call.kwargs)))):
+    for number, leaf in enumerate(leaves):
         # The hidden state of a recurrent layer comes second and has its layers first.
         dim = 1 if isinstance(call.module, nn.RNNBase) and number > 0 else 0
-        if isinstance(leaf, Tensor) and leaf.ndim > dim and leaf.shape[dim] in (n, rows):
+        if isinstance(leaf, Tensor) and leaf.ndim > dim and leaf.shape[dim] in (n, rows) and not leaf.shape[dim] % n:
             dims[number] = dim
     return dims
 
@@ -102,12 +100,6 @@ def candidate_inputs(call: Call, n: int) -> tuple[list[Tensor], Callable[[Sequen
         return args, kwargs
 
     return flat, rebuild
-
-
-def _rows(call: Call) -> int:
-    """Length of the first axis of the first input tensor."""
-    leaves = tree_leaves((call.args, dict(call.kwargs)))
-    return next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
 
 
 def tensors_in(output: Any) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ftw_optim._layers.randomness import RandomState, device_of
 from ftw_optim._layers.registry import dotted, swapped
 
 
@@ -24,7 +26,7 @@ class Call:
         module: which module.
         args: positional inputs.
         kwargs: keyword inputs.
-        random: the random state before the call, by device; None where it was not recorded.
+        random: the random state before the call; None where it was not recorded.
         drew: the call drew random numbers.
         autocast: the dtype of the autocast region the call was in; None outside of one.
     """
@@ -32,15 +34,13 @@ class Call:
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    random: Mapping[torch.device, Tensor] | None = None
+    random: RandomState | None = None
     drew: bool = False
     autocast: torch.dtype | None = None
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the inputs, in order."""
-        if _only_tensors(self.args, self.kwargs):
-            return list(self.args)
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+        return tensors_of(self.args, self.kwargs)
 
     def inputs(self) -> tuple[Any, ...]:
         """All inputs in the order of the module's ``forward``, keyword ones too."""
@@ -52,27 +52,19 @@ class Call:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """A block in which the module's random state and precision are those of the call, and its buffers are copies.
+        """A block in which the module runs as in the call; afterwards nothing shows that it has.
 
-        The random state outside is as if nothing had been drawn.
+        Random state and precision are those of the call. What the module and those below it keep, in buffers or in
+        attributes, is afterwards as before.
         """
-        devices = [device for device in self.random or {} if device.type != "cpu"]
-        kind = devices[0].type if devices else "cuda"
-        buffers = [(sub, dict(sub._buffers)) for sub in self.module.modules() if sub._buffers]
-        device = _device(self.module)
-        try:
-            for sub, kept in buffers:
-                sub._buffers.update({name: None if b is None else b.clone() for name, b in kept.items()})
-            with (
-                torch.random.fork_rng([device.index or 0 for device in devices], device_type=kind),
-                torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None),
-            ):
-                for one, state in (self.random or {}).items():
-                    _set_random(one, state)
-                yield
-        finally:
-            for sub, kept in buffers:
-                sub._buffers.update(kept)
+        device = device_of(self.module)
+        with (
+            _unchanged(self.module),
+            torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None),
+        ):
+            if self.random is not None:
+                self.random.restore()
+            yield
 
     def run(self, parameters: Mapping[str, Tensor], args: Any = None, kwargs: Any = None) -> Any:
         """The module's ``forward``, without its hooks, with some parameters and perhaps other inputs."""
@@ -80,6 +72,13 @@ class Call:
             return self.module.forward(
                 *(self.args if args is None else args), **(self.kwargs if kwargs is None else kwargs)
             )
+
+
+def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among some inputs, in order."""
+    if _only_tensors(args, kwargs):  # the tree functions would take longer than a small layer
+        return list(args)
+    return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def detached(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -94,10 +93,53 @@ def detached(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[An
             return value.detach()
         return None if _is_cache(value) else value
 
-    if _only_tensors(args, kwargs):  # the tree functions would take longer than a small layer
+    if _only_tensors(args, kwargs):
         return tuple(value.detach() for value in args), kwargs
     inputs: tuple[tuple[Any, ...], Mapping[str, Any]] = tree_map(leaf, (args, kwargs), is_leaf=_is_cache)
     return inputs
+
+
+def autocast_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the autocast region around, or None."""
+    kind = device_of(module).type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """After the block the random state is as before, and so is what the modules keep."""
+    state = RandomState.now(module)
+    kept = [(sub, dict(sub.__dict__), _copies(sub)) for sub in module.modules()]
+    try:
+        for sub, _, _ in kept:
+            for name, buffer in sub._buffers.items():
+                sub._buffers[name] = None if buffer is None else buffer.clone()
+        yield
+    finally:
+        for sub, attributes, contents in kept:
+            sub.__dict__.clear()
+            sub.__dict__.update(attributes)
+            for container, content in contents:
+                _refill(container, content)
+        state.restore()
+
+
+def _copies(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The containers among a module's attributes, its buffers too, each with a copy of what is in it."""
+    held = module.__dict__.items()
+    return [
+        (value, value.copy())
+        for name, value in held
+        if isinstance(value, dict | list | set | deque) and name not in ("_modules", "_parameters")
+    ]
+
+
+def _refill(container: Any, content: Any) -> None:
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.extend(content) if isinstance(container, deque) else container.update(content)
 
 
 def _only_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -106,29 +148,3 @@ def _only_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 def _is_cache(value: Any) -> bool:
     return any(dotted(cls) == "transformers.cache_utils.Cache" for cls in type(value).__mro__)
-
-
-def random_state(module: nn.Module) -> dict[torch.device, Tensor]:
-    """The state of the generators that a module's call may draw from."""
-    device = _device(module)
-    state = {torch.device("cpu"): torch.get_rng_state()}
-    if device.type not in ("cpu", "meta"):
-        state[device] = torch.get_device_module(device.type).get_rng_state(device)
-    return state
-
-
-def autocast_dtype(module: nn.Module) -> torch.dtype | None:
-    """The dtype of the autocast region around, or None."""
-    kind = _device(module).type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def _set_random(device: torch.device, state: Tensor) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device.type).set_rng_state(state, device)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

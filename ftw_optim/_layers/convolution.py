@@ -21,9 +21,9 @@ def convolution(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor)
     Multiplied out where that takes less memory than the patches, as it does with groups or large images.
     """
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    patches = _patches(module, inputs[0])
     output_grads = output_grad.flatten(2)  # (n, d_out, t)
     weight = module.weight
-    patches = _patches(module, inputs[0])
     found: dict[str, Factors | Tensor] = {"bias": Factors(left=output_grads.transpose(1, 2))}
     if module.groups == 1 and weight.shape[0] >= output_grads.shape[2]:
         # (n, t, d_in * kernel): a copy

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from ftw_optim._factors import Factors, PositionMap
 from ftw_optim._layers.registry import (
+    PROBE_ERRORS,
     LayerRule,
     add_rule,
     by_position,
     own_parameters,
+    probed,
     recognise,
     register_layer,
     swapped,
@@ -59,10 +61,14 @@ def embedding_bag(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tenso
     else:
         ends = offsets[1 : n + 1] if module.include_last_offset else offsets[1:]
         bags = torch.searchsorted(ends.contiguous(), torch.arange(len(ids), device=ids.device), right=True)[None]
+        behind = bags >= n  # the last offset may leave positions out
         ids, scale = ids[None], None if scale is None else scale[None]
+        bags = bags.clamp(max=n - 1)
     counted = torch.ones_like(ids, dtype=output_grad.dtype)
+    if inputs[0].ndim == 1:
+        counted = counted.masked_fill(behind, 0.0)
     if module.padding_idx is not None:
-        counted = (ids != module.padding_idx).to(counted)
+        counted = counted * (ids != module.padding_idx)
     if module.mode == "mean":
         lengths = torch.zeros(n, dtype=counted.dtype, device=ids.device)
         lengths.index_add_(0, bags.flatten(), counted.flatten())
@@ -87,17 +93,11 @@ def scaled_embedding(module: nn.Module) -> LayerRule | None:
     if _refuses(module) is not None or module.max_norm is not None:
         return None
     try:
-        scale = _scale(module)
-        ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)[None]
-        with torch.no_grad(), torch.random.fork_rng([]):
-            output = module.forward(ids)
-        torch.testing.assert_close(output, module.weight.detach()[ids] * scale)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        AssertionError,
-    ):  # it does something else, or takes other inputs
+        with probed(module):
+            scale = _scale(module)
+            ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)[None]
+            torch.testing.assert_close(module.forward(ids), module.weight.detach()[ids] * scale)
+    except PROBE_ERRORS:  # it does something else, or takes other inputs
         return None
 
     def rule(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:

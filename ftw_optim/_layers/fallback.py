@@ -35,7 +35,9 @@ class Output:
     """One tensor that the call returned and that a gradient reached."""
 
     index: int
-    value: Tensor | None
+    value: Tensor
+    changed: bool
+    """The value was changed in place since, and says nothing."""
     grad: Tensor
     axis: Axis | None
 
@@ -74,14 +76,15 @@ def per_candidate(
     known = _ways.setdefault(call.module, {})
     key = (call.module.training, call.drew, n == 1, tuple(candidate_dims(call, n)), sample_ids is None, tuple(names))
     whole = n == 1 or call.drew or sample_ids is not None
-    ways = [known[key]] if key in known else ["together"] if whole else list(_WAYS)
+    ways = ["together"] if whole else list(_WAYS)
+    if key in known:
+        ways.sort(key=lambda way: way != known[key])  # what worked before comes first
     trouble: Exception | None = None
     for way in ways:
         try:
             with call.replayed(), torch.set_grad_enabled(way != "vectorised"):
                 gradients, seen = _WAYS[way](call, names, leaves, outputs, n, sample_ids)
-            if key not in known:
-                _compare(seen, outputs, tolerance)
+            _compare(seen, outputs, tolerance)
         except Exception as error:  # whatever a module that is not meant for it may raise
             trouble = error
             continue
@@ -90,7 +93,6 @@ def per_candidate(
             name: gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             for name, gradient in zip(names, gradients, strict=True)
         }
-    known.pop(key, None)
     raise NotRepeatable(f"{type(trouble).__name__}: {trouble}") from trouble
 
 
@@ -142,13 +144,43 @@ def _together(
     call: Call, names: list[str], leaves: list[Tensor], outputs: Sequence[Output], n: int, sample_ids: Tensor | None
 ) -> _Result:
     own = [leaf.requires_grad_() for leaf in leaves]
-    found = tensors_in(call.run(dict(zip(names, own, strict=True))))
+    broken = _not_finite(outputs, n) if n > 1 and sample_ids is None else torch.zeros(n, dtype=torch.bool)
+    args = kwargs = None
+    if bool(broken.any()):
+        # Even a gradient of zero would come back as NaN from such a row, and reach the parameters of all.
+        flat, rebuild = candidate_inputs(call, n)
+        args, kwargs = rebuild([_zeroed(values, broken).flatten(0, 1) for values in flat])
+    found = tensors_in(call.run(dict(zip(names, own, strict=True)), args, kwargs))
     reached = [found[output.index] for output in outputs]
     rows = []
     for row in range(n):
+        if broken[row]:
+            rows.append([torch.full_like(leaf, torch.nan) for leaf in own])
+            continue
         grads = [_only(output, row, n, value, sample_ids) for output, value in zip(outputs, reached, strict=True)]
         rows.append(_backward(reached, own, grads, keep=row < n - 1))
-    return [torch.stack(values) for values in zip(*rows, strict=True)], [value.detach() for value in reached]
+    seen = [
+        value.detach() if not broken.any() else torch.where(output.value.isfinite(), value.detach(), output.value)
+        for output, value in zip(outputs, reached, strict=True)
+    ]
+    return [torch.stack(values) for values in zip(*rows, strict=True)], seen
+
+
+def _not_finite(outputs: Sequence[Output], n: int) -> Tensor:
+    """Which candidates got an output or a gradient that is not finite: bool ``(n,)``."""
+    broken = torch.zeros(n, dtype=torch.bool)
+    for output in outputs:
+        if output.axis is not None and output.axis.dim != SHARED and output.grad.shape[output.axis.dim] % n == 0:
+            for values in (output.value, output.grad):
+                if values.shape == output.grad.shape:
+                    broken |= ~output.axis.split(values, n).flatten(1).isfinite().all(1).cpu()
+    return broken
+
+
+def _zeroed(values: Tensor, rows: Tensor) -> Tensor:
+    """``values`` with some of its rows zero."""
+    shape = (-1, *[1] * (values.ndim - 1))
+    return values.masked_fill(rows.to(values.device).view(shape), 0)
 
 
 _Way = Callable[[Call, list[str], list[Tensor], Sequence[Output], int, Tensor | None], _Result]
@@ -208,7 +240,7 @@ def _only(output: Output, row: int, n: int, value: Tensor, sample_ids: Tensor | 
 
 def _compare(seen: Sequence[Tensor], outputs: Sequence[Output], tolerance: float) -> None:
     for value, output in zip(seen, outputs, strict=True):
-        if output.value is None:  # changed in place since
+        if output.changed:
             continue
         expected = output.value
         if expected.shape[-value.ndim or expected.ndim :] != value.shape and value.shape[:1] != (1,):

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import final
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -111,14 +113,18 @@ def _is_short_convolution(module: nn.Module) -> bool:
 def _each_use_once(found: list[Owner]) -> list[Owner]:
     """The same owners, each use of a parameter captured once.
 
-    What a rule captures needs no module run again: BERT's prediction head owns the very bias that its decoder, a Linear
-    layer, adds. And a module that is run again covers the uses of the same parameter in the modules below it.
+    What a rule captures below a module needs no running it again: BERT's prediction head owns the very bias that its
+    decoder, a Linear layer, adds. And a module that is run again covers the uses of the same parameter in the modules
+    below it.
     """
-    ruled = {name for owner in found if isinstance(owner.rule, LayerRule) for name in owner.parameters.values()}
+    ruled = [
+        (owner.name, name) for owner in found if isinstance(owner.rule, LayerRule) for name in owner.parameters.values()
+    ]
     kept: list[Owner] = []
     for owner in found:
         if not isinstance(owner.rule, LayerRule):
-            own = {local: name for local, name in owner.parameters.items() if name not in ruled}
+            below = {name for place, name in ruled if place == owner.name or _within(place, owner.name)}
+            own = {local: name for local, name in owner.parameters.items() if name not in below}
             for number, above in enumerate(kept):
                 shared = [local for local in own if own[local] in above.parameters.values()]
                 if shared and above.rule is None and _within(owner.name, above.name):
@@ -150,6 +156,8 @@ def _rule(module: nn.Module) -> LayerRule | str | None:
 
 def _not_repeatable(module: nn.Module) -> str | None:
     """Why running a module again cannot give its gradients, as far as can be said before it has run."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit compiled it; capture the module it was made from"
     if type(module).forward is nn.Module.forward:
         return f"{type(module).__name__} has no forward"
     if getattr(module, "batch_first", True) is False:
@@ -158,6 +166,8 @@ def _not_repeatable(module: nn.Module) -> str | None:
         if isinstance(hook, WeightNorm | SpectralNorm):
             kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
             return f"its weight is made by a hook before the call; use torch.nn.utils.parametrizations.{kind}"
+        if isinstance(hook, BasePruningMethod):
+            return "a hook before the call prunes its weight; use torch.nn.utils.parametrize for the mask"
     return None
 
 

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, final
 
+import torch
 from torch import Tensor, nn
 
 from ftw_optim._factors import Factors
+from ftw_optim._layers.randomness import RandomState
 
 LayerFunction = Callable[[nn.Module, tuple[Any, ...], Any], Mapping[str, Factors | Tensor]]
 Function = TypeVar("Function", bound=LayerFunction)
@@ -140,6 +142,26 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         yield
     finally:
         exchange(module, before)
+
+
+PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, IndexError)
+"""What a layer may raise on inputs that are not meant for it, or a comparison of its outputs."""
+
+
+@contextmanager
+def probed(module: nn.Module) -> Iterator[None]:
+    """A block in which a layer is run to see what it does, without gradients; no generator shows that it has.
+
+    Raises:
+        AssertionError: it drew random numbers.
+    """
+    before = RandomState.now(module)
+    try:
+        with torch.no_grad():
+            yield
+        assert before == RandomState.now(module)
+    finally:
+        before.restore()
 
 
 def by_position(values: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+"""The generators that a module may draw from."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RandomState:
+    """The state of every generator that a module's call may draw from."""
+
+    tensors: Mapping[torch.device, Tensor]
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def now(cls, module: nn.Module) -> RandomState:
+        """The present state, on the CPU and on the module's device."""
+        device = device_of(module)
+        tensors = {torch.device("cpu"): torch.get_rng_state()}
+        if device.type not in ("cpu", "meta"):
+            tensors[device] = torch.get_device_module(device.type).get_rng_state(device)
+        numpy = sys.modules.get("numpy")
+        return cls(
+            tensors=tensors,
+            python=random.getstate(),
+            numpy=None if numpy is None else numpy.random.get_state(legacy=False),
+        )
+
+    def restore(self) -> None:
+        """Make it the present state again."""
+        for device, state in self.tensors.items():
+            if device.type == "cpu":
+                torch.set_rng_state(state)
+            else:
+                torch.get_device_module(device.type).set_rng_state(state, device)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RandomState):
+            return NotImplemented
+        return (
+            self.python == other.python
+            and all(torch.equal(state, other.tensors[device]) for device, state in self.tensors.items())
+            and (self.numpy is None or _equal_states(self.numpy, other.numpy))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def _equal_states(one: Any, other: Any) -> bool:
+    """Whether two states of numpy's generator are equal, as dictionaries with an array inside."""
+    return repr(one) == repr(other)
