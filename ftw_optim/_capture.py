@@ -27,7 +27,7 @@ from ftw_optim._layers.owners import Owner, parameter_at
 from ftw_optim._layers.randomness import RandomState
 from ftw_optim._layers.registry import LayerRule
 from ftw_optim._layouts import Grid
-from ftw_optim._passes import Graph, Span, by_edges, node_number, parameter_gradients, take_from_node
+from ftw_optim._passes import Graph, by_edges, node_number, parameter_gradients, take_from_node
 from ftw_optim._plan import CapturePlan
 from ftw_optim._uses import Use, factors_of, record, version_of
 
@@ -65,7 +65,7 @@ class Capture:
         self._grid = Grid(n=None, positions=None, sample_ids=sample_ids)
         self._finds_candidates = any(isinstance(o.rule, LayerRule) and o.rule.own_layout for o in plan.owners)
         self._uses: list[Use] = []
-        self._spans: dict[str, list[Span]] = {name: [] for name in plan.parameters}
+        self._of: dict[str, list[Use]] = {name: [] for name in plan.parameters}
         self._handles: list[RemovableHandle] = []
         self._phase = _Phase.REST
         self._modes = hash(tuple(module.training for module in model.modules()))
@@ -96,6 +96,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._uses.clear()  # frees the graph and the factors
+        self._of.clear()
         if in_closure and self._expanded and isinstance(error, RuntimeError | IndexError | ValueError):
             error.add_note(
                 f"The output of {', '.join(sorted(self._expanded)[:5])} is the same for all candidates and was "
@@ -137,7 +138,7 @@ class Capture:
         """
         self._check_sample_ids(len(losses))
         graph = Graph(losses)
-        outside = [name for name, p in self._plan.parameters.items() if graph.used_outside(p, self._spans[name])]
+        outside = [name for name, p in self._plan.parameters.items() if graph.used_outside(p, self._of[name])]
         refuse_uses_outside(outside)
         finite = losses.isfinite()
         total = torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
@@ -220,19 +221,20 @@ class Capture:
                 drew=state is not None and state != RandomState.now(module),
                 autocast=autocast_dtype(module),
             )
-            use, changed = record(owner, call, given, output, self._grid)
+            in_place = again and versions != list(map(version_of, given))
+            use, changed = record(owner, call, [] if in_place else given, output, self._grid)
             if use is None or self._phase is _Phase.RECOMPUTE:
                 return changed
-            if again and versions != list(map(version_of, given)):
-                use.refuse("that it leaves as they are: it changed one in place")
+            use.in_place = in_place
             self._uses.append(use)
             self._computed_in.add(use.computed_in)
             if use.expands:
                 self._expanded.add(owner.name)
             if self._phase is _Phase.BACKWARD:
                 self._handles += map(take_from_node, use.returned)
+            use.span = (number, node_number())
             for name in owner.parameters.values():
-                self._spans[name].append((number, node_number()))
+                self._of[name].append(use)
             return changed
 
         return before, after
@@ -295,11 +297,7 @@ class Capture:
 
     def _layers(self) -> dict[str, list[str]]:
         """The layers each parameter was captured in."""
-        layers: dict[str, list[str]] = {name: [] for name in self._plan.parameters}
-        for use in self._uses:
-            for name in use.owner.parameters.values():
-                layers[name].append(use.owner.name)
-        return layers
+        return {name: [use.owner.name for use in uses] for name, uses in self._of.items()}
 
     def _check_sample_ids(self, count: int) -> None:
         ids = self._grid.sample_ids

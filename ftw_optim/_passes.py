@@ -23,9 +23,6 @@ REENTRANT = "CheckpointFunctionBackward"
 
 _CAST = "ToCopyBackward0"
 
-Span = tuple[int, int]
-"""The numbers of the nodes that autograd made during a call, from the first to behind the last."""
-
 
 def node_number() -> int:
     """The number that autograd will give the next node."""
@@ -39,9 +36,10 @@ class Graph:
 
     def __init__(self, losses: Tensor) -> None:
         self.reentrant = False
-        self._consumers: dict[int, list[Node]] = {}
-        self._of_casts: dict[Node, list[Node]] = {}
-        self._leaves: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+        """The tensors that a plain backward would give a ``.grad``, outside of reentrant checkpoints."""
+        self._above: dict[Node, list[Node]] = {}
+        self._readers: dict[int, list[Node]] = {}
         seen: set[Node] = set()
         waiting = [] if losses.grad_fn is None else [losses.grad_fn]
         while waiting:
@@ -55,27 +53,41 @@ class Graph:
                     continue
                 leaf = getattr(below, "variable", None)  # of the nodes that accumulate into a leaf
                 if leaf is None:
+                    self._above.setdefault(below, []).append(node)
                     waiting.append(below)
-                    if type(below).__name__ == _CAST:
-                        self._of_casts.setdefault(below, []).append(node)
+                elif id(leaf) in self._readers:
+                    self._readers[id(leaf)].append(node)
                 else:
-                    if id(leaf) not in self._consumers:
-                        self._leaves.append(leaf)
-                    self._consumers.setdefault(id(leaf), []).append(node)
+                    self._readers[id(leaf)] = [node]
+                    self.leaves.append(leaf)
 
-    @property
-    def leaves(self) -> Sequence[Tensor]:
-        """The tensors that a plain backward would give a ``.grad``, outside of reentrant checkpoints."""
-        return self._leaves
-
-    def used_outside(self, parameter: Tensor, spans: Iterable[Span]) -> bool:
-        """Whether an operation reads the parameter that was not part of any of these calls."""
-        readers = []
-        for node in self._consumers.get(id(parameter), []):
+    def used_outside(self, parameter: Tensor, uses: Sequence[Use]) -> bool:
+        """Whether the losses depend on the parameter in any way but through what these calls returned."""
+        waiting = []
+        for node in self._readers.get(id(parameter), []):
             # Autocast keeps the casts of a whole region: what reads the parameter is what reads its cast.
-            readers += self._of_casts.get(node, [node]) if type(node).__name__ == _CAST else [node]
-        numbers = [node._sequence_nr() for node in readers]
-        return any(not any(start <= number < stop for start, stop in spans) for number in numbers)
+            for reader in self._above[node] if type(node).__name__ == _CAST else [node]:
+                use = _made_in(reader, uses)
+                if use is None:
+                    return True
+                waiting.append((reader, use))
+        seen: set[Node] = set()
+        while waiting:
+            node, use = waiting.pop()
+            if node in seen or any(node is one.edge.node for one in use.returned):
+                continue
+            seen.add(node)
+            for above in self._above.get(node, []):
+                if _made_in(above, [use]) is None:
+                    return True
+                waiting.append((above, use))
+        return False
+
+
+def _made_in(node: Node, uses: Sequence[Use]) -> Use | None:
+    """The call in which autograd made a node."""
+    number = node._sequence_nr()
+    return next((use for use in uses if use.span[0] <= number < use.span[1]), None)
 
 
 def by_edges(total: Tensor, uses: Sequence[Use], *, keep_graph: bool) -> None:

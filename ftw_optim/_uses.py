@@ -53,6 +53,10 @@ class Use:
     expands: bool
     """One row for all candidates was made one for each."""
 
+    span: tuple[int, int] = (0, 0)
+    """The numbers of the nodes that autograd made during the call, from the first to behind the last."""
+    in_place: bool = False
+    """The module changed an input in place."""
     shared: bool
     """Some of the returned tensors shared memory, which they no longer do."""
 
@@ -64,10 +68,6 @@ class Use:
     def has_gradient(self) -> bool:
         """Whether one arrived that is not zero."""
         return any(bool(one.gradient.any()) for one in self.returned if one.gradient is not None)
-
-    def refuse(self, expected: str) -> None:
-        """Make it an error if a gradient arrives."""
-        self.layout = Layout(reading=self.layout.reading, trouble=expected)
 
 
 def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid: Grid) -> tuple[Use | None, Any]:
@@ -135,6 +135,11 @@ def factors_of(
     owner = use.owner
     if use.layout.trouble is not None:
         _refuse_layout(use, use.layout.trouble)
+    if use.in_place:
+        raise NotImplementedError(
+            f"Layer {owner.name!r} changed an input in place, so it cannot be run again on what it got. Use the "
+            f"out-of-place form of that operation (x = x + y, not x += y). {WAYS_OUT}"
+        )
     if use.shared and any(version_of(one.value) != one.version for one in use.returned):
         raise RuntimeError(
             f"Layer {owner.name!r} returned tensors that share memory, and one of them was changed in place, which no "

@@ -159,10 +159,13 @@ def _together(
             continue
         grads = [_only(output, row, n, value, sample_ids) for output, value in zip(outputs, reached, strict=True)]
         rows.append(_backward(reached, own, grads, keep=row < n - 1))
-    seen = [
-        value.detach() if not broken.any() else torch.where(output.value.isfinite(), value.detach(), output.value)
-        for output, value in zip(outputs, reached, strict=True)
-    ]
+    seen = []
+    for output, value in zip(outputs, reached, strict=True):
+        if bool(broken.any()) and value.shape == output.value.shape:  # what the rows put to zero give is of no interest
+            parts = _axis_of(output).split(value.detach(), n).clone()
+            parts[broken] = _axis_of(output).split(output.value, n)[broken]
+            value = _join(parts, output)
+        seen.append(value.detach())
     return [torch.stack(values) for values in zip(*rows, strict=True)], seen
 
 
