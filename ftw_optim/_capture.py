@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from ftw_optim._attribution import factors_of
 from ftw_optim._checks import WAYS_OUT, SelfChecks, refuse_uses_outside, verify_projection, verify_weighted_sums
 from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._layers.calls import Call, autocast_dtype, detached, tensors_of
@@ -29,7 +30,7 @@ from ftw_optim._layers.registry import LayerRule
 from ftw_optim._layouts import Grid
 from ftw_optim._passes import Graph, by_edges, node_number, parameter_gradients, take_from_node
 from ftw_optim._plan import CapturePlan
-from ftw_optim._uses import Use, factors_of, record, version_of
+from ftw_optim._uses import Use, record, version_of
 
 
 class _Phase(Enum):

@@ -170,39 +170,9 @@ def seeded(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _transformers(family: str, *, lora: bool) -> nn.Module:
-    import transformers  # here, since importing it takes seconds that most tests need not spend
+    from tests.families import model_of  # here, since it is built upon this module
 
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 8,
-        "intermediate_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 16,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    configs = {
-        "llama": lambda: transformers.LlamaConfig(**sizes),
-        "qwen3": lambda: transformers.Qwen3Config(**sizes, head_dim=4, tie_word_embeddings=True),
-        "gemma3": lambda: transformers.Gemma3TextConfig(**sizes, head_dim=4, query_pre_attn_scalar=4, sliding_window=4),
-        "gpt2": lambda: transformers.GPT2Config(
-            vocab_size=VOCABULARY,
-            n_embd=8,
-            n_layer=2,
-            n_head=2,
-            n_positions=16,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        ),
-    }
-    model = seeded(lambda: transformers.AutoModelForCausalLM.from_config(configs[family]()))
+    model = model_of(family)
     if lora:
         model = seeded(lambda: with_lora(model))
     return model.train()
