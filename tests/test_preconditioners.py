@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftw_optim import Diagonal, Preconditioner, Scalar, preconditioner_of, register_preconditioner
-from ftw_optim._preconditioners.adam import FLOOR
+from ftw_optim._preconditioners.look_ahead import FLOOR
 
 SHAPE = (4, 3)
 
@@ -33,6 +33,15 @@ OPTIMIZERS: dict[str, Callable[[list[Any]], Optimizer]] = {
     "adamw amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
     "adamw maximize": lambda p: torch.optim.AdamW(p, lr=0.01, maximize=True),
     "adamw tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01, dtype=torch.float64)),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01, weight_decay=0.1),
+    "nadam decoupled": lambda p: torch.optim.NAdam(p, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.01, betas=(0.8, 0.95)),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01, maximize=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.1, initial_accumulator_value=0.2),
+    "adagrad maximize": lambda p: torch.optim.Adagrad(p, lr=0.1, maximize=True, weight_decay=0.1),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5, weight_decay=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, weight_decay=0.1),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.1, lambd=1e-2, weight_decay=0.1),
     "adamw two groups": lambda p: torch.optim.AdamW(
         [{"params": p[:1], "lr": 0.02, "betas": (0.7, 0.9), "eps": 1e-3}, {"params": p[1:]}], lr=0.01
     ),

@@ -1,46 +1,87 @@
-"""Adam and AdamW."""
+"""Adam and its kin: a share of the momentum over the root of a second moment that decays."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ftw_optim._preconditioners.maps import Diagonal
+from ftw_optim._preconditioners.look_ahead import expected_gradient, moment_dtype, number, second_moment
+from ftw_optim._preconditioners.maps import Diagonal, Scalar
 from ftw_optim._preconditioners.registry import register_preconditioner
 
-FLOOR = 0.03
-"""Smallest reference entry that enters the second moment, over the root mean square of the non-zero ones.
-
-Entries where the second moment is almost nothing and single candidates are not would dominate the Gram matrix and
-ruin its precision: a parameter's first gradient, a rare token's row.
-"""
+State = dict[str, Any]
 
 
-def expected_gradient(param: Tensor, group: dict[str, Any], reference: Tensor) -> Tensor:
-    """``|gradient|`` as it enters the second moment: sign turned under ``maximize``, coupled decay added, floored."""
-    gradient = -reference if group.get("maximize") else reference
-    if group.get("weight_decay") and not group.get("decoupled_weight_decay", False):
-        gradient = gradient + param.detach().to(gradient.dtype) * group["weight_decay"]
-    count = gradient.count_nonzero().clamp(min=1)
-    floor = FLOOR * torch.linalg.vector_norm(gradient) / count.to(gradient.dtype).sqrt()
-    return gradient.abs().clamp(min=floor)
+def _betas(group: State) -> tuple[float, float]:
+    first, second = group["betas"][:2]
+    return number(first), number(second)
+
+
+def _coming(state: State) -> float:
+    """The number of the coming step, from one."""
+    return number(state["step"]) + 1 if "step" in state else 1.0
+
+
+def _moment(param: Tensor, group: State, state: State, reference: Tensor | None) -> Tensor:
+    beta2 = _betas(group)[1]
+    return second_moment(param, group, state.get("exp_avg_sq"), reference, decay=beta2, fresh=1 - beta2)
 
 
 @register_preconditioner(torch.optim.Adam)
 @register_preconditioner(torch.optim.AdamW)
-def adam(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None) -> Diagonal:
+def adam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """``lr (1 - b1) / (1 - b1^t) / (sqrt(v' / (1 - b2^t)) + eps)`` with ``v' = b2 v + (1 - b2) reference^2``."""
-    beta1, beta2 = (float(beta) for beta in group["betas"])
-    dtype = torch.promote_types(torch.float32, param.dtype)
-    step = float(state["step"]) + 1 if state else 1.0
-    moment = state["exp_avg_sq"].to(dtype) * beta2 if state else torch.zeros_like(param, dtype=dtype)
+    beta1, beta2 = _betas(group)
+    step = _coming(state)
+    moment = _moment(param, group, state, reference)
+    if group.get("amsgrad") and "max_exp_avg_sq" in state:
+        moment = torch.maximum(moment, state["max_exp_avg_sq"].to(moment.dtype))
+    share = number(group["lr"]) * (1 - beta1) / (1 - beta1**step)
+    return Diagonal(share / (moment.sqrt() / (1 - beta2**step) ** 0.5 + group["eps"]))
+
+
+@register_preconditioner(torch.optim.NAdam)
+def nadam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
+    """Adam whose momentum is applied twice: the fresh gradient counts in this step and in the next one's look-ahead."""
+    beta1, beta2 = _betas(group)
+    step = _coming(state)
+    momentum, following = (
+        beta1 * (1.0 - 0.5 * 0.96 ** (at * number(group["momentum_decay"]))) for at in (step, step + 1)
+    )
+    product = number(state.get("mu_product", 1.0)) * momentum
+    share = (1 - momentum) / (1 - product) + following * (1 - beta1) / (1 - product * following)
+    moment = _moment(param, group, state, reference)
+    return Diagonal(number(group["lr"]) * share / ((moment / (1 - beta2**step)).sqrt() + group["eps"]))
+
+
+@register_preconditioner(torch.optim.RAdam)
+def radam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal | Scalar:
+    """A scalar in the first steps; then Adam, rectified, with eps before the correction of the second moment."""
+    beta1, beta2 = _betas(group)
+    step = _coming(state)
+    share = number(group["lr"]) * (1 - beta1) / (1 - beta1**step)
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * step * beta2**step / (1 - beta2**step)
+    if length <= 5.0:
+        return Scalar(share)
+    rectified = math.sqrt(
+        (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    )
+    moment = _moment(param, group, state, reference)
+    return Diagonal(share * rectified * math.sqrt(1 - beta2**step) / (moment.sqrt() + group["eps"]))
+
+
+@register_preconditioner(torch.optim.Adamax)
+def adamax(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
+    """Over the largest gradient so far, decayed, in place of the second moment."""
+    beta1, beta2 = _betas(group)
+    dtype = moment_dtype(param)
+    largest = state["exp_inf"].to(dtype) * beta2 if "exp_inf" in state else torch.zeros_like(param, dtype=dtype)
+    fresh = torch.zeros_like(largest)
     if reference is not None:
-        expected = expected_gradient(param, group, reference.to(dtype))
-        moment = moment.addcmul(expected, expected, value=1 - beta2)
-    if group["amsgrad"] and state:
-        moment = torch.maximum(moment, state["max_exp_avg_sq"].to(dtype))
-    correction = (1 - beta2**step) ** 0.5
-    share = float(group["lr"]) * (1 - beta1) / (1 - beta1**step)
-    return Diagonal(share / (moment.sqrt() / correction + group["eps"]))
+        fresh = expected_gradient(param, group, reference.to(dtype)).abs()
+    share = number(group["lr"]) * (1 - beta1) / (1 - beta1 ** _coming(state))
+    return Diagonal(share / torch.maximum(largest, fresh + group["eps"]))

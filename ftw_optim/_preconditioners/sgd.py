@@ -1,4 +1,4 @@
-"""SGD with its momentum forms."""
+"""SGD with its momentum forms, and its average: scalars."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftw_optim._preconditioners.look_ahead import number
 from ftw_optim._preconditioners.maps import Scalar
 from ftw_optim._preconditioners.registry import register_preconditioner
 
@@ -14,10 +15,16 @@ from ftw_optim._preconditioners.registry import register_preconditioner
 @register_preconditioner(torch.optim.SGD)
 def sgd(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None) -> Scalar:
     """``lr`` times the share of the fresh gradient in the coming step; the first one knows no dampening."""
-    momentum = float(group["momentum"])
+    momentum = number(group["momentum"])
     share = 1.0
     if momentum:
         share = 1.0 if state.get("momentum_buffer") is None else 1.0 - group["dampening"]
         if group["nesterov"]:
             share = 1.0 + momentum * share
-    return Scalar(float(group["lr"]) * share)
+    return Scalar(number(group["lr"]) * share)
+
+
+@register_preconditioner(torch.optim.ASGD)
+def averaged_sgd(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None) -> Scalar:
+    """The step size that the last step left, which has the learning rate in it."""
+    return Scalar(number(state["eta"]) if "eta" in state else number(group["lr"]))

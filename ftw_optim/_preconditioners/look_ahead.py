@@ -1,0 +1,56 @@
+"""What the coming step is expected to see: the second moments of all rules look ahead by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOOR = 0.03
+"""Smallest reference entry that enters the second moment, over the root mean square of the non-zero ones.
+
+Entries where the second moment is almost nothing and single candidates are not would dominate the Gram matrix and
+ruin its precision: a parameter's first gradient, a rare token's row.
+"""
+
+
+def expected_gradient(param: Tensor, group: dict[str, Any], reference: Tensor) -> Tensor:
+    """The gradient as it enters the second moment: sign turned under ``maximize``, coupled decay added, floored."""
+    gradient = -reference if group.get("maximize") else reference
+    if group.get("weight_decay") and not group.get("decoupled_weight_decay", False):
+        gradient = gradient + param.detach().to(gradient.dtype) * group["weight_decay"]
+    count = gradient.count_nonzero().clamp(min=1)
+    floor = FLOOR * torch.linalg.vector_norm(gradient) / count.to(gradient.dtype).sqrt()
+    return torch.where(gradient < 0, -1.0, 1.0).to(gradient) * gradient.abs().clamp(min=floor)
+
+
+def moment_dtype(param: Tensor) -> torch.dtype:
+    """The dtype that second moments are computed in: the parameter's, float32 at least."""
+    return torch.promote_types(torch.float32, param.dtype)
+
+
+def second_moment(
+    param: Tensor, group: dict[str, Any], stored: Tensor | None, reference: Tensor | None, *, decay: float, fresh: float
+) -> Tensor:
+    """``decay * stored + fresh * reference^2``: the second moment in the coming step.
+
+    Args:
+        param: the parameter.
+        group: its group.
+        stored: the second moment so far; None before the first step.
+        reference: the gradient that the coming step is expected to see; None for zero.
+        decay: what is kept of ``stored``.
+        fresh: share of the new square.
+    """
+    dtype = moment_dtype(param)
+    moment = torch.zeros_like(param, dtype=dtype) if stored is None else stored.to(dtype) * decay
+    if reference is None:
+        return moment
+    expected = expected_gradient(param, group, reference.to(dtype))
+    return moment.addcmul(expected, expected, value=fresh)
+
+
+def number(value: Any) -> float:
+    """A setting or step count that may be a tensor, as a number."""
+    return float(value)
