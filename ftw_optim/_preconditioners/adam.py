@@ -67,9 +67,7 @@ def radam(param: Tensor, group: State, state: State, reference: Tensor | None) -
     length = longest - 2 * step * beta2**step / (1 - beta2**step)
     if length <= 5.0:
         return Scalar(share)
-    rectified = math.sqrt(
-        (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
-    )
+    rectified = math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
     moment = _moment(param, group, state, reference)
     return Diagonal(share * rectified * math.sqrt(1 - beta2**step) / (moment.sqrt() + group["eps"]))
 

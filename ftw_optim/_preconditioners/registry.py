@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ftw_optim._preconditioners.maps import Preconditioner
+from ftw_optim._preconditioners.probe import check_separable, probed
 
 PreconditionerRule = Callable[[Tensor, dict[str, Any], dict[str, Any], Tensor | None], Preconditioner]
 Rule = TypeVar("Rule", bound=PreconditionerRule)
@@ -42,21 +44,34 @@ def register_preconditioner(cls: type[Optimizer] | str) -> Callable[[Rule], Rule
     return register
 
 
-def preconditioner_rule(optimizer: Optimizer) -> PreconditionerRule:
-    """The rule of an optimizer's class.
+_REFUSED: dict[str, str] = {
+    "torch.optim.lbfgs.LBFGS": "it runs its closure several times a step",
+    "torch.optim.sparse_adam.SparseAdam": "it takes sparse gradients alone",
+    "torch.optim.rprop.Rprop": "its step follows the sign of the gradient, not its size",
+    "torch_optimizer.adahessian.Adahessian": "it needs a backward that keeps its own graph",
+    "torch_optimizer.lookahead.Lookahead": "its state dict and hooks fail; wrap the optimizer inside of it",
+}
+
+
+def preconditioner_rule(optimizer: Optimizer) -> PreconditionerRule | None:
+    """The rule of an optimizer's class; None where two steps on a copy must tell.
 
     Raises:
-        NotImplementedError: none is registered.
+        NotImplementedError: the class is known not to work.
     """
     cls = type(optimizer)
     for parent in cls.__mro__:
-        rule = _RULES.get(_dotted(parent))
+        name = _dotted(parent)
+        rule = _RULES.get(name)
         if rule is not None and inspect.unwrap(cls.step) is inspect.unwrap(parent.step):  # type: ignore[attr-defined]
             return rule
-    raise NotImplementedError(
-        f"No preconditioner is known for {_dotted(cls)}; known are {', '.join(sorted(_RULES))}. "
-        f"Register one with @register_preconditioner({cls.__name__})."
-    )
+        if name in _REFUSED:
+            raise NotImplementedError(
+                f"No preconditioner is known for {name}: {_REFUSED[name]}. Known are {', '.join(sorted(_RULES))}, and "
+                f"every other optimizer whose update is element-wise. Register one with "
+                f"@register_preconditioner({cls.__name__})."
+            )
+    return None
 
 
 def preconditioner_of(optimizer: Optimizer, param: Tensor, reference: Tensor | None = None) -> Preconditioner:
@@ -73,7 +88,7 @@ def preconditioner_of(optimizer: Optimizer, param: Tensor, reference: Tensor | N
         ``P``; call ``.apply(gradient)``.
 
     Raises:
-        NotImplementedError: no rule is known for the optimizer.
+        NotImplementedError: the optimizer has no rule and its update is not element-wise.
         ValueError: ``param`` is not one of the optimizer's, or ``reference`` has another shape.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -87,10 +102,14 @@ def preconditioner_of(optimizer: Optimizer, param: Tensor, reference: Tensor | N
     )
 
 
+_separable: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
+
+
 class Preconditioners:
     """The preconditioners of an optimizer's coming step; made anew for each step."""
 
     def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
         self._rule = preconditioner_rule(optimizer)
         self._state = optimizer.state
         self.learning_rate_is_zero = all(float(group.get("lr") or 0.0) == 0.0 for group in optimizer.param_groups)
@@ -99,8 +118,29 @@ class Preconditioners:
         """``P`` of one parameter of a group, as :func:`preconditioner_of` gives it."""
         if self.learning_rate_is_zero:
             group = {**group, "lr": 1.0}
-        with torch.no_grad():
-            return self._rule(param, group, self._state.get(param, {}), reference)
+        if self._rule is not None:
+            with torch.no_grad():
+                return self._rule(param, group, self._state.get(param, {}), reference)
+        return self._probed(param, group, reference)
+
+    def _probed(self, param: Tensor, group: dict[str, Any], reference: Tensor | None) -> Preconditioner:
+        """By two steps on a copy, after a look whether the update is element-wise at all."""
+        cls = type(self._optimizer)
+        try:
+            seen = _separable.setdefault(self._optimizer, set())
+            # Without history some updates only look element-wise: a look with it follows.
+            key = 2 * id(param) + (param in self._state)
+            if key not in seen:
+                check_separable(
+                    self._optimizer, param, group, torch.ones_like(param) if reference is None else reference
+                )
+                seen.add(key)
+            return probed(self._optimizer, param, group, reference)
+        except Exception as error:  # whatever an optimizer that is tried on a copy may raise
+            raise NotImplementedError(
+                f"No preconditioner is known for {_dotted(cls)}, and trying it on a copy did not tell one: {error}. "
+                f"Known are {', '.join(sorted(_RULES))}. Register one with @register_preconditioner({cls.__name__})."
+            ) from error
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor]]:
