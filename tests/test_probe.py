@@ -23,7 +23,7 @@ with warnings.catch_warnings():
 
 
 @pytest.mark.parametrize("steps", [1, 5, 50])
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "adafactor" not in name])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "adafactor" not in name and "novograd" not in name])
 def test_rules_say_what_two_steps_on_a_copy_tell(name: str, steps: int) -> None:
     """In float64, without a reference and with one."""
     optimizer, parameter = warmed_up(OPTIMIZERS[name], steps)
@@ -57,9 +57,7 @@ ELEMENTWISE: dict[str, Callable[[list[Any]], Optimizer]] = {
 }
 COUPLED: dict[str, Callable[[list[Any]], Optimizer]] = {
     "A2GradUni": lambda p: torch_optimizer.A2GradUni(p),
-    "Adafactor": lambda p: torch_optimizer.Adafactor(p, lr=0.01, relative_step=False),
     "Lamb": lambda p: torch_optimizer.Lamb(p, lr=0.01),
-    "NovoGrad": lambda p: torch_optimizer.NovoGrad(p, lr=0.01),
     "Shampoo": lambda p: torch_optimizer.Shampoo(p, lr=0.01),
     "Muon": lambda p: torch.optim.Muon(p, lr=0.01),
 }

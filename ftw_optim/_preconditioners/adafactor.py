@@ -57,3 +57,38 @@ def _clip(update: Tensor, group: State) -> Tensor:
     """What the update is divided by to keep its root mean square below ``d``."""
     size: Tensor = torch.linalg.vector_norm(update) / update.numel() ** 0.5
     return (size / number(group["d"])).clamp(min=1.0)
+
+
+@register_preconditioner("transformers.optimization.Adafactor")
+@register_preconditioner("torch_optimizer.adafactor.Adafactor")
+def older_adafactor(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal | RankOne:
+    """The same with eps inside of the squares, a relative step or the learning rate, and a first moment on request."""
+    dtype = moment_dtype(param)
+    step = number(state["step"]) + 1 if "step" in state else 1.0
+    inside, scale_floor = group["eps2"] if "eps2" in group else group["eps"]
+    fresh = step ** number(group["decay_rate"])
+    rate = number(group["lr"] or 0.0)
+    if group["relative_step"]:
+        rate = min(1e-6 * step if group["warmup_init"] else 1e-2, step**-0.5)
+    size = torch.linalg.vector_norm(param.detach().to(dtype)) / param.numel() ** 0.5
+    alpha = size.clamp(min=number(scale_floor)) * rate if group["scale_parameter"] else size.new_tensor(rate)
+    if group["beta1"] is not None:
+        alpha = alpha * (1 - number(group["beta1"]))
+    gradient = torch.zeros_like(param, dtype=dtype)
+    if reference is not None:
+        gradient = expected_gradient(param, {**group, "weight_decay": 0.0}, reference.to(dtype))
+    square = gradient.square() + number(inside)
+
+    def mixed(name: str, new: Tensor) -> Tensor:
+        old: Tensor = state[name].to(dtype) if name in state else torch.zeros_like(new)
+        return old.lerp(new, fresh)
+
+    threshold = {"d": group["clip_threshold"]}
+    if param.ndim < 2:
+        root = mixed("exp_avg_sq", square).rsqrt()
+        return Diagonal(root * alpha / _clip(root * gradient, threshold))
+    rows, columns = mixed("exp_avg_sq_row", square.mean(-1)), mixed("exp_avg_sq_col", square.mean(-2))
+    rows, columns = (rows / rows.mean(-1, keepdim=True)).rsqrt(), columns.rsqrt()
+    root = rows.unsqueeze(-1) * columns.unsqueeze(-2)
+    share = alpha / _clip(root * gradient, threshold)
+    return RankOne(rows * share, columns) if param.ndim == 2 else Diagonal(root * share)
