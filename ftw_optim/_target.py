@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from ftw_optim._layers.randomness import own_randomness
 from ftw_optim._passes import Graph, parameter_gradients
 
 
@@ -76,9 +77,7 @@ class TargetGradient:
         if usable and calls % self.refresh_every:
             assert kept is not None
             return {name: gradient.to(parameters[name].device) for name, gradient in kept.items()}
-        devices = sorted({parameter.device.index for parameter in parameters.values() if parameter.is_cuda})
-        with torch.random.fork_rng(devices), torch.enable_grad():
-            torch.manual_seed(seed)
+        with own_randomness(model, seed), torch.enable_grad():
             losses: Any = self.closure()
             _check(losses)
             graph = Graph(losses)

@@ -80,6 +80,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             **{key: SIZES[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         },
     ),
+    "mamba": (
+        "Mamba",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 8,
+            "num_hidden_layers": 2,
+            "state_size": 4,
+            **{key: SIZES[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+        },
+    ),
     "whisper": (
         "Whisper",
         {
@@ -122,7 +132,7 @@ HEADS = {
     "vit": "ViTForImageClassification",
     "gemma3": "Gemma3ForCausalLM",
 }
-LORA_TARGETS: dict[str, Any] = {"mamba2": ["in_proj"]}
+LORA_TARGETS: dict[str, Any] = {"mamba2": ["in_proj"], "mamba": ["in_proj"]}
 """Where LoRA is put; on all linear layers by default."""
 
 
@@ -161,7 +171,7 @@ def case_of(name: str, model: nn.Module, n: int) -> Case:
         candidates, target = (BATCHES[name](rows, generator, dtype) for rows in (n, 3))
         return Case(model, candidates, target, labelled_losses)
     # Mamba leaves out the padding mask where it gets one row alone.
-    return language_model(model, n, padded=name != "mamba2")
+    return language_model(model, n, padded="mamba" not in name)
 
 
 def labelled_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -242,6 +242,37 @@ def test_no_generator_shows_that_a_module_was_run_again(generator: str) -> None:
         assert after == (torch.rand(()), random.random(), np.random.rand())
 
 
+@pytest.mark.parametrize("generator", ["torch", "python", "numpy"])
+def test_the_target_draws_from_generators_of_its_own(generator: str) -> None:
+    """As Wav2Vec2's masks do from numpy's: the candidates see those that a bare run would show them."""
+
+    def draw() -> float:
+        draws: dict[str, Callable[[], float]] = {
+            "torch": lambda: float(torch.rand(())),
+            "python": random.random,
+            "numpy": lambda: float(np.random.rand()),
+        }
+        return draws[generator]()
+
+    model = model_with(Scale())
+    x = drawn(3, 5, 3)
+    seen: dict[str, list[float]] = {"target": [], "candidates": []}
+
+    def losses(kind: str) -> Tensor:
+        seen[kind].append(draw())
+        return seen[kind][-1] * squares(model, x)
+
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.01), model, lambda: losses("target"), filter=KeepAll()
+    )
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    for _ in range(3):
+        optimizer.step(lambda: losses("candidates"))
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    assert seen["candidates"] == [draw() for _ in range(3)]
+    assert len(set(seen["target"])) == 3
+
+
 @pytest.mark.parametrize("kind", ["scale", "embedding"])
 def test_looking_at_a_layer_draws_nothing_and_dropout_is_no_scale(kind: str) -> None:
     class Dropping(nn.Module):

@@ -46,6 +46,7 @@ RULES = {
     "qwen3-moe": {"Embedding", "Linear", "scale norm", "fallback"},
     "gpt-oss": {"Embedding", "Linear", "scale norm", "fallback"},  # and attention sinks
     "mamba2": {"Embedding", "Linear", "scale norm", "fallback"},  # A_log, D, dt_bias, and the convolution they read
+    "mamba": {"Embedding + Linear", "Linear", "scale norm", "fallback"},
     "whisper": {"Embedding + Linear", "Linear", "LayerNorm", "Conv1d", "fallback"},  # positions read as a slice
     "vit": {"Linear", "LayerNorm", "Conv2d", "fallback"},  # class token and positions
 }

@@ -65,9 +65,9 @@ def _owning(model: nn.Module) -> list[tuple[str, nn.Module, dict[str, str]]]:
         caller = name
         while caller and (_is_only_read(modules[caller]) or _adapts_a_parameter(caller, modules)):
             caller = caller.rpartition(".")[0]
-        parent = modules.get(name.rpartition(".")[0])
-        if caller == name and parent is not None and _is_short_convolution(module) and own_parameters(parent):
-            caller = name.rpartition(".")[0]
+        above, _, child = name.rpartition(".")
+        if caller == name and child and _is_read_by_mixer(modules[above], child, module):
+            caller = above
         for local, parameter in own_parameters(module).items():
             if parameter.requires_grad:
                 within = ".".join(filter(None, (name[len(caller) :].lstrip("."), local)))
@@ -102,12 +102,15 @@ def _adapts_a_parameter(name: str, modules: Mapping[str, nn.Module]) -> bool:
     return (below.startswith("lora_") and is_wrapper(wrapper)) or (is_wrapper(name) and is_wrapper(above))
 
 
-def _is_short_convolution(module: nn.Module) -> bool:
-    """Whether it is a depthwise convolution over time, whose weight Mamba-like mixers hand to a fused kernel.
+def _is_read_by_mixer(mixer: nn.Module, child: str, module: nn.Module) -> bool:
+    """Whether a Mamba-like mixer hands the weights of this layer below it to a fused kernel, or may do so.
 
-    The mixer is run again for parameters of its own anyway, and then finds this one too, read or called.
+    Those of the depthwise convolution over time, or of the projection of the step size. The mixer is run again for
+    parameters of its own anyway, and then finds these too, read or called.
     """
-    return isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1
+    own = own_parameters(mixer)
+    depthwise = isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1
+    return bool(own) and (depthwise or (child == "dt_proj" and "A_log" in own))
 
 
 def _each_use_once(found: list[Owner]) -> list[Owner]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -23,11 +24,11 @@ class RandomState:
 
     @classmethod
     def now(cls, module: nn.Module) -> RandomState:
-        """The present state, on the CPU and on the module's device."""
-        device = device_of(module)
+        """The present state, on the CPU and wherever the module has parameters."""
         tensors = {torch.device("cpu"): torch.get_rng_state()}
-        if device.type not in ("cpu", "meta"):
-            tensors[device] = torch.get_device_module(device.type).get_rng_state(device)
+        for device in {parameter.device for parameter in module.parameters()}:
+            if device.type not in ("cpu", "meta"):
+                tensors[device] = torch.get_device_module(device.type).get_rng_state(device)
         numpy = sys.modules.get("numpy")
         return cls(
             tensors=tensors,
@@ -56,6 +57,20 @@ class RandomState:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+
+@contextmanager
+def own_randomness(module: nn.Module, seed: int) -> Iterator[None]:
+    """A block with generators of its own, seeded; outside, none shows what was drawn."""
+    before = RandomState.now(module)
+    try:
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(seed % 2**32)
+        yield
+    finally:
+        before.restore()
 
 
 def device_of(module: nn.Module) -> torch.device:
