@@ -227,3 +227,41 @@ def test_a_third_party_registers_its_optimizer_and_subclasses_with_another_step_
     found = preconditioner_of(Doubled([parameter], lr=0.1), parameter)
     assert isinstance(found, Scalar)
     assert found.value == 0.2
+
+
+@pytest.mark.parametrize("adjust", [None, "original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+@pytest.mark.parametrize("steps", [0, 5])
+def test_muons_update_is_its_map_of_what_it_orthogonalises(
+    steps: int, shape: tuple[int, int], nesterov: bool, adjust: str | None
+) -> None:
+    """The frozen inverse root, applied to the momentum itself, is the polar factor that Newton-Schulz comes near."""
+    generator = torch.Generator().manual_seed(1)
+    parameter = nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=generator))
+    optimizer = torch.optim.Muon([parameter], lr=0.01, weight_decay=0.0, nesterov=nesterov, adjust_lr_fn=adjust)
+    # Orthogonal directions of like size, so that the polar factor is no matter of taste.
+    base = torch.linalg.qr(torch.randn(max(shape), min(shape), dtype=torch.float64, generator=generator))[0]
+    base = base if shape[0] >= shape[1] else base.T
+    for step in range(steps):
+        parameter.grad = base * (1.0 + 0.1 * step)
+        optimizer.step()
+    reference = base * 0.8
+    floored = torch.where(reference < 0, -1.0, 1.0) * reference.abs().clamp(
+        min=FLOOR * float(reference.square().sum() / reference.count_nonzero()) ** 0.5
+    )
+    moved = preconditioner_of(optimizer, parameter, reference)
+    # All of the momentum is along the base, so its share in what is orthogonalised is known.
+    state = optimizer.state[parameter]["momentum_buffer"].clone() if steps else torch.zeros(shape, dtype=torch.float64)
+    buffer = state.lerp(floored, 0.05)
+    whole = floored.lerp(buffer, 0.95) if nesterov else buffer
+    share = 0.05 * 1.95 if nesterov else 0.05
+    expected = update_of(optimizer, reference)
+    predicted = -moved.apply(whole) / share
+    cosine = float((expected * predicted).sum() / expected.norm() / predicted.norm())
+    assert cosine > 0.98
+    assert 0.6 < float(expected.norm() / predicted.norm()) < 1.3
+    # Linear, symmetric and positive.
+    one, two = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close((one * moved.apply(two)).sum(), (two * moved.apply(one)).sum())
+    assert float((one * moved.apply(one)).sum()) > 0

@@ -59,7 +59,6 @@ COUPLED: dict[str, Callable[[list[Any]], Optimizer]] = {
     "A2GradUni": lambda p: torch_optimizer.A2GradUni(p),
     "Lamb": lambda p: torch_optimizer.Lamb(p, lr=0.01),
     "Shampoo": lambda p: torch_optimizer.Shampoo(p, lr=0.01),
-    "Muon": lambda p: torch.optim.Muon(p, lr=0.01),
 }
 
 

@@ -77,16 +77,18 @@ class Kronecker(Preconditioner):
     """``P G = left G right`` of a matrix, as for Shampoo; both symmetric positive semi-definite.
 
     Attributes:
-        left: shape ``(d_out, d_out)``.
-        right: shape ``(d_in, d_in)``.
+        left: shape ``(d_out, d_out)``; None for the identity.
+        right: shape ``(d_in, d_in)``; None for the identity.
     """
 
-    left: Tensor
-    right: Tensor
+    left: Tensor | None = None
+    right: Tensor | None = None
 
     def apply(self, gradient: Tensor) -> Tensor:
         """``left gradient right``."""
-        return self.left @ gradient @ self.right
+        if self.left is not None:
+            gradient = self.left @ gradient
+        return gradient if self.right is None else gradient @ self.right
 
 
 @final
