@@ -48,6 +48,11 @@ def factors_of(
             "no longer be formed. Use the out-of-place form of that operation."
         )
     given = _run_again(use, parameters, count, sample_ids) if owner.rule is None else _by_rule(use)
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"The rule {_rule_name(use)!r} of layer {owner.name!r} must return a mapping from parameter names to "
+            f"factors or gradients, got {type(given).__name__}."
+        )
     found = []
     for local, name in owner.parameters.items():
         value = given.get(local)
@@ -60,7 +65,8 @@ def factors_of(
         if factors.rows * factors.columns != parameters[name].numel():
             raise RuntimeError(
                 f"The rule {_rule_name(use)!r} returned gradients of {factors.rows} x {factors.columns} entries for "
-                f"{name}, expected its shape {tuple(parameters[name].shape)}."
+                f"{name}, expected its shape {tuple(parameters[name].shape)} for each candidate, as factors or as a "
+                "tensor with the candidates in front."
             )
         if factors.count != count:
             raise ValueError(
@@ -118,7 +124,7 @@ def _as_factors(use: Use, value: Factors | Tensor, parameter: Tensor, count: int
             _refuse_layout(use, "positions that sample_ids can tell apart")
         if use.layout.reading == "folded":
             value = value.reshape(count, -1, *value.shape[1:]).sum(1)
-        return Factors.explicit(value, parameter)
+        return Factors.explicit(value, parameter, terms=use.gradient_norm())
     if value.positions is not None:
         return value
     if sample_ids is None:

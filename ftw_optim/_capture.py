@@ -99,9 +99,11 @@ class Capture:
         self._uses.clear()  # frees the graph and the factors
         self._of.clear()
         if in_closure and self._expanded and isinstance(error, RuntimeError | IndexError | ValueError):
+            names = ", ".join(sorted(self._expanded)[:5])
             error.add_note(
-                f"The output of {', '.join(sorted(self._expanded)[:5])} is the same for all candidates and was "
-                f"expanded to one row for each. If the model cannot take that: {WAYS_OUT}"
+                f"The output of {names} has one row for all candidates and was expanded to one for each. If the model "
+                f"cannot take that, do not score these: scored=lambda name, parameter: not name.startswith("
+                f'({", ".join(map(repr, sorted(self._expanded)[:5]))},)), with update="graph".'
             )
 
     @property

@@ -50,11 +50,14 @@ class Factors:
     transposed they change places.
 
     Attributes:
-        left: shape ``(b, t, rows)``; or ``(b, t)`` int64, each a one-hot row given by its index.
-        right: shape ``(b, t, columns)``; or None for a single column of ones, so that ``g_i`` is a plain sum.
+        left: shape ``(b, t, rows)``; or ``(b, t)`` int64, each a one-hot row given by its index. In place of ``t``
+            there may be no axis or several, which become one.
+        right: shape ``(b, t, columns)``, alike; or None for a single column of ones, so that ``g_i`` is a plain sum.
         rows: the parameter's rows, needed where ``left`` holds indices.
         positions: the candidate of each position; None where row ``i`` of the batch is candidate ``i``.
         whole: ``right`` holds the gradients multiplied out, row by row; see :meth:`explicit`.
+        terms: size of the terms that were summed before; None where the factors are the terms. Only rounding is
+            measured by it.
     """
 
     left: Tensor
@@ -62,9 +65,13 @@ class Factors:
     rows: int = 0
     positions: PositionMap | None = None
     whole: bool = False
+    terms: Tensor | None = None
 
     def __post_init__(self) -> None:
         indexed = not self.left.is_floating_point()
+        object.__setattr__(self, "left", _one_axis(self.left, behind=0 if indexed else 1))
+        if self.right is not None:
+            object.__setattr__(self, "right", _one_axis(self.right, behind=1))
         if self.left.ndim != (2 if indexed else 3) or (indexed and (self.right is None or self.rows < 1)):
             raise ValueError(
                 "Expected left of shape (b, t, rows), or (b, t) int64 together with right and rows; got left "
@@ -79,14 +86,14 @@ class Factors:
             object.__setattr__(self, "rows", self.left.shape[2])
 
     @classmethod
-    def explicit(cls, gradients: Tensor, parameter: Tensor) -> Factors:
+    def explicit(cls, gradients: Tensor, parameter: Tensor, *, terms: Tensor | None = None) -> Factors:
         """Candidates' gradients ``(n, *shape)``, in as many rows and columns as rules give of such a parameter."""
         n = len(gradients)
         if parameter.ndim < 2 or gradients[0].numel() != parameter.numel():
-            return cls(left=gradients.reshape(n, 1, -1))
+            return cls(left=gradients.reshape(n, 1, -1), terms=terms)
         rows = parameter.shape[0]
         index = torch.arange(rows, device=gradients.device).expand(n, rows)
-        return cls(left=index, right=gradients.reshape(n, rows, -1), rows=rows, whole=True)
+        return cls(left=index, right=gradients.reshape(n, rows, -1), rows=rows, whole=True, terms=terms)
 
     def folded(self, count: int) -> Factors:
         """The same factors with one row each for ``count`` candidates, where they had several consecutive ones."""
@@ -158,7 +165,13 @@ class Factors:
         for part in (self.left, self.right):
             if part is not None and part.is_floating_point():
                 square = square * part.to(self.dtype()).square().sum(dim=2)
-        return square.sum().sqrt()
+        return self._at_least(square.sum().sqrt(), weights)
+
+    def _at_least(self, size: Tensor, weights: Tensor) -> Tensor:
+        """``size``, or that of the terms that were summed before."""
+        if self.terms is None or not len(weights):
+            return size
+        return torch.maximum(size, self.terms.to(size) * weights.abs().max().to(size))
 
     def without(self, rejected: Tensor) -> Factors:
         """The same factors with those of the ``rejected`` candidates, bool ``(n,)``, replaced by zeros."""
@@ -180,6 +193,13 @@ class Factors:
         bad = torch.zeros(self.count + 1, dtype=torch.bool, device=grid.device)
         bad.index_put_((self.positions.candidates.flatten(),), ~grid.isfinite().flatten(), accumulate=True)
         return ~bad[:-1]
+
+
+def _one_axis(values: Tensor, *, behind: int) -> Tensor:
+    """``values`` with one axis of positions between the first axis and the last ``behind`` ones."""
+    if values.ndim == 1 + behind:
+        return values.unsqueeze(1)
+    return values.flatten(1, values.ndim - 1 - behind) if values.ndim > 2 + behind else values
 
 
 def weighted_sum(uses: Sequence[Factors], weights: Tensor, shape: torch.Size) -> Tensor:
@@ -288,14 +308,15 @@ def projection(uses: Sequence[Factors], weights: Tensor, left: Tensor, right: Te
         cancellation carries no information.
     """
     total = torch.zeros((), dtype=left.dtype, device=left.device)
-    square = torch.zeros_like(total)
+    square, least = torch.zeros_like(total), torch.zeros_like(total)
     for use in uses:
         rows = left[use.left] if use.indexed else use.left.to(left.dtype) @ left
         columns = right[0] if use.right is None else use.right.to(left.dtype) @ right
         terms = rows * columns * use.spread(weights.to(left))
         total = total + terms.sum()
         square = square + terms.square().sum()
-    return total, square.sqrt()
+        least = use._at_least(least, weights)
+    return total, torch.maximum(square.sqrt(), least)
 
 
 def finite_candidates(found: Mapping[str, Sequence[Factors]], losses: Tensor) -> Tensor:

@@ -61,15 +61,19 @@ class Grid:
         assert n is not None
         if rows == n:
             return _ROWS
+        if n > 1 and rows and x.ndim > 2 and x.shape[1] == n and not channels_second and self._is_time(rows, n):
+            return Layout(reading=TIME_FIRST, trouble=f"the {n} candidates first, not the time (batch_first=True)")
         if rows == 1 and x.ndim > 1:
             return Layout(reading="one row for all", expand=n)
-        if rows and x.ndim > 2 and x.shape[1] == n and not channels_second:
-            return Layout(reading=TIME_FIRST, trouble=f"the {n} candidates first, not the time (batch_first=True)")
         if index and x.ndim == 2 and rows == x.shape[1]:
             return Layout(reading="unknown", trouble=f"the {n} candidates first, not pairs of positions")
         if rows % n == 0:
             return Layout(reading="folded")
         return Layout(reading="unknown", trouble=f"the {n} candidates (or 1, for all of them) first")
+
+    def _is_time(self, rows: int, n: int) -> bool:
+        """Whether so many rows, of ``n`` entries each, are positions: all, a single one, or no windows of ``n``."""
+        return rows == self.positions or (n != self.positions if rows == 1 else rows % n != 0)
 
     def _packed(self, x: Tensor) -> Layout:
         assert self.sample_ids is not None

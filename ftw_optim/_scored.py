@@ -38,7 +38,7 @@ def last_blocks(model: nn.Module, count: int) -> LastBlocks:
     """
     stacks = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and len({type(block) for block in module}) == 1:
+        if isinstance(module, nn.ModuleList | nn.Sequential) and _are_alike([type(block) for block in module]):
             size = sum(parameter.numel() for parameter in module.parameters())
             if size:
                 stacks[name] = (size, len(module))
@@ -55,6 +55,12 @@ def last_blocks(model: nn.Module, count: int) -> LastBlocks:
         raise ValueError(f"count must be from 1 to the {length} blocks of {stack!r}, got {count!r}.")
     prefix = f"{stack}." if stack else ""
     return LastBlocks(tuple(f"{prefix}{index}." for index in range(length - count, length)))
+
+
+def _are_alike(classes: list[type]) -> bool:
+    """Whether some blocks are of one class, or of one kind: hybrid models mix attention and mixers."""
+    common = set.intersection(*(set(cls.__mro__) for cls in classes)) if classes else set()
+    return bool(common - set(nn.Module.__mro__))
 
 
 def _inside(name: str, stacks: dict[str, tuple[int, int]]) -> bool:

@@ -61,6 +61,16 @@ class Use:
         """Whether a gradient arrived."""
         return any(one.gradient is not None for one in self.returned)
 
+    def gradient_norm(self) -> Tensor:
+        """The size of all that arrived."""
+        norms = [
+            torch.linalg.vector_norm(one.gradient.to(torch.promote_types(one.gradient.dtype, torch.float32)))
+            for one in self.returned
+            if one.gradient is not None
+        ]
+        total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+        return total
+
     def has_gradient(self) -> bool:
         """Whether one arrived that is not zero."""
         return any(bool(one.gradient.any()) for one in self.returned if one.gradient is not None)

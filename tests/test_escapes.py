@@ -431,6 +431,64 @@ def test_gradients_that_are_nothing_but_rounding_are_no_false_alarm(seed: int, d
     captured(model, lambda: squares(model, drawn(3, 3, 5).to(dtype)))
 
 
+@pytest.mark.parametrize("update", ["factors", "graph"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_in_another_order_are_found_out_in_a_small_part_of_a_large_model(dtype: torch.dtype, update: str) -> None:
+    """A parameter whose gradient is a thousandth of all is checked by its own size, in bfloat16 too."""
+
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large, self.last = nn.Linear(3, 2), nn.Linear(2, 2)
+            self.small = Scale(2, function=lambda x: x.sin())
+
+        def forward(self, x: Tensor) -> Tensor:
+            # As of experts that come first: rows are read as folded, and are not in the order of candidates.
+            mixed = self.small(x[..., :2].transpose(0, 1).flatten(0, 1).contiguous())
+            mixed = mixed.view(x.shape[1], len(x), 2).transpose(0, 1)
+            scores: Tensor = self.last(1e3 * self.large(x) + mixed)
+            return scores
+
+    model = seeded(Sorted).to(dtype)
+    scale = torch.tensor([1.0, 3.0, 0.2, 2.0], dtype=dtype)
+    x = drawn(4, 6, 3).to(dtype)
+
+    def losses() -> Tensor:
+        return (squares(model, x).float() + 1.0).log() * scale
+
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.0), model, lambda: squares(model, x[:2]), update=update
+    )
+    with pytest.raises(RuntimeError, match=r"Self-check.*small\.scale"):
+        optimizer.step(losses)
+
+
+@pytest.mark.parametrize("inside", ["own parameter", "child"])
+def test_a_module_with_a_reentrant_checkpoint_inside_is_run_again_without_it(inside: str) -> None:
+    class Wrapping(nn.Module):
+        def __init__(self, *, checkpointed: bool) -> None:
+            super().__init__()
+            self.gate, self.child, self.checkpointed = (
+                nn.Parameter(torch.full((4,), 0.7)),
+                nn.Linear(4, 4),
+                checkpointed,
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            def body(x: Tensor) -> Tensor:
+                return torch.tanh(self.child(x)) * (self.gate if inside == "own parameter" else 1.0)
+
+            hidden: Tensor = checkpoint(body, x, use_reentrant=True) if self.checkpointed else body(x)
+            return hidden if inside == "own parameter" else hidden * self.gate
+
+    plain, wrapped = (model_with(seeded(lambda: Wrapping(checkpointed=c))) for c in (False, True))  # noqa: B023
+    expected, found = (captured(model, lambda: squares(model, drawn(3, 5, 3))) for model in (plain, wrapped))  # noqa: B023
+    for name, parameter in plain.named_parameters():
+        for row in torch.eye(3, dtype=torch.float64):
+            one, other = (weighted_sum(uses[name], row, parameter.shape) for uses in (expected, found))
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
 def test_one_candidate_that_is_not_finite_leaves_the_others_theirs() -> None:
     """Where the whole batch has to run again, since masks were drawn."""
     model = model_with(Scale(function=lambda x: functional.dropout(x.exp(), 0.3)))

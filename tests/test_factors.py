@@ -141,12 +141,24 @@ def test_reduced_precision_factors_are_accumulated_in_float32() -> None:
 @pytest.mark.parametrize(
     ("left", "right"),
     [
-        (torch.zeros(2, 3), None),
+        (torch.zeros(2), None),
         (torch.zeros(2, 3, dtype=torch.int64), None),
         (torch.zeros(2, 3, 4), torch.zeros(2, 2, 4)),
     ],
-    ids=["no position axis", "indices without values", "different positions"],
+    ids=["no candidates", "indices without values", "different positions"],
 )
 def test_factors_that_do_not_fit_together_are_refused(left: Tensor, right: Tensor | None) -> None:
     with pytest.raises(ValueError, match=r"Expected left|differ in their first two axes"):
         Factors(left=left, right=right)
+
+
+@pytest.mark.parametrize("axes", [(), (4,), (2, 3), (0,)], ids=str)
+def test_any_axes_between_are_positions(axes: tuple[int, ...]) -> None:
+    """So that a rule may return what it gets, whatever inputs its layer takes."""
+    t = int(torch.tensor(axes).prod())
+    dense = Factors(left=torch.zeros(2, *axes, 5), right=torch.zeros(2, *axes, 3))
+    assert dense.left.shape == (2, t, 5)
+    assert dense.right is not None
+    assert dense.right.shape == (2, t, 3)
+    indexed = Factors(left=torch.zeros(2, *axes, dtype=torch.int64), right=torch.zeros(2, *axes, 3), rows=7)
+    assert indexed.left.shape == (2, t)

@@ -225,7 +225,7 @@ def test_a_model_that_cannot_take_one_row_for_each_says_whose_output_was_expande
     model = seeded(lambda: Picky((), count=False)).double()
     with pytest.raises(RuntimeError) as caught:
         captured(model, lambda: model(drawn(3, 4, 3)).square().sum((1, 2)))
-    assert "The output of positions is the same for all candidates" in caught.value.__notes__[0]
+    assert "The output of positions has one row for all candidates" in caught.value.__notes__[0]
 
 
 def test_packed_rows_go_by_document_through_a_module_without_a_rule() -> None:

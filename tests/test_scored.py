@@ -65,3 +65,21 @@ def test_counts_and_models_that_do_not_fit_are_refused() -> None:
             last_blocks(SmallGPT(), count)
     with pytest.raises(ValueError, match="Expected a stack of repeated blocks"):
         last_blocks(nn.Linear(2, 2), 1)
+
+
+def test_blocks_of_two_classes_of_one_kind_are_one_stack() -> None:
+    """As in hybrid models, whose attention layers and mixers have a common parent."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+    class Attention(Layer):
+        pass
+
+    class Mixer(Layer):
+        pass
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Mixer(), Attention(), Mixer()]), "head": nn.Linear(2, 2)})
+    assert last_blocks(model, 2).blocks == ("layers.1.", "layers.2.")

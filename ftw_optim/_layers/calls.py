@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import CheckpointFunction
 
 from ftw_optim._layers.randomness import RandomState, device_of
 from ftw_optim._layers.registry import dotted, swapped
@@ -60,6 +61,7 @@ class Call:
         device = device_of(self.module)
         with (
             _unchanged(self.module),
+            _without_reentrant_checkpoints(),
             torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None),
         ):
             if self.random is not None:
@@ -103,6 +105,20 @@ def autocast_dtype(module: nn.Module) -> torch.dtype | None:
     """The dtype of the autocast region around, or None."""
     kind = device_of(module).type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+@contextmanager
+def _without_reentrant_checkpoints() -> Iterator[None]:
+    """A block in which they run what is inside of them as it is: they refuse gradients by named tensors."""
+
+    def run(function: Any, preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+    setattr(CheckpointFunction, "apply", run)  # noqa: B010  # shadows the inherited method
+    try:
+        yield
+    finally:
+        delattr(CheckpointFunction, "apply")
 
 
 @contextmanager
