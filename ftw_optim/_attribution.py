@@ -108,7 +108,15 @@ def _run_again(
     own = {local: parameters[name] for local, name in use.owner.parameters.items()}
     dtypes = [use.computed_in, *(parameter.dtype for parameter in own.values())]
     try:
-        return per_candidate(use.call, own, outputs, count, tolerance=tolerance(dtypes), sample_ids=sample_ids)
+        return per_candidate(
+            use.call,
+            own,
+            outputs,
+            count,
+            tolerance=tolerance(dtypes),
+            sample_ids=sample_ids,
+            whole=use.chooses,
+        )
     except NotRepeatable as error:
         raise NotImplementedError(
             f"Expected to run {type(use.call.module).__name__} (layer {use.owner.name!r}) again, candidate by "
@@ -124,7 +132,8 @@ def _as_factors(use: Use, value: Factors | Tensor, parameter: Tensor, count: int
             _refuse_layout(use, "positions that sample_ids can tell apart")
         if use.layout.reading == "folded":
             value = value.reshape(count, -1, *value.shape[1:]).sum(1)
-        return Factors.explicit(value, parameter, terms=use.gradient_norm())
+        # A scale or a shift comes summed over positions, and may be nothing but the rounding of what cancelled.
+        return Factors.explicit(value, parameter, terms=use.gradient_norm() if parameter.ndim < 2 else None)
     if value.positions is not None:
         return value
     if sample_ids is None:

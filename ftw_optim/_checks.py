@@ -73,12 +73,13 @@ def verify_weighted_sums(
     for name, gradient in gradients.items():
         if name not in found:
             refuse_uses_outside([name])
-        uses = found[name]
+        uses, precision = found[name], coarsest([gradient.dtype, *computed_in])
         expected = gradient.to(uses[0].dtype())
         error = torch.linalg.vector_norm(weighted_sum(uses, weights, expected.shape) - expected)
         scale = torch.stack([use.magnitude(weights.to(expected)) for use in uses]).max()
         scale = torch.maximum(scale, torch.linalg.vector_norm(expected))
-        if not error <= tolerance([gradient.dtype, *computed_in]) * scale:
+        floor = torch.stack([use.rounding(weights, precision).to(scale) for use in uses]).sum()
+        if not error <= tolerance([gradient.dtype, *computed_in]) * scale + floor:
             raise RuntimeError(
                 f"Self-check: the captured per-candidate gradients of {name} (layer "
                 f"{', '.join(map(repr, layers[name]))}) differ from autograd's by {float(error / scale):.1e} of their "
@@ -120,9 +121,10 @@ def verify_projection(
         expected, scale = projection(uses, weights, left, right)
         # A single number may be off by more than the norm is, four times the tolerance (seen: one, in bfloat16).
         error = (left @ matrix @ right - expected).abs()
-        limit = tolerance([gradient.dtype, *computed_in])
+        precision = coarsest([gradient.dtype, *computed_in])
+        floor = torch.stack([use.rounding(weights, precision).to(scale) for use in uses]).sum()
         names.append(name)
-        misses.append((error > 4 * limit * torch.maximum(scale, expected.abs())).to(torch.float32))
+        misses.append((error > 4 * (precision**0.5 * torch.maximum(scale, expected.abs()) + floor)).to(torch.float32))
     if not misses:
         return
     missed = torch.stack([miss.to(misses[0].device) for miss in misses]).tolist()  # one synchronisation
@@ -141,4 +143,9 @@ def tolerance(dtypes: Iterable[torch.dtype]) -> float:
     Half of the digits, and those of float32 even where parameters are wider: most model families normalise in float32
     whatever they are given.
     """
-    return math.sqrt(max(torch.finfo(dtype).eps for dtype in (*dtypes, torch.float32)))
+    return math.sqrt(coarsest(dtypes))
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> float:
+    """The largest eps of some dtypes and float32."""
+    return max(torch.finfo(dtype).eps for dtype in (*dtypes, torch.float32))

@@ -165,13 +165,13 @@ class Factors:
         for part in (self.left, self.right):
             if part is not None and part.is_floating_point():
                 square = square * part.to(self.dtype()).square().sum(dim=2)
-        return self._at_least(square.sum().sqrt(), weights)
+        return square.sum().sqrt()
 
-    def _at_least(self, size: Tensor, weights: Tensor) -> Tensor:
-        """``size``, or that of the terms that were summed before."""
+    def rounding(self, weights: Tensor, precision: float) -> Tensor:
+        """What the weighted gradients may be off by because the terms that were summed before cancelled."""
         if self.terms is None or not len(weights):
-            return size
-        return torch.maximum(size, self.terms.to(size) * weights.abs().max().to(size))
+            return torch.zeros((), device=self.left.device)
+        return 2 * precision * self.terms * weights.abs().max().to(self.terms)
 
     def without(self, rejected: Tensor) -> Factors:
         """The same factors with those of the ``rejected`` candidates, bool ``(n,)``, replaced by zeros."""
@@ -308,15 +308,14 @@ def projection(uses: Sequence[Factors], weights: Tensor, left: Tensor, right: Te
         cancellation carries no information.
     """
     total = torch.zeros((), dtype=left.dtype, device=left.device)
-    square, least = torch.zeros_like(total), torch.zeros_like(total)
+    square = torch.zeros_like(total)
     for use in uses:
         rows = left[use.left] if use.indexed else use.left.to(left.dtype) @ left
         columns = right[0] if use.right is None else use.right.to(left.dtype) @ right
         terms = rows * columns * use.spread(weights.to(left))
         total = total + terms.sum()
         square = square + terms.square().sum()
-        least = use._at_least(least, weights)
-    return total, torch.maximum(square.sqrt(), least)
+    return total, square.sqrt()
 
 
 def finite_candidates(found: Mapping[str, Sequence[Factors]], losses: Tensor) -> Tensor:

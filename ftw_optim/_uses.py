@@ -53,6 +53,8 @@ class Use:
     """The numbers of the nodes that autograd made during the call, from the first to behind the last."""
     in_place: bool = False
     """The module changed an input in place."""
+    chooses: bool
+    """It returned indices too, as a router does: of equal values another may come first in another batch."""
     shared: bool
     """Some of the returned tensors shared memory, which they no longer do."""
 
@@ -116,6 +118,7 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
         several=several,
         computed_in=call.autocast or returned[0].value.dtype,
         expands=any(one.value.shape != tensors[one.index].shape for one in returned),
+        chooses=any(not value.is_floating_point() for value in tensors),
         shared=len(set(storages)) < len(storages),
     )
     use.versions = versions_of(use.call)

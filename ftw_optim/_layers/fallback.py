@@ -54,6 +54,7 @@ def per_candidate(
     *,
     tolerance: float,
     sample_ids: Tensor | None = None,
+    whole: bool = False,
 ) -> dict[str, Tensor]:
     """Every candidate's gradient of a module's own parameters.
 
@@ -64,6 +65,7 @@ def per_candidate(
         n: candidates.
         tolerance: largest relative difference of outputs that counts as rounding.
         sample_ids: the candidate of each position, where rows are packed.
+        whole: run the whole batch at once, since a part of it may come out otherwise.
 
     Returns:
         Shape ``(n, *parameter.shape)`` each, float32 at least.
@@ -74,8 +76,8 @@ def per_candidate(
     names = list(parameters)
     leaves = [parameters[name].detach() for name in names]
     known = _ways.setdefault(call.module, {})
-    key = (call.module.training, call.drew, n == 1, tuple(candidate_dims(call, n)), sample_ids is None, tuple(names))
-    whole = n == 1 or call.drew or sample_ids is not None
+    whole = whole or n == 1 or call.drew or sample_ids is not None
+    key = (call.module.training, whole, n == 1, tuple(candidate_dims(call, n)), sample_ids is None, tuple(names))
     ways = ["together"] if whole else list(_WAYS)
     if key in known:
         ways.sort(key=lambda way: way != known[key])  # what worked before comes first
