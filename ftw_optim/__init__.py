@@ -14,13 +14,13 @@ from ftw_optim._losses import token_losses as token_losses
 from ftw_optim._matching import Matching as Matching
 from ftw_optim._matching import Selection as Selection
 from ftw_optim._optimizer import SelectiveOptimizer as SelectiveOptimizer
+from ftw_optim._preconditioners.lookup import preconditioner_of as preconditioner_of
 from ftw_optim._preconditioners.maps import Diagonal as Diagonal
 from ftw_optim._preconditioners.maps import Kronecker as Kronecker
 from ftw_optim._preconditioners.maps import Preconditioner as Preconditioner
 from ftw_optim._preconditioners.maps import RankOne as RankOne
 from ftw_optim._preconditioners.maps import RotatedDiagonal as RotatedDiagonal
 from ftw_optim._preconditioners.maps import Scalar as Scalar
-from ftw_optim._preconditioners.registry import preconditioner_of as preconditioner_of
 from ftw_optim._preconditioners.registry import register_preconditioner as register_preconditioner
 from ftw_optim._scored import last_blocks as last_blocks
 from ftw_optim._target import TargetGradient as TargetGradient

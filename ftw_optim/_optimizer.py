@@ -26,7 +26,8 @@ from ftw_optim._layers.owners import Owner, owners
 from ftw_optim._matching import Selection
 from ftw_optim._members import Members, Scored, members_of
 from ftw_optim._plan import plan, uncovered
-from ftw_optim._preconditioners.registry import Preconditioners, preconditioner_rule
+from ftw_optim._preconditioners.lookup import Preconditioners
+from ftw_optim._preconditioners.registry import registered_rule
 from ftw_optim._selection import NORMALIZATIONS, metrics_of, select
 from ftw_optim._target import TargetGradient
 from ftw_optim._weights import NonNegativeLeastSquares, WeightStage
@@ -100,7 +101,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             raise TypeError(f"Expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}.")
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected the model as an nn.Module, got {type(model).__name__}.")
-        preconditioner_rule(optimizer)
+        registered = registered_rule(optimizer)
         for name, value, known in (
             ("metric", metric, METRICS),
             ("update", update, UPDATES),
@@ -133,6 +134,8 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._last_capture: tuple[frozenset[str], Mapping[str, int], Mapping[str, int], Mapping[str, int]] | None = None
         self._warned_own_backward = False
         members_of(self.model, self.param_groups, self.scored)  # says now what a step would say
+        if registered is not None and registered.note is not None:
+            warnings.warn(f"{type(optimizer).__name__}: {registered.note}", stacklevel=2)
 
     # ------------------------------------------------------------------ what the user sees
 
@@ -349,7 +352,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         scored = {name: uses for name, uses in found.items() if name in members.scored}
         if not scored or not bool(accepted.any()):
             return Selection.nothing(losses, accepted)
-        preconditioners = Preconditioners(self.optimizer)
+        preconditioners = Preconditioners(self.optimizer, unknown_as_identity=self.metric == "euclidean")
         metrics = {self.metric, "preconditioned", *metrics_of(self.filter), *metrics_of(self.weight)}
         while True:
             problem = products(

@@ -78,6 +78,16 @@ class OptimizerWrapper(Optimizer):
         """Clear the gradients, as the inner optimizer does."""
         self.optimizer.zero_grad(set_to_none)
 
+    def train(self) -> None:
+        """Put a schedule-free inner optimizer's parameters where it trains; nothing for others."""
+        if callable(train := getattr(self.optimizer, "train", None)):
+            train()
+
+    def eval(self) -> None:
+        """Put a schedule-free inner optimizer's parameters where they are evaluated and saved; nothing for others."""
+        if callable(evaluate := getattr(self.optimizer, "eval", None)):
+            evaluate()
+
     def extra_state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside the inner state; plain tensors and containers of them."""
         raise NotImplementedError

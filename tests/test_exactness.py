@@ -21,7 +21,7 @@ from ftw_optim import (
     last_blocks,
     preconditioner_of,
 )
-from ftw_optim._preconditioners.registry import Preconditioners
+from ftw_optim._preconditioners.lookup import Preconditioners
 from tests.models import CASES, Case, precision
 from tests.oracles import candidate_gradients, explicit_matching, mean_gradient
 

@@ -2,110 +2,51 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from ftw_optim import Diagonal, Preconditioner, Scalar, preconditioner_of, register_preconditioner
+from ftw_optim import (
+    Diagonal,
+    Kronecker,
+    Preconditioner,
+    RotatedDiagonal,
+    Scalar,
+    SelectiveOptimizer,
+    preconditioner_of,
+    register_preconditioner,
+)
+from ftw_optim._preconditioners import look_ahead, matrices
 from ftw_optim._preconditioners.look_ahead import FLOOR
+from tests.models import mlp
+from tests.optimizers import (
+    ADAFACTORS,
+    ELEMENTWISE,
+    INNER,
+    LAMBS,
+    NORMS,
+    NOT_EVEN,
+    SHAMPOOS,
+    SHAPE,
+    SIGNS,
+    SOAPS,
+    Build,
+    twin_of,
+    update_of,
+    warmed_up,
+    warns_of_overloads,
+)
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import torch_optimizer
-
-SHAPE = (4, 3)
-
-
-def transformers_adafactor(parameters: list[Any], **options: Any) -> Optimizer:
-    from transformers import Adafactor  # here, since importing it takes seconds
-
-    return Adafactor(parameters, **options)
-
-
-pytestmark = pytest.mark.filterwarnings("ignore:This overload of")  # of add_, which torch_optimizer still calls
-
-OPTIMIZERS: dict[str, Callable[[list[Any]], Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
-    "sgd momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-    "sgd dampening": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.3),
-    "sgd nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
-    "sgd maximize": lambda p: torch.optim.SGD(p, lr=0.1, maximize=True),
-    "sgd tensor lr": lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1, dtype=torch.float64)),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.95)),
-    "adam amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, betas=(0.8, 0.9)),
-    "adam coupled decay": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.3),
-    "adam decoupled": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.3, decoupled_weight_decay=True),
-    "adam large eps": lambda p: torch.optim.Adam(p, lr=0.01, eps=0.1),
-    "adam fused": lambda p: torch.optim.Adam(p, lr=0.01, fused=True),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.3),
-    "adamw amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
-    "adamw maximize": lambda p: torch.optim.AdamW(p, lr=0.01, maximize=True),
-    "adamw tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01, dtype=torch.float64)),
-    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01, weight_decay=0.1),
-    "nadam decoupled": lambda p: torch.optim.NAdam(p, lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
-    "radam": lambda p: torch.optim.RAdam(p, lr=0.01, betas=(0.8, 0.95)),
-    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01, maximize=True),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.1, initial_accumulator_value=0.2),
-    "adagrad maximize": lambda p: torch.optim.Adagrad(p, lr=0.1, maximize=True, weight_decay=0.1),
-    "adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5, weight_decay=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, weight_decay=0.1),
-    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1, weight_decay=0.1),
-    "adafactor other decay": lambda p: torch.optim.Adafactor(p, lr=0.1, beta2_decay=-0.3),
-    "adafactor of transformers": lambda p: transformers_adafactor(p, scale_parameter=True, relative_step=True, lr=None),
-    "adafactor of transformers, lr": lambda p: transformers_adafactor(
-        p, lr=0.01, scale_parameter=False, relative_step=False, weight_decay=0.1
-    ),
-    "adafactor of torch_optimizer": lambda p: torch_optimizer.Adafactor(p, lr=0.01, relative_step=False),
-    "novograd": lambda p: torch_optimizer.NovoGrad(p, lr=0.01),
-    "novograd averaging": lambda p: torch_optimizer.NovoGrad(p, lr=0.01, grad_averaging=True, amsgrad=True),
-    "asgd": lambda p: torch.optim.ASGD(p, lr=0.1, lambd=1e-2, weight_decay=0.1),
-    "adamw two groups": lambda p: torch.optim.AdamW(
-        [{"params": p[:1], "lr": 0.02, "betas": (0.7, 0.9), "eps": 1e-3}, {"params": p[1:]}], lr=0.01
-    ),
-}
+pytestmark = warns_of_overloads
 
 
-def warmed_up(build: Callable[[list[Any]], Optimizer], steps: int) -> tuple[Optimizer, nn.Parameter]:
-    generator = torch.Generator().manual_seed(1)
-    parameters = [nn.Parameter(torch.randn(SHAPE, dtype=torch.float64, generator=generator)) for _ in range(2)]
-    optimizer = build(parameters)
-    for _ in range(steps):
-        for parameter in parameters:
-            parameter.grad = torch.randn(SHAPE, dtype=torch.float64, generator=generator)
-        optimizer.step()
-    return optimizer, parameters[0]
-
-
-def update_of(optimizer: Optimizer, gradient: Tensor, *, probe: bool = False) -> Tensor:
-    """What one step with ``gradient`` adds to the first parameter, tried on a copy.
-
-    A ``probe`` asks for the map of the gradient alone: coupled decay is switched off, a step uphill turned round.
-    """
-    twin = copy.deepcopy(optimizer)
-    if probe:
-        for group in twin.param_groups:
-            group["weight_decay"] = 0.0
-            group["maximize"] = False
-    first = twin.param_groups[0]["params"][0]
-    before = first.detach().clone()
-    for parameter in (p for group in twin.param_groups for p in group["params"]):
-        parameter.grad = gradient.clone()
-    twin.step()
-    return first.detach() - before
-
-
-# NovoGrad's second moment has no memory by default: at a gradient of zero nothing of it is frozen.
 @pytest.mark.parametrize("steps", [0, 1, 5, 50])
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "novograd" not in name])
-def test_rule_is_the_slope_of_the_update_at_a_frozen_second_moment(name: str, steps: int) -> None:
+@pytest.mark.parametrize("build", [pytest.param(b, id=n) for n, b in (ELEMENTWISE | NOT_EVEN | ADAFACTORS).items()])
+def test_rule_is_the_slope_of_the_update_at_a_frozen_second_moment(build: Build, steps: int) -> None:
     """At zero gradient the second moment's own slope is zero, so two steps tell the frozen map."""
-    optimizer, parameter = warmed_up(OPTIMIZERS[name], steps)
+    optimizer, parameter = warmed_up(build, steps)
     # An Adam without history jumps from 0 to 1 / (1 + eps / |g|): only far below eps is it linear.
     small = 1e-22 if steps == 0 else 1e-8
     gradient = small * torch.linspace(1, 2, 12, dtype=torch.float64).view(SHAPE)
@@ -114,7 +55,7 @@ def test_rule_is_the_slope_of_the_update_at_a_frozen_second_moment(name: str, st
     )
     if steps == 0:
         # The parameter's own rounding would swamp the update of a gradient this small.
-        optimizer = copy.deepcopy(optimizer)
+        optimizer = twin_of(optimizer)
         with torch.no_grad():
             optimizer.param_groups[0]["params"][0].zero_()
         slope = -update_of(optimizer, gradient, probe=True)
@@ -124,18 +65,148 @@ def test_rule_is_the_slope_of_the_update_at_a_frozen_second_moment(name: str, st
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 50])
-@pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_reference_enters_the_second_moment_as_the_coming_step_lets_it(
-    build: Callable[[list[Any]], Optimizer], steps: int
-) -> None:
+@pytest.mark.parametrize("build", [pytest.param(b, id=n) for n, b in (ELEMENTWISE | ADAFACTORS | NORMS).items()])
+def test_reference_enters_the_second_moment_as_the_coming_step_lets_it(build: Build, steps: int) -> None:
     """The second moment is even in the gradient, so half the difference of two opposite steps is ``-P(r) r``."""
     optimizer, parameter = warmed_up(build, steps)
     for group in optimizer.param_groups:
-        group["weight_decay"], group["maximize"] = 0.0, False
+        group["maximize"] = False
+        if build not in NORMS.values():  # where it is part of the norm, and moves alike under either gradient
+            group["weight_decay"] = 0.0
     reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE)  # all above the floor
     odd = (update_of(optimizer, reference) - update_of(optimizer, -reference)) / 2
     moved = preconditioner_of(optimizer, parameter, reference).apply(reference)
     torch.testing.assert_close(-odd, moved, rtol=1e-6, atol=1e-14)
+
+
+def floored_signs(values: Tensor) -> Tensor:
+    size = float(values.square().sum() / values.count_nonzero()) ** 0.5
+    return torch.where(values < 0, -1.0, 1.0) * values.abs().clamp(min=FLOOR * size)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 50])
+@pytest.mark.parametrize("build", LAMBS.values(), ids=LAMBS)
+def test_lambs_step_is_its_map_with_the_trust_ratio_that_it_then_has(build: Build, steps: int) -> None:
+    optimizer, parameter = warmed_up(build, steps)
+    reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE)
+    moved = preconditioner_of(optimizer, parameter, reference).apply(reference)
+    start, group = parameter.detach().clone(), optimizer.param_groups[0]
+    for p in group["params"]:
+        p.grad = reference.clone()
+    old = optimizer.state[parameter].get("exp_avg", torch.zeros(SHAPE, dtype=torch.float64)).clone()
+    optimizer.step()
+    state, (beta1, beta2) = optimizer.state[parameter], group["betas"]
+    debias = (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"]) if optimizer.debias else 1.0  # type: ignore[attr-defined]
+    rate = group["lr"] * debias * float(state["trust_ratio"])
+    rest = beta1 * old / (state["exp_avg_sq"].sqrt() + group["eps"]) + group["weight_decay"] * start
+    torch.testing.assert_close(parameter.detach() - start, -moved - rate * rest, rtol=1e-6, atol=1e-14)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 6, 50])
+@pytest.mark.parametrize("shape", [(4, 3), (3,), (2, 3, 4), (2, 3, 2, 2)], ids=str)
+@pytest.mark.parametrize("build", SHAMPOOS.values(), ids=SHAMPOOS)
+def test_shampoos_step_is_its_map_of_what_it_preconditions(
+    build: Build, shape: tuple[int, ...], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the statistics that the step itself forms, where nothing is floored: affine at frozen roots."""
+    monkeypatch.setattr(matrices, "FLOOR", 1e-9)
+    optimizer, parameter = warmed_up(build, steps, shape)
+    generator = torch.Generator().manual_seed(2)
+    reference = torch.randn(shape, dtype=torch.float64, generator=generator)
+    momentum = optimizer.param_groups[0]["momentum"] if steps else 0.0
+    old = optimizer.state[parameter].get("momentum_buffer", torch.zeros(shape)) if momentum else torch.zeros(shape)
+    mixed = (1 - momentum) * reference + momentum * old.to(reference)
+    twin = twin_of(optimizer)
+    moved = preconditioner_of(optimizer, parameter, reference)
+    assert isinstance(moved, Kronecker)
+    predicted = -moved.apply(mixed) / (1 - momentum)
+    roots = [root for root in (moved.left, *moved.between, moved.right) if root is not None]
+    start = parameter.detach().clone()
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        p.grad = reference.clone()
+    optimizer.step()
+    expected = parameter.detach() - start
+    torch.testing.assert_close(predicted, expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
+    # At zero gradient nothing is floored: the roots of the statistics themselves.
+    still = preconditioner_of(twin, twin.param_groups[0]["params"][0])
+    updates = [update_of(twin, size * reference) for size in (0.0, 1e-7)]
+    if not momentum:
+        torch.testing.assert_close(
+            updates[1] - updates[0], -still.apply(1e-7 * reference), rtol=1e-5 if steps else 1e-3, atol=2e-15
+        )
+    for root in roots:
+        torch.testing.assert_close(root, root.T)
+        assert float(torch.linalg.eigvalsh(root).min()) > 0
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5, 12])
+@pytest.mark.parametrize("shape", [(4, 3), (3,), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("build", SOAPS.values(), ids=SOAPS)
+def test_soaps_step_is_its_map_of_the_momentum(
+    build: Build, shape: tuple[int, ...], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing is floored."""
+    monkeypatch.setattr(look_ahead, "FLOOR", 1e-12)
+    optimizer, parameter = warmed_up(build, steps, shape)
+    group, state = optimizer.param_groups[0], optimizer.state[parameter]
+    reference = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    beta1 = group["betas"][0]
+    whole = beta1 * state["exp_avg"] + (1 - beta1) * reference
+    moved = preconditioner_of(optimizer, parameter, reference)
+    assert isinstance(moved, RotatedDiagonal | Diagonal)
+    group["weight_decay"] = 0.0
+    expected = update_of(optimizer, reference)
+    predicted = -moved.apply(whole) / (1 - beta1)
+    torch.testing.assert_close(predicted, expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
+    if not group["normalize_gradient"]:
+        updates = [update_of(optimizer, size * reference) for size in (0.0, 1e-7)]
+        slope = preconditioner_of(optimizer, parameter).apply(1e-7 * reference)
+        torch.testing.assert_close(updates[1] - updates[0], -slope, rtol=1e-4, atol=1e-14)
+
+
+def test_soaps_first_step_has_the_map_of_the_one_after_it() -> None:
+    """It moves nothing itself; a map of nothing would skip the step, and it would never come to the second."""
+    case = mlp(torch.float64, 5)
+    optimizer = SelectiveOptimizer(SOAPS["soap"](list(case.model.parameters())), case.model, case.target_losses)
+    starts = [p.detach().clone() for p in case.model.parameters()]
+    for moved in (False, True):
+        optimizer.step(case.losses)
+        assert optimizer.selection is not None
+        assert not optimizer.selection.skipped
+        for start, parameter in zip(starts, case.model.parameters(), strict=True):
+            assert torch.equal(start, parameter) is not moved
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_lions_map_is_the_mean_slope_of_the_sign_it_follows(steps: int) -> None:
+    """The update is ``-P`` times all of what the sign is taken of."""
+    optimizer, parameter = warmed_up(SIGNS["lion"], steps)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE)
+    beta1 = optimizer.param_groups[0]["betas"][0]
+    old = optimizer.state[parameter].get("exp_avg", torch.zeros(SHAPE))
+    whole = floored_signs(beta1 * old + (1 - beta1) * reference)
+    moved = preconditioner_of(optimizer, parameter, reference).apply(whole)
+    torch.testing.assert_close(update_of(optimizer, reference), -moved / (1 - beta1))
+
+
+def test_rprops_map_is_its_step_size_over_the_gradient() -> None:
+    optimizer, parameter = warmed_up(SIGNS["rprop"], 5)
+    reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE) * torch.tensor([1.0, -1.0, 1.0])
+    moved = preconditioner_of(optimizer, parameter, reference).apply(reference)
+    torch.testing.assert_close(update_of(optimizer, reference), -moved)
+    assert bool((moved == 0).any()), "where the sign turns it waits"
+    assert bool((moved != 0).any())
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_the_geometry_of_signs_is_said_aloud_once(name: str) -> None:
+    case = mlp(torch.float64, 5)
+    inner = SIGNS[name](list(case.model.parameters()))
+    with pytest.warns(UserWarning, match="follows signs alone"):
+        optimizer = SelectiveOptimizer(inner, case.model, case.target_losses)
+    for _ in range(3):
+        optimizer.step(case.losses)
 
 
 def test_coupled_decay_and_maximize_enter_the_second_moment_with_the_reference() -> None:
@@ -151,7 +222,7 @@ def test_coupled_decay_and_maximize_enter_the_second_moment_with_the_reference()
 
 
 def test_entries_without_history_are_floored_at_a_share_of_the_references_size() -> None:
-    optimizer, parameter = warmed_up(OPTIMIZERS["adamw"], 0)
+    optimizer, parameter = warmed_up(ELEMENTWISE["adamw"], 0)
     reference = torch.zeros(SHAPE, dtype=torch.float64)
     reference[0] = torch.tensor([3.0, 4.0, 1e-9])
     size = (reference.square().sum() / 3).sqrt()
@@ -161,25 +232,46 @@ def test_entries_without_history_are_floored_at_a_share_of_the_references_size()
     torch.testing.assert_close(values.values, expected)
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6])
-@pytest.mark.parametrize("steps", [0, 1, 5])
-def test_preconditioned_gradients_are_finite_in_float32_at_any_scale(scale: float, steps: int) -> None:
+STALE = pytest.mark.xfail(
+    strict=True,
+    reason="Shampoo keeps its roots between updates: the coming step itself divides a new row by nothing but epsilon",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "scale"),
+    [
+        pytest.param(name, steps, scale, marks=STALE if (name, scale) == ("shampoo momentum", 1e6) and steps else ())
+        for name in INNER
+        for steps in (0, 1, 5)
+        for scale in (1e-12, 1e-6, 1.0, 1e6)
+    ],
+)
+def test_maps_are_finite_and_bounded_in_float32_at_any_scale(name: str, steps: int, scale: float) -> None:
+    """At the first step, and where a row sees its first gradient later: no entry outweighs all others."""
+    if "Ranger" in name and "VA" not in name and steps:
+        pytest.skip("its slow weights move the parameter by themselves at these steps")
     generator = torch.Generator().manual_seed(2)
-    parameter = nn.Parameter(torch.randn(SHAPE, generator=generator))
-    optimizer = torch.optim.AdamW([parameter], lr=0.01)
+    parameter = nn.Parameter(torch.randn(6, 5, generator=generator))
+    optimizer = INNER[name]([parameter])
     for _ in range(steps):
-        parameter.grad = scale * torch.randn(SHAPE, generator=generator)
+        parameter.grad = scale * torch.randn(6, 5, generator=generator)
+        parameter.grad[4:] = 0.0
         optimizer.step()
-    gradients = scale * torch.randn(5, *SHAPE, generator=generator)
-    gradients[:, 1] = 0.0
+    gradients = scale * torch.randn(8, 6, 5, generator=generator)
+    gradients[:, 5] = 0.0  # no candidate reaches this row
+    gradients[1:, 4] = 0.0  # one alone reaches this one
     moved = preconditioner_of(optimizer, parameter, gradients.mean(0)).apply(gradients)
     assert moved.isfinite().all()
-    assert (moved != 0).sum() == (gradients != 0).sum()
-    assert (moved * gradients).sum().isfinite()
+    products = (moved * gradients).flatten(1).sum(1)
+    assert products.isfinite().all()
+    assert products.min() > 0
+    # A tenth of the entries have no history. Without a look ahead they would count by the factor 1e8 and more.
+    assert float(products.max() / products.median()) < 1000
 
 
 def test_a_learning_rate_of_zero_everywhere_counts_as_one() -> None:
-    optimizer, parameter = warmed_up(OPTIMIZERS["adamw two groups"], 5)
+    optimizer, parameter = warmed_up(ELEMENTWISE["adamw two groups"], 5)
     expected = [(0.0, 0.0, 1.0), (0.0, 0.5, 0.0), (0.25, 0.5, 0.25)]
     for first, second, counted in expected:
         optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["lr"] = 1.0, 1.0
@@ -193,8 +285,8 @@ def test_a_learning_rate_of_zero_everywhere_counts_as_one() -> None:
 
 def test_errors_name_the_optimizer_and_the_way_out() -> None:
     parameter = nn.Parameter(torch.zeros(SHAPE))
-    with pytest.raises(NotImplementedError, match=r"No preconditioner is known for .*Rprop.*@register_precond"):
-        preconditioner_of(torch.optim.Rprop([parameter]), parameter)
+    with pytest.raises(NotImplementedError, match=r"No preconditioner is known for .*LBFGS.*@register_precond"):
+        preconditioner_of(torch.optim.LBFGS([parameter]), parameter)
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     with pytest.raises(ValueError, match="none of the optimizer's groups"):
         preconditioner_of(optimizer, nn.Parameter(torch.zeros(SHAPE)))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftw_optim._preconditioners.look_ahead import expected_gradient, moment_dtype, number, second_moment
+from ftw_optim._preconditioners.look_ahead import expected_gradient, moment_dtype, number, plain, second_moment
 from ftw_optim._preconditioners.maps import Diagonal, Scalar
 from ftw_optim._preconditioners.registry import register_preconditioner
 
@@ -20,9 +20,9 @@ def _betas(group: State) -> tuple[float, float]:
     return number(first), number(second)
 
 
-def _coming(state: State) -> float:
-    """The number of the coming step, from one."""
-    return number(state["step"]) + 1 if "step" in state else 1.0
+def _coming(state: State, group: State) -> float:
+    """The number of the coming step, from one; some count in the group."""
+    return number(state.get("step", group.get("step", 0.0))) + 1
 
 
 def _moment(param: Tensor, group: State, state: State, reference: Tensor | None) -> Tensor:
@@ -35,19 +35,37 @@ def _moment(param: Tensor, group: State, state: State, reference: Tensor | None)
 def adam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """``lr (1 - b1) / (1 - b1^t) / (sqrt(v' / (1 - b2^t)) + eps)`` with ``v' = b2 v + (1 - b2) reference^2``."""
     beta1, beta2 = _betas(group)
-    step = _coming(state)
+    step = _coming(state, group)
     moment = _moment(param, group, state, reference)
     if group.get("amsgrad") and "max_exp_avg_sq" in state:
-        moment = torch.maximum(moment, state["max_exp_avg_sq"].to(moment.dtype))
+        moment = torch.maximum(moment, plain(state["max_exp_avg_sq"], moment.dtype))
     share = number(group["lr"]) * (1 - beta1) / (1 - beta1**step)
     return Diagonal(share / (moment.sqrt() / (1 - beta2**step) ** 0.5 + group["eps"]))
+
+
+@register_preconditioner("schedulefree.adamw_schedulefree.AdamWScheduleFree")
+def schedule_free_adamw(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
+    """``lr (1 - b1 (1 - c)) / (sqrt(v' / (1 - b2^t)) + eps)`` at the point the model trains at.
+
+    ``c`` is the weight of the coming iterate in the average; the counter is the group's.
+    """
+    beta1, beta2 = _betas(group)
+    done = number(group["k"])
+    warmup = number(group["warmup_steps"])
+    rate = number(group["lr"]) * (min(1.0, (done + 1) / warmup) if warmup else 1.0)
+    weight = (done + 1) ** number(group["r"]) * max(rate, number(group["lr_max"])) ** number(group["weight_lr_power"])
+    total = number(group["weight_sum"]) + weight
+    average = weight / total if total else 0.0
+    moment = _moment(param, {**group, "weight_decay": 0.0}, state, reference)  # its decay is decoupled
+    root = moment.sqrt() / (1 - beta2 ** (done + 1)) ** 0.5 + group["eps"]
+    return Diagonal(rate * (1 - beta1 * (1 - average)) / root)
 
 
 @register_preconditioner(torch.optim.NAdam)
 def nadam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """Adam whose momentum is applied twice: the fresh gradient counts in this step and in the next one's look-ahead."""
     beta1, beta2 = _betas(group)
-    step = _coming(state)
+    step = _coming(state, group)
     momentum, following = (
         beta1 * (1.0 - 0.5 * 0.96 ** (at * number(group["momentum_decay"]))) for at in (step, step + 1)
     )
@@ -61,7 +79,7 @@ def nadam(param: Tensor, group: State, state: State, reference: Tensor | None) -
 def radam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal | Scalar:
     """A scalar in the first steps; then Adam, rectified, with eps before the correction of the second moment."""
     beta1, beta2 = _betas(group)
-    step = _coming(state)
+    step = _coming(state, group)
     share = number(group["lr"]) * (1 - beta1) / (1 - beta1**step)
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * beta2**step / (1 - beta2**step)
@@ -81,5 +99,5 @@ def adamax(param: Tensor, group: State, state: State, reference: Tensor | None) 
     fresh = torch.zeros_like(largest)
     if reference is not None:
         fresh = expected_gradient(param, group, reference.to(dtype)).abs()
-    share = number(group["lr"]) * (1 - beta1) / (1 - beta1 ** _coming(state))
+    share = number(group["lr"]) * (1 - beta1) / (1 - beta1 ** _coming(state, group))
     return Diagonal(share / torch.maximum(largest, fresh + group["eps"]))

@@ -20,9 +20,14 @@ def expected_gradient(param: Tensor, group: dict[str, Any], reference: Tensor) -
     gradient = -reference if group.get("maximize") else reference
     if group.get("weight_decay") and not group.get("decoupled_weight_decay", False):
         gradient = gradient + param.detach().to(gradient.dtype) * group["weight_decay"]
-    count = gradient.count_nonzero().clamp(min=1)
-    floor = FLOOR * torch.linalg.vector_norm(gradient) / count.to(gradient.dtype).sqrt()
-    return torch.where(gradient < 0, -1.0, 1.0).to(gradient) * gradient.abs().clamp(min=floor)
+    return floored(gradient)
+
+
+def floored(values: Tensor) -> Tensor:
+    """``values``, the small ones raised in size to :data:`FLOOR` of the root mean square of those that are not zero."""
+    count = values.count_nonzero().clamp(min=1)
+    floor = FLOOR * torch.linalg.vector_norm(values) / count.to(values.dtype).sqrt()
+    return torch.where(values < 0, -1.0, 1.0).to(values) * values.abs().clamp(min=floor)
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:
@@ -44,11 +49,18 @@ def second_moment(
         fresh: share of the new square.
     """
     dtype = moment_dtype(param)
-    moment = torch.zeros_like(param, dtype=dtype) if stored is None else stored.to(dtype) * decay
+    moment = torch.zeros_like(param, dtype=dtype) if stored is None else plain(stored, dtype) * decay
     if reference is None:
         return moment
     expected = expected_gradient(param, group, reference.to(dtype))
     return moment.addcmul(expected, expected, value=fresh)
+
+
+def plain(stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the state as an ordinary one: low-bit ones are dequantised."""
+    if type(stored) not in (Tensor, torch.nn.Parameter) and hasattr(stored, "dequantize"):
+        stored = stored.dequantize()
+    return stored.to(dtype)
 
 
 def number(value: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -74,21 +75,21 @@ class RankOne(Elementwise):
 @final
 @dataclass(frozen=True, eq=False)
 class Kronecker(Preconditioner):
-    """``P G = left G right`` of a matrix, as for Shampoo; both symmetric positive semi-definite.
+    """``P G = left G right`` of a matrix, as for Shampoo; all factors symmetric positive semi-definite.
 
     Attributes:
-        left: shape ``(d_out, d_out)``; None for the identity.
-        right: shape ``(d_in, d_in)``; None for the identity.
+        left: of the first axis, shape ``(d_out, d_out)``; None for the identity.
+        right: of the last axis, shape ``(d_in, d_in)``; None for the identity.
+        between: of the axes between them, as convolutions have; None for the identity. ``left`` is the axis before.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
+    between: tuple[Tensor | None, ...] = ()
 
     def apply(self, gradient: Tensor) -> Tensor:
         """``left gradient right``."""
-        if self.left is not None:
-            gradient = self.left @ gradient
-        return gradient if self.right is None else gradient @ self.right
+        return along_axes(gradient, (self.left, *self.between, self.right))
 
 
 @final
@@ -97,15 +98,27 @@ class RotatedDiagonal(Preconditioner):
     """``P G = left (values * (left' G right)) right'`` of a matrix: a diagonal in a rotated basis, as for SOAP.
 
     Attributes:
-        left: orthogonal, shape ``(d_out, d_out)``.
-        right: orthogonal, shape ``(d_in, d_in)``.
-        values: shape ``(d_out, d_in)``, non-negative.
+        left: orthogonal, of the first axis, shape ``(d_out, d_out)``; None for the identity.
+        right: orthogonal, of the last axis, shape ``(d_in, d_in)``; None for the identity.
+        values: shaped like the parameter, non-negative.
+        between: orthogonal, of the axes between them; None for the identity.
     """
 
-    left: Tensor
-    right: Tensor
+    left: Tensor | None
+    right: Tensor | None
     values: Tensor
+    between: tuple[Tensor | None, ...] = ()
 
     def apply(self, gradient: Tensor) -> Tensor:
         """Rotate, scale entry by entry, rotate back."""
-        return self.left @ (self.values * (self.left.T @ gradient @ self.right)) @ self.right.T
+        bases = (self.left, *self.between, self.right)
+        rotated = along_axes(gradient, [None if basis is None else basis.T for basis in bases])
+        return along_axes(self.values * rotated, bases)
+
+
+def along_axes(gradient: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
+    """``gradient`` with each matrix applied from the left along one of its last axes; None for the identity."""
+    for axis, matrix in enumerate(matrices, start=-len(matrices)):
+        if matrix is not None:
+            gradient = (gradient.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
+    return gradient

@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftw_optim._preconditioners.look_ahead import expected_gradient, moment_dtype
-from ftw_optim._preconditioners.maps import Diagonal
+from ftw_optim._preconditioners.maps import Diagonal, Elementwise
 
 SMALL = (1e-16, 1e-13, 1e-10, 1e-8, 1e-6, 1e-3)
 """Gradients that change no second moment, down to those far below the eps of an optimizer without history."""
 
 TURNED = 0.3
 """Largest share of a slope that may be negative; those entries count as zero."""
+
+ALIKE = 1e-6
+"""Largest relative difference of a rule from what a trial tells, for the rule to be taken: Yogi is a thousandth off."""
 
 SEPARABLE = 1e-3
 """Largest change of an entry's update, relative to the largest of all, that gradients of other entries may make."""
@@ -34,19 +37,37 @@ class NotElementwise(ValueError):
     """An entry's update depends on the gradients of other entries, or not smoothly on its own."""
 
 
-def probed(optimizer: Optimizer, param: Tensor, group: dict[str, Any], reference: Tensor | None) -> Diagonal:
+def probed(
+    optimizer: Optimizer,
+    param: Tensor,
+    group: dict[str, Any],
+    reference: Tensor | None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Diagonal:
     """``P`` of the coming step on one parameter, from two steps on a copy of the optimizer.
+
+    Args:
+        optimizer: not changed.
+        param: one of its parameters.
+        group: its group.
+        reference: as for :func:`preconditioner_of`.
+        dtype: of the result; None: the parameter's, float32 at least.
 
     Raises:
         NotElementwise: the update is not element-wise, or of a kind that two steps do not tell.
     """
-    dtype = moment_dtype(param)
+    dtype = moment_dtype(param) if dtype is None else dtype
     with torch.no_grad():
         if reference is not None:
             # Coupled decay and the sign are switched off in the trial, and put in here.
             gradient = expected_gradient(param, group, reference.to(dtype)).double()
             update = _trial(optimizer, param, group)
             slope = (update(-gradient) - update(gradient)) / (2 * gradient)
+            if param not in optimizer.state and not bool(slope.any()):
+                # A first step that only fills the state; a map of nothing would skip it, time and again.
+                update = _trial(optimizer, param, group, after=gradient)
+                slope = (update(-gradient) - update(gradient)) / (2 * gradient)
         # Where the second moment is not even in the gradient, the momentum does not cancel and may turn the sign.
         if reference is None or not _is_positive(slope):
             slope = _slope_at_zero(_trial(optimizer, param, group, at_zero=True), param)
@@ -59,16 +80,40 @@ def _is_positive(slope: Tensor) -> bool:
     """Whether it is finite and not negative, but for a few entries: DiffGrad's friction turns some of them."""
     if not bool(slope.isfinite().all()):
         return False
-    return bool(-slope.clamp(max=0.0).sum() <= TURNED * slope.abs().sum())
+    return bool(-slope.clamp(max=0.0).sum() <= TURNED * slope.abs().sum()) and bool(slope.any())
+
+
+def agrees_with_trial(
+    rule: Callable[[Tensor, dict[str, Any], dict[str, Any], Tensor | None], Elementwise],
+    optimizer: Optimizer,
+    param: Tensor,
+    group: dict[str, Any],
+    reference: Tensor | None,
+) -> bool:
+    """Whether a rule says, in float64, what steps on a copy tell, without a reference and with one.
+
+    Raises:
+        NotElementwise: they tell that the update is not element-wise.
+    """
+    wide = param.detach().double()
+    state = {name: _wide(value) for name, value in optimizer.state[param].items()}
+    expected = torch.ones_like(wide) if reference is None else reference.double()
+    for given in (None, expected):
+        told = probed(optimizer, param, group, given, dtype=torch.float64).values
+        said = torch.as_tensor(rule(wide, group, state, given).factor, dtype=told.dtype)
+        if not torch.allclose(told, said.expand_as(told), rtol=ALIKE, atol=0.0):
+            return False
+    return True
 
 
 def _slope_at_zero(update: Callable[[Tensor], Tensor], param: Tensor) -> Tensor:
-    """The slope that agrees best with the one at twice the gradient: smaller ones lose digits, larger ones bend."""
+    """The slope that agrees best with the one at twice the gradient, and is not rounding: smaller ones lose digits."""
     ones = torch.ones_like(param, dtype=torch.float64)
     still, best, least = update(torch.zeros_like(ones)), None, SEPARABLE
+    rounding = torch.finfo(torch.float64).eps * float(still.abs().max())
     for size in SMALL:
         slope, other = ((still - update(share * size * ones)) / (share * size) for share in (1.0, 2.0))
-        change = float((slope - other).abs().max() / slope.abs().max())  # NaN where nothing moved
+        change = float(((slope - other).abs().max() + rounding / size) / slope.abs().max())  # NaN: nothing moved
         if change <= least:
             best, least = slope, change
     if best is None:
@@ -97,35 +142,81 @@ def check_separable(optimizer: Optimizer, param: Tensor, group: dict[str, Any], 
             raise NotElementwise("its update jumps where the gradient hardly changes")
 
 
+def couples_decay(optimizer: Optimizer, param: Tensor, group: dict[str, Any], reference: Tensor) -> bool:
+    """Whether weight decay is part of the gradient for it, as for Adam, or acts on its own, as for AdamW."""
+    decay = group["weight_decay"]
+    gradient = reference.double()
+    shifted = gradient + decay * param.detach().double()
+    coupled = _trial(optimizer, param, group)(shifted)
+    told = _trial(optimizer, param, group, decay=decay)(gradient)
+    return torch.allclose(told, coupled, rtol=0.0, atol=ALIKE * float(coupled.abs().max()))
+
+
+def follows_signs(optimizer: Optimizer, param: Tensor, group: dict[str, Any], reference: Tensor) -> bool:
+    """Whether opposite gradients make the very same update in many entries: old momentum decides a sign there."""
+    update = _trial(optimizer, param, group, at_zero=True)
+    gradient = expected_gradient(param, group, reference.to(moment_dtype(param)))
+    decided = update(gradient) == update(-gradient)
+    return bool(decided.double().mean() > 0.1) and not bool(decided.all())
+
+
 def _trial(
-    optimizer: Optimizer, param: Tensor, group: dict[str, Any], *, at_zero: bool = False
+    optimizer: Optimizer,
+    param: Tensor,
+    group: dict[str, Any],
+    *,
+    at_zero: bool = False,
+    after: Tensor | None = None,
+    decay: float = 0.0,
 ) -> Callable[[Tensor], Tensor]:
     """``gradient -> update`` of the parameter, each tried on a copy of the optimizer that holds it alone.
 
-    The copy computes in float64, and may start at zero, so that no digits of the parameter swamp the update.
+    The copy computes in float64, and may start at zero, so that no digits of the parameter swamp the update; or after
+    a step with another gradient.
     """
     start = torch.zeros_like(param, dtype=torch.float64) if at_zero else param.detach().double()
     # As it would be in the coming step, without what is put in or cancels elsewhere.
     settings = {name: value for name, value in group.items() if name != "params"}
-    settings |= {name: value for name, value in (("weight_decay", 0.0), ("maximize", False)) if name in settings}
+    settings |= {name: value for name, value in (("weight_decay", decay), ("maximize", False)) if name in settings}
 
     def update(gradient: Tensor) -> Tensor:
         own = nn.Parameter(start.clone())
         twin = object.__new__(type(optimizer))  # not copy.copy: it leaves out what pickling would
-        twin.__dict__.update(optimizer.__dict__)
-        state: defaultdict[Tensor, Any] = defaultdict(dict)
+        twin.__dict__.update(
+            {name: _own(value) for name, value in optimizer.__dict__.items() if name not in ("state", "param_groups")}
+        )
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        state.update((key, _own(value)) for key, value in optimizer.state.items() if not isinstance(key, Tensor))
         if param in optimizer.state:
             state[own] = {name: _wide(value) for name, value in optimizer.state[param].items()}
         twin.__dict__.update(param_groups=[{**copy.deepcopy(settings), "params": [own]}], state=state)
         twin.__dict__.update({name: OrderedDict() for name in _HOOKS})
-        own.grad = gradient.to(torch.float64)
+        begun = start
+        if after is not None:
+            own.grad = after.to(torch.float64, copy=True)
+            type(optimizer).step(twin)
+            begun = own.detach().clone()
+        own.grad = gradient.to(torch.float64, copy=True)  # some optimizers write into it
         type(optimizer).step(twin)
-        return own.detach() - start
+        return own.detach() - begun
 
     return update
 
 
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+def _own(value: Any) -> Any:
+    """The same, in containers and tensors of one's own: a trial must leave no trace in those of the optimizer."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple, set):
+        return type(value)(map(_own, value))
+    if type(value) in (dict, OrderedDict, defaultdict):
+        twin = copy.copy(value)
+        twin.update((key, _own(item)) for key, item in value.items())
+        return twin
+    return value
 
 
 def _wide(value: Any) -> Any:

@@ -1,0 +1,171 @@
+"""The preconditioner of one parameter of a live optimizer: by its class, by its state, or by trying it out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ftw_optim._preconditioners.adam import adam
+from ftw_optim._preconditioners.maps import Preconditioner, Scalar
+from ftw_optim._preconditioners.probe import (
+    NotElementwise,
+    agrees_with_trial,
+    check_separable,
+    couples_decay,
+    follows_signs,
+    probed,
+)
+from ftw_optim._preconditioners.registry import dotted, registered_rule
+
+
+def preconditioner_of(optimizer: Optimizer, param: Tensor, reference: Tensor | None = None) -> Preconditioner:
+    """The map ``P`` of the optimizer's coming step on one parameter: ``update = update_at_zero - P gradient``.
+
+    Args:
+        optimizer: a supported optimizer, or a :class:`SelectiveOptimizer` around one.
+        param: one of its parameters.
+        reference: the gradient the step is expected to see, shaped like ``param``; it enters the second moment as the
+            step would let it, with entries below 0.03 of the root mean square of its non-zero ones raised to that, so
+            that no entry without history outweighs all others. None: the step at zero gradient.
+
+    Returns:
+        ``P``; call ``.apply(gradient)``.
+
+    Raises:
+        NotImplementedError: the optimizer has no rule and its update is not element-wise.
+        ValueError: ``param`` is not one of the optimizer's, or ``reference`` has another shape.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if reference is not None and reference.shape != param.shape:
+        raise ValueError(f"Expected a reference of shape {tuple(param.shape)}, got {tuple(reference.shape)}.")
+    for group, other in _parameters(inner):
+        if other is param:
+            unknown_as_identity = getattr(optimizer, "metric", None) == "euclidean"
+            return Preconditioners(inner, unknown_as_identity=unknown_as_identity)(param, group, reference)
+    raise ValueError(
+        f"The parameter of shape {tuple(param.shape)} is in none of the optimizer's groups; expected one of its own."
+    )
+
+
+@final
+@dataclass
+class _Looks:
+    """What looking at an optimizer's parameters told."""
+
+    count: dict[int, int] = field(default_factory=dict)
+    like_adam: dict[int, bool] = field(default_factory=dict)
+    couples_decay: dict[int, bool] = field(default_factory=dict)
+    warned: bool = False
+
+    def due(self, param: Tensor, *, with_history: bool) -> bool:
+        """Whether to look anew: the first times, then ever more rarely, as some change their ways after a warm-up.
+
+        Without history some updates only look element-wise: a look with it follows.
+        """
+        key = 2 * id(param) + with_history
+        count = self.count[key] = self.count.get(key, 0) + 1
+        return count & (count - 1) == 0
+
+
+_looks: WeakKeyDictionary[Optimizer, _Looks] = WeakKeyDictionary()
+
+
+class Preconditioners:
+    """The preconditioners of an optimizer's coming step; made anew for each step.
+
+    Args:
+        optimizer: the inner optimizer.
+        unknown_as_identity: where none can be found, take the learning rate times the identity, with one warning.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, unknown_as_identity: bool = False) -> None:
+        self._optimizer = optimizer
+        self._unknown_as_identity = unknown_as_identity
+        self._known = registered_rule(optimizer)
+        self._looks = _looks.setdefault(optimizer, _Looks())
+        self.learning_rate_is_zero = all(float(group.get("lr") or 0.0) == 0.0 for group in optimizer.param_groups)
+
+    def __call__(self, param: Tensor, group: dict[str, Any], reference: Tensor | None) -> Preconditioner:
+        """``P`` of one parameter of a group, as :func:`preconditioner_of` gives it."""
+        if self.learning_rate_is_zero:
+            group = {**group, "lr": 1.0}
+        state = self._optimizer.state.get(param, {})
+        with torch.no_grad():
+            if self._known is not None:
+                own = {name: getattr(self._optimizer, name) for name in self._known.attributes}
+                return self._known.rule(param, {**group, **own} if own else group, state, reference)
+            try:
+                due = self._looks.due(param, with_history=bool(state))
+                expected = torch.ones_like(param) if reference is None else reference
+                if group.get("weight_decay"):
+                    if due:
+                        coupled = couples_decay(self._optimizer, param, group, expected)
+                        self._looks.couples_decay[id(param)] = coupled
+                    group = {**group, "decoupled_weight_decay": not self._looks.couples_decay[id(param)]}
+                if self._is_like_adam(param, group, state, reference, due=due):
+                    return adam(param, group, state, reference)
+                return self._tried(param, group, reference, due=due)
+            except Exception as error:  # whatever an optimizer that is tried on a copy may raise
+                return self._unknown(group, error)
+
+    def _is_like_adam(
+        self, param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None, *, due: bool
+    ) -> bool:
+        """Whether its state has Adam's names, and a step on a copy does what Adam's rule says."""
+        if not ({"exp_avg", "exp_avg_sq"} <= state.keys() and {"lr", "betas", "eps"} <= group.keys()):
+            return False
+        if due or id(param) not in self._looks.like_adam:
+            try:
+                alike = agrees_with_trial(adam, self._optimizer, param, group, reference)
+            except NotElementwise:
+                alike = False
+            except Exception as error:  # such as a kernel that takes other devices or precisions than the copy's
+                alike = True
+                self._warn(
+                    f"{dotted(type(self._optimizer))} has the state of Adam and cannot be tried on a copy ({error}): "
+                    "it is taken for Adam."
+                )
+            self._looks.like_adam[id(param)] = alike
+        return self._looks.like_adam[id(param)]
+
+    def _warn(self, message: str) -> None:
+        if not self._looks.warned:
+            self._looks.warned = True
+            warnings.warn(message, stacklevel=2)
+
+    def _tried(self, param: Tensor, group: dict[str, Any], reference: Tensor | None, *, due: bool) -> Preconditioner:
+        """By two steps on a copy, after a look whether the update is element-wise at all."""
+        if due:
+            expected = torch.ones_like(param) if reference is None else reference
+            check_separable(self._optimizer, param, group, expected)
+            if follows_signs(self._optimizer, param, group, expected):
+                self._warn(
+                    f"The step of {dotted(type(self._optimizer))} follows signs alone, which no linear map describes: "
+                    "entries that the coming gradient cannot turn count as nothing, and predicted_decrease is "
+                    "approximate."
+                )
+        return probed(self._optimizer, param, group, reference)
+
+    def _unknown(self, group: dict[str, Any], error: Exception) -> Scalar:
+        cls = type(self._optimizer)
+        unknown = f"No preconditioner is known for {dotted(cls)}, and trying it on a copy did not tell one: {error}."
+        if not self._unknown_as_identity:
+            raise NotImplementedError(
+                f"{unknown} Register one with @register_preconditioner({cls.__name__}), or ask for "
+                'metric="euclidean", which ignores the optimizer.'
+            ) from error
+        self._warn(f"{unknown} Its learning rate times the identity takes its place.")
+        return Scalar(float(group.get("lr") or 1.0))
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            yield group, param

@@ -1,0 +1,63 @@
+"""Optimizers that follow the sign of something: the sign is that something over its own size, which is frozen.
+
+No second moment makes their update affine. ``sign(c) = c / |c|``, and with ``|c|`` held at what the coming step is
+expected to see, the fresh gradient's share of ``c`` moves the parameter by ``1 / |c|``: large where little speaks for
+either sign. Matrix-wise that is how Muon's polar factor is frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftw_optim._preconditioners.look_ahead import expected_gradient, floored, moment_dtype, number, plain
+from ftw_optim._preconditioners.maps import Diagonal
+from ftw_optim._preconditioners.registry import register_preconditioner
+
+State = dict[str, Any]
+
+NOTE = (
+    "its step follows signs alone, which no linear map describes. Candidates are compared with the sizes under the "
+    "signs frozen; predicted_decrease is approximate."
+)
+
+
+@register_preconditioner("lion_pytorch.lion_pytorch.Lion", note=NOTE)
+@register_preconditioner("pytorch_optimizer.optimizer.lion.Lion", attributes=("maximize",), note=NOTE)
+def lion(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
+    """``lr (1 - b1) / |b1 m + (1 - b1) reference|``."""
+    return frozen_sign(param, group, state.get("exp_avg"), reference)
+
+
+def frozen_sign(param: Tensor, group: State, momentum: Tensor | None, reference: Tensor | None) -> Diagonal:
+    """The map of ``lr sign(b1 momentum + (1 - b1) gradient)``; decay is decoupled."""
+    beta1 = number(group["betas"][0])
+    dtype = moment_dtype(param)
+    mixed = torch.zeros_like(param, dtype=dtype) if momentum is None else plain(momentum, dtype) * beta1
+    if reference is not None:
+        mixed = mixed + (1 - beta1) * expected_gradient(param, {**group, "weight_decay": 0.0}, reference.to(dtype))
+    return Diagonal(number(group["lr"]) * (1 - beta1) * _inverse(floored(mixed).abs()))
+
+
+@register_preconditioner(torch.optim.Rprop, note=NOTE)
+def rprop(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
+    """Its step size of each entry over ``|reference|``; nothing where the sign is expected to turn: it waits there."""
+    dtype = moment_dtype(param)
+    shrink, grow = (number(eta) for eta in group["etas"])
+    smallest, largest = (number(size) for size in group["step_sizes"])
+    sizes = torch.full_like(param, number(group["lr"]), dtype=dtype)
+    if "step_size" in state:
+        sizes = state["step_size"].to(dtype)
+    if reference is None:
+        return Diagonal(torch.zeros_like(sizes))
+    expected = expected_gradient(param, {**group, "weight_decay": 0.0}, reference.to(dtype))
+    turn = expected * state["prev"].to(dtype) if "prev" in state else torch.zeros_like(expected)
+    sizes = torch.where(turn > 0, sizes * grow, torch.where(turn < 0, sizes * shrink, sizes)).clamp(smallest, largest)
+    return Diagonal(torch.where(turn < 0, 0.0, sizes * _inverse(expected.abs())))
+
+
+def _inverse(sizes: Tensor) -> Tensor:
+    """``1 / sizes``; nothing where nothing is expected to move."""
+    return torch.where(sizes > 0, sizes, torch.inf).reciprocal()
