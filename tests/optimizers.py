@@ -143,7 +143,7 @@ PROBED: dict[str, Build] = {
     },
     **{
         f"{name} of pytorch_optimizer": (lambda p, name=name: getattr(pytorch_optimizer, name)(p, lr=0.01))  # type: ignore[misc]
-        for name in ("AdEMAMix", "ADOPT", "Adam", "AdamW", "Adan", "LaProp", "ScheduleFreeSGD")
+        for name in ("AdamC", "AdEMAMix", "ADOPT", "Adan", "LaProp", "ScheduleFreeSGD")
     },
 }
 

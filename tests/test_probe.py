@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ftw_optim import Diagonal, SelectiveOptimizer, preconditioner_of
-from ftw_optim._preconditioners.probe import NotElementwise, check_separable, couples_decay, probed
+from ftw_optim import Diagonal, Scalar, SelectiveOptimizer, preconditioner_of
+from ftw_optim._preconditioners import lookup
+from ftw_optim._preconditioners.adam import adam
+from ftw_optim._preconditioners.probe import (
+    NotElementwise,
+    agrees_with_trial,
+    check_separable,
+    couples_decay,
+    probed,
+)
+from tests.models import mlp
 from tests.optimizers import ELEMENTWISE, PROBED, SHAPE, update_of, warmed_up, warns_of_overloads
 
 with warnings.catch_warnings():
@@ -134,3 +143,125 @@ def test_a_sign_is_no_multiple_of_the_gradient() -> None:
     _apply(optimizer, torch.ones(SHAPE, dtype=torch.float64))
     with pytest.raises(NotImplementedError, match="no multiple of it"):
         preconditioner_of(optimizer, parameter)
+
+
+class TestLookAlikes:
+    """Optimizers whose state has the names of Adam's."""
+
+    def test_one_that_steps_as_adam_does_gets_adams_rule(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        optimizer, parameter = warmed_up(PROBED["AdamC of pytorch_optimizer"], 5)
+        twin = torch.optim.Adam([parameter], lr=0.01)
+        steps = torch.tensor(float(optimizer.param_groups[0]["step"]))  # which it keeps in the group
+        twin.state[parameter] = {**optimizer.state[parameter], "step": steps}
+        reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE)
+        expected = preconditioner_of(twin, parameter, reference)
+        assert isinstance(expected, Diagonal)
+        for look in range(3):
+            if look == 2:  # tried at the first and second look alone
+                monkeypatch.setattr(lookup, "agrees_with_trial", None)
+            found = preconditioner_of(optimizer, parameter, reference)
+            assert isinstance(found, Diagonal)
+            assert torch.equal(found.values, expected.values)
+
+    @pytest.mark.parametrize("name", ["Yogi", "QHAdam"])
+    def test_one_that_steps_otherwise_does_not(self, name: str) -> None:
+        optimizer, parameter = warmed_up(PROBED[f"{name} of torch_optimizer"], 5)
+        assert {"exp_avg", "exp_avg_sq"} <= optimizer.state[parameter].keys()
+        reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE)
+        assert not agrees_with_trial(adam, optimizer, parameter, optimizer.param_groups[0], reference)
+
+    def test_one_that_cannot_be_tried_is_taken_for_adam_and_said_so_once(self) -> None:
+        class Elsewhere(torch.optim.AdamW):
+            """A kernel for one precision alone."""
+
+            def step(self, closure: Any = None) -> None:  # type: ignore[override]
+                if self.param_groups[0]["params"][0].dtype != torch.float32:
+                    raise RuntimeError("expected float32")
+                super().step(closure)
+
+        parameter = nn.Parameter(torch.randn(SHAPE))
+        optimizer = Elsewhere([parameter], lr=0.1)
+        parameter.grad = torch.randn(SHAPE)
+        optimizer.step()
+        plain = torch.optim.AdamW([parameter], lr=0.1)
+        plain.state = optimizer.state
+        reference = torch.randn(SHAPE)
+        with pytest.warns(UserWarning, match=r"Elsewhere has the state of Adam and cannot be tried .*expected float32"):
+            found = preconditioner_of(optimizer, parameter, reference)
+        torch.testing.assert_close(
+            found.apply(reference), preconditioner_of(plain, parameter, reference).apply(reference)
+        )
+        preconditioner_of(optimizer, parameter, reference)  # says nothing more
+
+
+def test_the_identity_serves_where_it_is_asked_for() -> None:
+    """Selection that ignores the optimizer needs no map of it; one warning says what stands in for it."""
+    case = mlp(torch.float64, 6)
+    inner = COUPLED["Lamb"](list(case.model.parameters()))
+    optimizer = SelectiveOptimizer(inner, case.model, case.target_losses, metric="euclidean")
+    with pytest.warns(UserWarning, match=r"Lamb.*learning rate times the identity"):
+        optimizer.step(case.losses)
+    optimizer.step(case.losses)  # says nothing more
+    assert optimizer.selection is not None
+    assert not optimizer.selection.skipped
+    found = preconditioner_of(optimizer, next(case.model.parameters()))
+    assert isinstance(found, Scalar)
+    assert found.value == 0.01
+    other = SelectiveOptimizer(COUPLED["Lamb"](list(case.model.parameters())), case.model, case.target_losses)
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match=r'metric="euclidean"'):
+            other.step(case.losses)
+
+
+class Later(torch.optim.Optimizer):
+    """Divides by the norm of the whole gradient, after some steps of warm-up."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state[param]
+                state["step"] = state.get("step", 0) + 1
+                param.data.sub_(group["lr"] * param.grad / (param.grad.norm() if state["step"] > 9 else 1.0))
+
+
+def test_one_that_changes_its_ways_is_found_out() -> None:
+    optimizer, parameter = warmed_up(Later, 0)
+    generator = torch.Generator().manual_seed(4)
+    found = []
+    for _ in range(30):
+        reference = torch.randn(SHAPE, dtype=torch.float64, generator=generator)
+        try:
+            found.append(isinstance(preconditioner_of(optimizer, parameter, reference), Diagonal))
+        except NotImplementedError:
+            found.append(False)
+        _apply(optimizer, reference)
+    assert found == sorted(found, reverse=True), "once refused, refused"
+    assert found[0]
+    assert not found[lookup.LOOK_EVERY + 1]
+
+
+def test_signs_of_a_momentum_are_said_aloud() -> None:
+    optimizer, parameter = warmed_up(lambda p: pytorch_optimizer.Tiger(p, lr=0.01), 5)
+    with pytest.warns(UserWarning, match="Tiger follows signs alone"):
+        preconditioner_of(optimizer, parameter, torch.full(SHAPE, 0.3, dtype=torch.float64))
+
+
+def test_a_trial_leaves_no_trace_in_what_the_optimizer_holds_beside_its_state() -> None:
+    class Counting(torch.optim.SGD):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=0.1)
+            self.seen: list[int] = []
+            self.state["all"] = {"count": 0}  # type: ignore[index]
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.seen.append(1)
+            self.state["all"]["count"] += 1  # type: ignore[index]
+            super().step(closure)
+
+    optimizer, parameter = warmed_up(Counting, 3)
+    preconditioner_of(optimizer, parameter, torch.ones(SHAPE, dtype=torch.float64))
+    assert optimizer.seen == [1, 1, 1]  # type: ignore[attr-defined]
+    assert optimizer.state["all"] == {"count": 3}  # type: ignore[index]

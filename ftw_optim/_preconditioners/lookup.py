@@ -54,6 +54,10 @@ def preconditioner_of(optimizer: Optimizer, param: Tensor, reference: Tensor | N
     )
 
 
+LOOK_EVERY = 16
+"""Steps between two looks at an optimizer that no rule knows."""
+
+
 @final
 @dataclass
 class _Looks:
@@ -62,16 +66,17 @@ class _Looks:
     count: dict[int, int] = field(default_factory=dict)
     like_adam: dict[int, bool] = field(default_factory=dict)
     couples_decay: dict[int, bool] = field(default_factory=dict)
+    refusals: dict[int, NotElementwise] = field(default_factory=dict)
     warned: bool = False
 
     def due(self, param: Tensor, *, with_history: bool) -> bool:
-        """Whether to look anew: the first times, then ever more rarely, as some change their ways after a warm-up.
+        """Whether to look anew: at the first times and then now and again, as some change their ways later.
 
         Without history some updates only look element-wise: a look with it follows.
         """
         key = 2 * id(param) + with_history
         count = self.count[key] = self.count.get(key, 0) + 1
-        return count & (count - 1) == 0
+        return count & (count - 1) == 0 or count % LOOK_EVERY == 0
 
 
 _looks: WeakKeyDictionary[Optimizer, _Looks] = WeakKeyDictionary()
@@ -103,17 +108,27 @@ class Preconditioners:
                 return self._known.rule(param, {**group, **own} if own else group, state, reference)
             try:
                 due = self._looks.due(param, with_history=bool(state))
-                expected = torch.ones_like(param) if reference is None else reference
-                if group.get("weight_decay"):
-                    if due:
-                        coupled = couples_decay(self._optimizer, param, group, expected)
-                        self._looks.couples_decay[id(param)] = coupled
-                    group = {**group, "decoupled_weight_decay": not self._looks.couples_decay[id(param)]}
+                group = self._with_its_decay(param, group, reference, due=due)
                 if self._is_like_adam(param, group, state, reference, due=due):
                     return adam(param, group, state, reference)
                 return self._tried(param, group, reference, due=due)
             except Exception as error:  # whatever an optimizer that is tried on a copy may raise
                 return self._unknown(group, error)
+
+    def _with_its_decay(
+        self, param: Tensor, group: dict[str, Any], reference: Tensor | None, *, due: bool
+    ) -> dict[str, Any]:
+        """The group, with a word on whether its weight decay is decoupled from the gradient."""
+        if not group.get("weight_decay") or "decoupled_weight_decay" in group:
+            return group
+        if due:
+            expected = torch.ones_like(param) if reference is None else reference
+            try:
+                coupled = couples_decay(self._optimizer, param, group, expected)
+            except Exception:  # it cannot be tried on a copy, as others will say
+                coupled = False
+            self._looks.couples_decay[id(param)] = coupled
+        return {**group, "decoupled_weight_decay": not self._looks.couples_decay[id(param)]}
 
     def _is_like_adam(
         self, param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None, *, due: bool
@@ -144,13 +159,18 @@ class Preconditioners:
         """By two steps on a copy, after a look whether the update is element-wise at all."""
         if due:
             expected = torch.ones_like(param) if reference is None else reference
-            check_separable(self._optimizer, param, group, expected)
+            try:
+                check_separable(self._optimizer, param, group, expected)
+            except NotElementwise as refusal:
+                self._looks.refusals[id(param)] = refusal
             if follows_signs(self._optimizer, param, group, expected):
                 self._warn(
                     f"The step of {dotted(type(self._optimizer))} follows signs alone, which no linear map describes: "
                     "entries that the coming gradient cannot turn count as nothing, and predicted_decrease is "
                     "approximate."
                 )
+        if id(param) in self._looks.refusals:
+            raise self._looks.refusals[id(param)]
         return probed(self._optimizer, param, group, reference)
 
     def _unknown(self, group: dict[str, Any], error: Exception) -> Scalar:
