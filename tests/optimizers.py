@@ -101,7 +101,7 @@ LAMBS: dict[str, Build] = {
 
 SHAMPOOS: dict[str, Build] = {
     "shampoo": lambda p: torch_optimizer.Shampoo(p, lr=0.01),
-    "shampoo momentum": lambda p: torch_optimizer.Shampoo(p, lr=0.01, momentum=0.5, epsilon=1e-2, update_freq=3),
+    "shampoo momentum": lambda p: torch_optimizer.Shampoo(p, lr=0.01, momentum=0.1, epsilon=0.1, update_freq=3),
 }
 SOAPS: dict[str, Build] = {
     "soap": lambda p: pytorch_optimizer.SOAP(p, lr=0.01),
@@ -199,3 +199,31 @@ def update_of(optimizer: Optimizer, gradient: Tensor, *, probe: bool = False) ->
         parameter.grad = gradient.clone()
     twin.step()
     return first.detach() - before
+
+
+def movement(optimizer: Any) -> tuple[float, float]:
+    """Along the combined gradient in ``.grad``: what ``P`` predicts of the coming step, and what the step does.
+
+    Beyond what the step would do at a gradient of zero, on copies; both positive where the step goes downhill.
+    """
+    from ftw_optim import preconditioner_of
+
+    inner: Optimizer = optimizer.optimizer
+    parameters = [p for group in inner.param_groups for p in group["params"] if p.grad is not None]
+    gradients = [p.grad.clone() for p in parameters]
+    predicted = sum(
+        float((preconditioner_of(optimizer, p, g).apply(g) * g).sum())
+        for p, g in zip(parameters, gradients, strict=True)
+    )
+    moves = []
+    for factor in (0.0, 1.0):
+        memo: dict[int, Any] = {}
+        twins = [copy.deepcopy(p, memo) for p in parameters]
+        twin: Optimizer = object.__new__(type(inner))
+        twin.__dict__.update(copy.deepcopy(inner.__dict__, memo))
+        for p, gradient in zip(twins, gradients, strict=True):
+            p.grad = factor * gradient
+        twin.step()
+        moves.append([p.detach() - start.detach() for p, start in zip(twins, parameters, strict=True)])
+    realised = sum(float(((still - one) * g).sum()) for still, one, g in zip(*moves, gradients, strict=True))
+    return predicted, realised
