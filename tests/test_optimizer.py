@@ -748,7 +748,7 @@ def test_construction_refuses_foreign_parameters_models_and_optimizers() -> None
     with pytest.raises(TypeError, match=r"Expected the model as an nn\.Module"):
         SelectiveOptimizer(inner, lambda x: x, lambda: torch.zeros(1))  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="No preconditioner is known"):
-        SelectiveOptimizer(torch.optim.Rprop(model.parameters()), model, lambda: torch.zeros(1))
+        SelectiveOptimizer(torch.optim.LBFGS(model.parameters()), model, lambda: torch.zeros(1))
 
 
 def test_rerun_needs_a_closure_that_accepts_rows_and_says_so_before_anything_runs() -> None:

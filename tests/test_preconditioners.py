@@ -236,12 +236,21 @@ STALE = pytest.mark.xfail(
     strict=True,
     reason="Shampoo keeps its roots between updates: the coming step itself divides a new row by nothing but epsilon",
 )
+AFAR = pytest.mark.xfail(
+    strict=True,
+    reason="without a second moment its first steps ran off to 1e5, where its float32 holds no step of 0.01",
+)
+UNBOUNDED = {
+    ("shampoo momentum", 1, 1e6): STALE,
+    ("shampoo momentum", 5, 1e6): STALE,
+    ("Ranger of torch_optimizer", 5, 1e6): AFAR,
+}
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "scale"),
     [
-        pytest.param(name, steps, scale, marks=STALE if (name, scale) == ("shampoo momentum", 1e6) and steps else ())
+        pytest.param(name, steps, scale, marks=UNBOUNDED.get((name, steps, scale), ()))
         for name in INNER
         for steps in (0, 1, 5)
         for scale in (1e-12, 1e-6, 1.0, 1e6)
@@ -249,8 +258,6 @@ STALE = pytest.mark.xfail(
 )
 def test_maps_are_finite_and_bounded_in_float32_at_any_scale(name: str, steps: int, scale: float) -> None:
     """At the first step, and where a row sees its first gradient later: no entry outweighs all others."""
-    if "Ranger" in name and "VA" not in name and steps:
-        pytest.skip("its slow weights move the parameter by themselves at these steps")
     generator = torch.Generator().manual_seed(2)
     parameter = nn.Parameter(torch.randn(6, 5, generator=generator))
     optimizer = INNER[name]([parameter])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer, TargetGradient, last_blocks
 from tests.models import Case, SmallGPT, language_model, mlp, seeded
@@ -204,6 +205,28 @@ def test_hooks_fire_once_on_the_wrapper() -> None:
     optimizer.step(lambda: seen.append("closure") or case.losses())  # type: ignore[func-returns-value]
     optimizer.load_state_dict(state_dict=optimizer.state_dict())
     assert seen == ["step pre", "closure", "step post", "state pre", "state post", "load pre", "load post"]
+
+
+def test_hooks_for_all_optimizers_fire_for_the_wrapper_and_for_the_inner_step() -> None:
+    """Both are optimizers that step. Trials of an optimizer that no rule knows fire none."""
+
+    class Unknown(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for parameter in (p for group in self.param_groups for p in group["params"]):
+                parameter -= 0.1 * parameter.grad
+
+    case = mlp(torch.float64, 6)
+    inner = Unknown(case.model.parameters(), lr=0.1)
+    optimizer = SelectiveOptimizer(inner, case.model, case.target_losses)
+    seen: list[torch.optim.Optimizer] = []
+    handle = register_optimizer_step_pre_hook(lambda stepping, *a: seen.append(stepping))
+    try:
+        optimizer.step(case.losses)
+        optimizer.step(case.losses)
+    finally:
+        handle.remove()
+    assert all(one is other for one, other in zip(seen, [optimizer, inner] * 2, strict=True))
 
 
 def test_a_pre_hook_on_the_inner_optimizer_sees_the_combined_gradient() -> None:

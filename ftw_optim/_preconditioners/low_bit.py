@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor
@@ -51,9 +52,8 @@ def _dequantised(state: State, which: int) -> Tensor:
     stored: Tensor = state[f"state{which}"]
     if f"absmax{which}" not in state:
         return stored.float()
-    from bitsandbytes.functional import dequantize_blockwise  # here the optimizer itself is bitsandbytes'
-
-    moment: Tensor = dequantize_blockwise(
+    functional = import_module("bitsandbytes.functional")  # which the optimizer itself is part of
+    moment: Tensor = functional.dequantize_blockwise(
         stored.contiguous(), absmax=state[f"absmax{which}"], code=state[f"qmap{which}"], blocksize=BLOCK
     )
     return moment.view_as(stored)

@@ -175,6 +175,9 @@ def _trial(
     a step with another gradient.
     """
     start = torch.zeros_like(param, dtype=torch.float64) if at_zero else param.detach().double()
+    step = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]  # no trial fires anyone's hooks
     # As it would be in the coming step, without what is put in or cancels elsewhere.
     settings = {name: value for name, value in group.items() if name != "params"}
     settings |= {name: value for name, value in (("weight_decay", decay), ("maximize", False)) if name in settings}
@@ -189,15 +192,15 @@ def _trial(
         state.update((key, _own(value)) for key, value in optimizer.state.items() if not isinstance(key, Tensor))
         if param in optimizer.state:
             state[own] = {name: _wide(value) for name, value in optimizer.state[param].items()}
+        twin.__dict__.update({name: OrderedDict() for name in _HOOKS})  # a step may call that of a parent class
         twin.__dict__.update(param_groups=[{**copy.deepcopy(settings), "params": [own]}], state=state)
-        twin.__dict__.update({name: OrderedDict() for name in _HOOKS})
         begun = start
         if after is not None:
             own.grad = after.to(torch.float64, copy=True)
-            type(optimizer).step(twin)
+            step(twin)
             begun = own.detach().clone()
         own.grad = gradient.to(torch.float64, copy=True)  # some optimizers write into it
-        type(optimizer).step(twin)
+        step(twin)
         return own.detach() - begun
 
     return update
