@@ -147,7 +147,7 @@ class Capture:
         total = torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
         if graph.reentrant:
             found = self._by_plain_backward(
-                total, graph, finite, scale, keep_graph=keep_graph or checks is not None, generator=generator
+                total, graph, finite, keep_graph=keep_graph or checks is not None, generator=generator
             )
         else:
             self._phase = _Phase.RECOMPUTE
@@ -162,8 +162,8 @@ class Capture:
             gradients = parameter_gradients(
                 (weights.to(losses) * losses * scale).sum(),
                 self._plan.parameters,
-                plain=graph.reentrant,
-                others=[*graph.leaves, *self._model.parameters()],
+                graph,
+                self._model,
                 keep_graph=keep_graph,
             )
             verify_weighted_sums(found, gradients, weights, self._layers(), computed_in=self.computed_in)
@@ -249,7 +249,6 @@ class Capture:
         total: Tensor,
         graph: Graph,
         finite: Tensor,
-        scale: float,
         *,
         keep_graph: bool,
         generator: torch.Generator,
@@ -258,13 +257,7 @@ class Capture:
         self._handles += [take_from_node(one) for use in self._uses for one in use.returned]
         self._phase = _Phase.BACKWARD
         try:
-            gradients = parameter_gradients(
-                total,
-                self._plan.parameters,
-                plain=True,
-                others=[*graph.leaves, *self._model.parameters()],
-                keep_graph=keep_graph,
-            )
+            gradients = parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
         finally:
             self._phase = _Phase.RECOMPUTE
         found = self._collect(len(finite))

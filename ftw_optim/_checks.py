@@ -121,10 +121,13 @@ def verify_projection(
         expected, scale = projection(uses, weights, left, right)
         # A single number may be off by more than the norm is, four times the tolerance (seen: one, in bfloat16).
         error = (left @ matrix @ right - expected).abs()
-        precision = coarsest([gradient.dtype, *computed_in])
+        dtypes = [gradient.dtype, *computed_in]
+        precision = coarsest(dtypes)
         floor = torch.stack([use.rounding(weights, precision).to(scale) for use in uses]).sum()
         names.append(name)
-        misses.append((error > 4 * (precision**0.5 * torch.maximum(scale, expected.abs()) + floor)).to(torch.float32))
+        misses.append(
+            (error > 4 * (tolerance(dtypes) * torch.maximum(scale, expected.abs()) + floor)).to(torch.float32)
+        )
     if not misses:
         return
     missed = torch.stack([miss.to(misses[0].device) for miss in misses]).tolist()  # one synchronisation

@@ -6,7 +6,7 @@ import functools
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -17,18 +17,18 @@ from torch.optim import Optimizer
 from ftw_optim._capture import Capture
 from ftw_optim._checks import SelfChecks
 from ftw_optim._closures import checked_losses, gradient_marks, is_scalar, takes_rows
-from ftw_optim._combine import UPDATES, all_finite, combined_gradients, usable_updates
-from ftw_optim._factors import Factors, finite_candidates
+from ftw_optim._combine import UPDATES
+from ftw_optim._decision import Decision, full_precision
+from ftw_optim._factors import Factors
 from ftw_optim._filters import FilterStage, GreedyFilter
-from ftw_optim._gram import METRICS, products
+from ftw_optim._gram import METRICS
 from ftw_optim._layers.coverage import Coverage, coverage
 from ftw_optim._layers.owners import Owner, owners
 from ftw_optim._matching import Selection
 from ftw_optim._members import Members, Scored, members_of
 from ftw_optim._plan import plan, uncovered
-from ftw_optim._preconditioners.lookup import Preconditioners
 from ftw_optim._preconditioners.registry import registered_rule
-from ftw_optim._selection import NORMALIZATIONS, metrics_of, select
+from ftw_optim._selection import NORMALIZATIONS, metrics_of
 from ftw_optim._target import TargetGradient
 from ftw_optim._weights import NonNegativeLeastSquares, WeightStage
 from ftw_optim._wrapper import OptimizerWrapper
@@ -290,7 +290,7 @@ class SelectiveOptimizer(OptimizerWrapper):
                 if plain_allowed and self._is_plain(losses, members, marks):
                     return losses
                 losses = checked_losses(losses, capture.count)
-                with _full_precision(losses):
+                with full_precision(losses):
                     found = capture.differentiate(
                         losses,
                         scale=scale,
@@ -314,21 +314,19 @@ class SelectiveOptimizer(OptimizerWrapper):
         scale: float,
         computed_in: Iterable[torch.dtype],
     ) -> _Outcome:
-        """Who is rejected, who is kept with which weight, and the gradient that this makes."""
-        finite, accepted = finite_candidates(found, losses)
-        values = losses.detach().cpu()
-        if not bool(accepted.all()):
-            found = {name: [use.without(~accepted) for use in uses] for name, uses in found.items()}
-        gradients: Mapping[str, Tensor] = {}
-        if scale > 1.0 and (target is None or bool((finite & ~accepted).any())):
-            # An overflow: what a bare run would leave, so that a GradScaler backs off.
-            selection = Selection.nothing(values, accepted)
-            gradients = {name: torch.full_like(members.parameters[name], torch.inf) for name in found}
-        else:
-            assert target is not None
-            with _full_precision(losses):
-                selection = self._match(found, target, members, values, accepted, scale)
-            selection, gradients = self._combine(update, selection, found, losses, members, closure, scale, computed_in)
+        """Who is kept with which weight, and the gradient that this makes."""
+        decision = Decision(
+            optimizer=self.optimizer,
+            model=self.model,
+            members=members,
+            filter=self.filter,
+            weight=self.weight,
+            metric=self.metric,
+            memory_limit=self.memory_limit,
+            scale=scale,
+            generator=self._generator,
+        )
+        selection, gradients, found = decision.made(update, found, losses, target, closure, computed_in)
         return _Outcome(
             loss=selection.weighted_loss().to(losses.device),
             selection=selection,
@@ -338,82 +336,6 @@ class SelectiveOptimizer(OptimizerWrapper):
             target=(self._kept_target if target is None else target) if self.target.remembers else None,
             captured=found,
         )
-
-    def _match(
-        self,
-        found: Mapping[str, list[Factors]],
-        target: Mapping[str, Tensor],
-        members: Members,
-        losses: Tensor,
-        accepted: Tensor,
-        scale: float,
-    ) -> Selection:
-        """Gram matrix, filter and weights."""
-        scored = {name: uses for name, uses in found.items() if name in members.scored}
-        if not scored or not bool(accepted.any()):
-            return Selection.nothing(losses, accepted)
-        preconditioners = Preconditioners(self.optimizer, unknown_as_identity=self.metric == "euclidean")
-        metrics = {self.metric, "preconditioned", *metrics_of(self.filter), *metrics_of(self.weight)}
-        while True:
-            problem = products(
-                scored,
-                target,
-                lambda name, reference: preconditioners(members.scored[name], members.groups[name], reference),
-                accepted,
-                shapes={name: parameter.shape for name, parameter in members.scored.items()},
-                metrics=[metric for metric in METRICS if metric in metrics],
-                scale=scale,
-                memory_limit=self.memory_limit,
-            )
-            measurable = torch.stack([one.gram.diagonal().isfinite() for one in problem.values()]).all(dim=0)
-            if bool(measurable.all()):
-                break
-            # Finite, but its square is not: as good as infinite.
-            accepted = accepted & measurable
-            if not bool(accepted.any()):
-                return Selection.nothing(losses, accepted)
-            scored = {name: [use.without(~accepted) for use in uses] for name, uses in scored.items()}
-        return select(
-            problem,
-            losses,
-            accepted,
-            metric=self.metric,
-            filter_stage=self.filter,
-            weight_stage=self.weight,
-            generator=self._generator("stages"),
-            learning_rate_is_zero=preconditioners.learning_rate_is_zero,
-        )
-
-    def _combine(
-        self,
-        update: str,
-        selection: Selection,
-        found: Mapping[str, list[Factors]],
-        losses: Tensor,
-        members: Members,
-        closure: Callable[..., Any],
-        scale: float,
-        computed_in: Iterable[torch.dtype],
-    ) -> tuple[Selection, Mapping[str, Tensor]]:
-        """The weighted gradient of every updated parameter that was reached, times ``scale``, and how it was formed."""
-        for way in [] if selection.skipped else usable_updates(update, selection, members, closure):
-            with torch.enable_grad(), nullcontext() if way == "rerun" else _full_precision(losses):
-                gradients = combined_gradients(
-                    way,
-                    selection,
-                    found,
-                    losses,
-                    members,
-                    self.model,
-                    closure,
-                    scale=scale,
-                    generator=self._generator("projection"),
-                    computed_in=computed_in,
-                )
-            # Where nothing is captured, a candidate's infinite gradient shows only now. A scaler wants to see it.
-            if scale > 1.0 or all_finite(gradients.values()):
-                return selection.applied_by(way), gradients
-        return selection.applied_by(None), {}
 
     def _update(self, members: Members, layers: list[Owner]) -> str:
         """The way of this step."""
@@ -504,11 +426,6 @@ def _released_first(closure: Callable[..., Any], captured: ExitStack) -> Callabl
         return closure(*args, **kwargs)
 
     return again
-
-
-def _full_precision(losses: Tensor) -> AbstractContextManager[Any]:
-    """Out of an autocast region around the step: it is meant for the closure, not for our products."""
-    return torch.autocast(losses.device.type, enabled=False)
 
 
 def _refuse_more_than_one_process() -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
@@ -112,22 +112,22 @@ def take_from_node(one: Returned) -> RemovableHandle:
 
 
 def parameter_gradients(
-    total: Tensor, parameters: Mapping[str, Tensor], *, plain: bool, others: Iterable[Tensor], keep_graph: bool = False
+    total: Tensor, parameters: Mapping[str, Tensor], graph: Graph, model: nn.Module, *, keep_graph: bool = False
 ) -> dict[str, Tensor]:
     """Autograd's gradients of ``total`` by the parameters it reaches; every ``.grad`` is as before.
 
     Args:
         total: a scalar.
         parameters: by name.
-        plain: by a plain backward, the only one that reentrant checkpointing takes.
-        others: tensors that a plain backward would give a gradient too.
+        graph: that below ``total``; a plain backward is the only one that reentrant checkpointing takes.
+        model: whose other parameters such a backward would give a gradient too.
         keep_graph: leave the graph for another pass.
     """
     found: tuple[Tensor | None, ...]
-    if not plain:
+    if not graph.reentrant:
         found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, retain_graph=keep_graph)
     else:
-        with gradients_set_aside([*others, *parameters.values()]):
+        with gradients_set_aside([*graph.leaves, *model.parameters(), *parameters.values()]):
             total.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
             found = tuple(parameter.grad for parameter in parameters.values())
     pairs = zip(parameters, found, strict=True)

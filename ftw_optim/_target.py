@@ -81,12 +81,7 @@ class TargetGradient:
             losses: Any = self.closure()
             _check(losses)
             graph = Graph(losses)
-            found = parameter_gradients(
-                losses.mean() * scale,
-                parameters,
-                plain=graph.reentrant,
-                others=[*graph.leaves, *model.parameters()],
-            )
+            found = parameter_gradients(losses.mean() * scale, parameters, graph, model)
         new = {
             name: found[name].to(torch.promote_types(parameter.dtype, torch.float32)) / scale
             if name in found
