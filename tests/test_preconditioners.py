@@ -85,6 +85,20 @@ def floored_signs(values: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 50])
+@pytest.mark.parametrize("build", NOT_EVEN.values(), ids=NOT_EVEN)
+def test_centered_rmsprop_divides_by_the_variance_that_the_step_then_has(build: Build, steps: int) -> None:
+    optimizer, parameter = warmed_up(build, steps)
+    reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE)
+    moved = preconditioner_of(optimizer, parameter, reference).apply(reference)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = reference.clone()
+    optimizer.step()
+    state = optimizer.state[parameter]
+    variance = state["square_avg"] - state["grad_avg"].square()
+    torch.testing.assert_close(moved, 0.01 * reference / (variance.sqrt() + 1e-8), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 50])
 @pytest.mark.parametrize("build", LAMBS.values(), ids=LAMBS)
 def test_lambs_step_is_its_map_with_the_trust_ratio_that_it_then_has(build: Build, steps: int) -> None:
     optimizer, parameter = warmed_up(build, steps)
