@@ -65,11 +65,7 @@ class GreedyFilter(FilterStage):
         """See :class:`FilterStage`; equal gains go to the larger slack, then to the lower index."""
         count = _count(self.keep, matching)
         active = ActiveSet(matching.gram, matching.cross_gram, target_energy=matching.target_energy)
-        kept: list[int] = []
-        while len(kept) < count and (best := active.best()) is not None:
-            if active.admit(best):
-                kept.append(best)
-        return torch.tensor(kept, dtype=torch.int64)
+        return torch.tensor(active.grow(count), dtype=torch.int64)
 
 
 @final

@@ -11,6 +11,9 @@ from torch import Tensor
 
 _ZERO = torch.zeros((), dtype=torch.float64)
 
+RUN_PATIENCE = 8
+"""Candidates that are entered one at a time after a run came to nothing."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -161,6 +164,110 @@ class ActiveSet:
         self._refit()
         return True
 
+    def grow(self, count: int) -> list[int]:
+        """Admit up to ``count`` candidates, each the :meth:`best` at its time; those that were, in order.
+
+        While no weight is used up, an entry changes nothing of those before it: whole runs are formed first, with a
+        dozen small operations each, and looked at afterwards.
+        """
+        kept: list[int] = []
+        reach, patience = count, 0
+        while len(kept) < count:
+            if patience == 0 and not self._given_up:
+                reach = min(reach, count - len(kept))
+                run = self._run(reach)
+                kept += run
+                reach = max(2 * len(run), 4)  # one cut short costs what it looked at
+                patience = 0 if run else RUN_PATIENCE
+                if run:
+                    continue
+            patience = max(0, patience - 1)
+            best = self.best()
+            if best is None:
+                break
+            if self.admit(best):
+                kept.append(best)
+        return kept
+
+    def _run(self, count: int) -> list[int]:
+        """Enter up to ``count`` candidates by elimination alone, as far as every weight stays positive; they stay."""
+        size, system, rows = len(self._active), self._system, self._rows
+        slack = system[:, -1] - rows[:size, -1] @ rows[:size, :-1]
+        accepted = self._tolerance.clamp(min=float(self._slack_rounding(torch.zeros(()))))
+        # What is below rounding may be picked here, and is found out afterwards: then nothing else was left.
+        schur = torch.where(self._open & ~self._admitted, self._schur.clamp(min=self._rounding), torch.inf)
+        history = torch.empty(count + 1, len(slack), dtype=torch.float64)
+        history[0] = slack
+        found: list[int] = []
+        for number in range(count):
+            slack = history[number]
+            useful = slack.clamp(min=0.0)
+            gains = (useful * useful).div_(schur)
+            largest, order = gains.topk(min(2, len(slack)))
+            values, candidate = largest.tolist(), int(order[0])
+            if values[0] <= 0.0:
+                break
+            if len(values) > 1 and values[1] >= self._nearly * values[0]:
+                candidate = self._first_of_equals(gains, useful)
+            before = rows[: size + number]
+            row = rows[size + number]
+            torch.addmv(system[candidate], before.T, before[:, candidate], alpha=-1, out=row)
+            row /= schur[candidate].sqrt()
+            coordinates = row[:-1]
+            schur[candidate] = torch.inf
+            schur.addcmul_(coordinates, coordinates, value=-1).clamp_(min=self._rounding)
+            torch.sub(slack, coordinates, alpha=float(row[-1]), out=history[number + 1])
+            found.append(candidate)
+        length, refit = self._sound(found, history, accepted)
+        found = found[:length]
+        if not found:
+            return []
+        entered = torch.tensor(found)
+        self._active = torch.cat([self._active, entered])
+        self._admitted[entered] = True
+        self._open[entered] = False
+        self._iterations += length
+        rows = rows[: size + length]
+        self._schur = system.diagonal() - rows[:, :-1].square().sum(0)
+        self._shares = self._back_substitute(rows[:, -1:])[:, 0]
+        self._measure(system[:, -1] - rows[:, -1] @ rows[:, :-1])
+        if refit:
+            self._refit()
+        return found
+
+    def _sound(self, found: list[int], history: Tensor, accepted: Tensor) -> tuple[int, bool]:
+        """How many of the entries leave all weights positive and are no rounding; whether the last asks for a refit.
+
+        Args:
+            found: who entered, after the active ones.
+            history: slack before each entry, and after the last.
+            accepted: slack that counts as none.
+        """
+        if not found:
+            return 0, False
+        size, new = len(self._active), torch.tensor(found)
+        everyone = torch.cat([self._active, new])
+        upper = self._rows[: len(everyone), everyone].triu()
+        inverse = torch.linalg.solve_triangular(upper, torch.eye(len(everyone), dtype=torch.float64), upper=True)
+        # Column j: the weights when j + 1 candidates are active, and what the j-th is made of by those before it.
+        shares = (inverse * self._rows[: len(everyone), -1]).cumsum(1)[:, size:]
+        totals = shares.abs().sum(0)
+        inside = torch.arange(len(everyone))[:, None] <= torch.arange(size, len(everyone))
+        positive = ((shares > self._rounding * (1.0 + totals)) | ~inside).all(0)
+        squared = (inverse.square().sum(0) * upper.diagonal().square())[size:]  # 1 + |coefficients|^2
+        independent = upper.diagonal()[size:].square() > self._rounding * squared
+        before = torch.cat([self._shares.sum()[None], totals[:-1]])
+        slack = history[torch.arange(len(found)), new]
+        clear = slack > torch.maximum(accepted[new], self._rounding * (1.0 + before) * squared.sqrt())
+        sound = (positive & independent & clear).to(torch.uint8)
+        length = len(found) if bool(sound.all()) else int(sound.argmin())
+        without = self._admitted.clone()  # those that were admitted and have no weight
+        without[self._active] = False
+        wanting = (history[1 : length + 1, without] > accepted[without]).any(1)
+        if bool(wanting.any()):
+            return int(wanting.to(torch.uint8).argmax()) + 1, True
+        return length, False
+
     def best(self) -> int | None:
         """The candidate that would lower the objective most beside the active ones; None if none would.
 
@@ -171,9 +278,13 @@ class ActiveSet:
         """
         useful = (self._slack > 0) & (self._schur > self._rounding) & ~self._admitted
         gains = torch.where(useful, self._slack.square() / self._schur, _ZERO)
-        slack = torch.where(gains >= self._nearly * gains.max(), self._slack, _ZERO)
-        candidate = int((slack >= self._nearly * slack.max()).to(torch.uint8).argmax())
+        candidate = self._first_of_equals(gains, self._slack)
         return candidate if useful[candidate] else None
+
+    def _first_of_equals(self, gains: Tensor, slack: Tensor) -> int:
+        """Of those with the largest gain the first with the largest slack, both up to rounding."""
+        slack = torch.where(gains >= self._nearly * gains.max(), slack, _ZERO)
+        return int((slack >= self._nearly * slack.max()).to(torch.uint8).argmax())
 
     def solution(self) -> WeightSolution:
         """The weights so far, in the units of the system; ``converged`` speaks of all, admitted or not."""
