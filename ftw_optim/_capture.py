@@ -25,11 +25,11 @@ from ftw_optim._checks import WAYS_OUT, SelfChecks, refuse_uses_outside, verify_
 from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._layers.calls import Call, autocast_dtype, detached, tensors_of
 from ftw_optim._layers.owners import Owner, parameter_at
-from ftw_optim._layers.randomness import RandomState
 from ftw_optim._layers.registry import LayerRule
 from ftw_optim._layouts import Grid
 from ftw_optim._passes import Graph, by_edges, node_number, parameter_gradients, take_from_node
 from ftw_optim._plan import CapturePlan
+from ftw_optim._randomness import RandomState
 from ftw_optim._uses import Use, record, version_of
 
 
@@ -204,7 +204,7 @@ class Capture:
                         f"Expected {name} in layer {owner.name!r} when it is called, but something stands in its "
                         f"place (torch.func.functional_call does that). {WAYS_OUT}"
                     )
-            state = RandomState.now(module) if replays else None
+            state = RandomState.now(module.parameters()) if replays else None
             versions = list(map(version_of, tensors_of(args, kwargs))) if again else []
             started.append((node_number(), state, versions))
 
@@ -221,7 +221,7 @@ class Capture:
                 args=inputs,
                 kwargs=named,
                 random=state,
-                drew=state is not None and state != RandomState.now(module),
+                drew=state is not None and state != RandomState.now(module.parameters()),
                 autocast=autocast_dtype(module),
             )
             in_place = again and versions != list(map(version_of, given))

@@ -194,6 +194,11 @@ class SelectiveOptimizer(OptimizerWrapper):
             if not skipped:
                 self.optimizer.step()
             return None
+        if torch.compiler.is_compiling():
+            return torch._dynamo.disable(self._selective_step)(closure)  # type: ignore[no-untyped-call]
+        return self._selective_step(closure)
+
+    def _selective_step(self, closure: Callable[..., Any]) -> Any:
         outcome = self._select(closure, scale=1.0, sample_ids=None, plain_allowed=True)
         self._pending = None
         if not isinstance(outcome, _Outcome):
@@ -397,13 +402,20 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     def read_extra_state(self, extra: Mapping[str, Any] | None) -> dict[str, Any]:
         """See :meth:`extra_state`."""
-        if extra is not None and not {"backwards", "seed"} <= extra.keys():
+        if extra is not None and not (isinstance(extra, Mapping) and {"backwards", "seed"} <= extra.keys()):
             raise ValueError(
-                f"Expected {self.EXTRA_KEY!r} of the state dict to hold 'backwards' and 'seed', got {sorted(extra)}. "
-                "Remove the key to load the inner optimizer's state alone."
+                f"Expected {self.EXTRA_KEY!r} of the state dict to hold 'backwards' and 'seed', got "
+                f"{sorted(extra) if isinstance(extra, Mapping) else extra!r}. Remove the key to load the inner "
+                "optimizer's state alone."
             )
         target = (extra or {}).get("target")
         devices = {name: parameter.device for name, parameter in self.model.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            if target is not None and name in target and target[name].shape != parameter.shape:
+                raise ValueError(
+                    f"Expected the kept target gradient of {name} in the shape {tuple(parameter.shape)}, got "
+                    f"{tuple(target[name].shape)}: the checkpoint is of another model."
+                )
         return {
             "_backwards": int(extra["backwards"]) if extra else 0,
             "seed": int(extra["seed"]) if extra else self.seed,

@@ -9,8 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ftw_optim._layers.randomness import own_randomness
 from ftw_optim._passes import Graph, parameter_gradients
+from ftw_optim._randomness import own_randomness
 
 
 @final
@@ -77,7 +77,7 @@ class TargetGradient:
         if usable and calls % self.refresh_every:
             assert kept is not None
             return {name: gradient.to(parameters[name].device) for name, gradient in kept.items()}
-        with own_randomness(model, seed), torch.enable_grad():
+        with own_randomness(model.parameters(), seed), torch.enable_grad():
             losses: Any = self.closure()
             _check(losses)
             graph = Graph(losses)

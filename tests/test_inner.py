@@ -457,3 +457,49 @@ def test_train_and_eval_reach_a_schedule_free_inner_optimizer() -> None:
     _, other = selective("adamw")
     other.train()  # nothing to do, and no error
     other.eval()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_a_compiled_step_with_a_closure_selects_outside_of_the_graph() -> None:
+    case, optimizer = selective("adamw", filter=GreedyFilter(keep=2))
+    other, reference = selective("adamw", filter=GreedyFilter(keep=2))
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(3):
+        loss = step(case.losses)
+        torch.testing.assert_close(loss, reference.step(other.losses))
+    torch.compiler.reset()
+    torch.testing.assert_close(weights_of(case), weights_of(other))
+
+
+@pytest.mark.parametrize("name", ["asgd", "rprop", "sgd momentum", "adamw", "schedule-free"])
+def test_a_warm_up_from_a_learning_rate_of_zero_trains(name: str) -> None:
+    """A step size that such a step left must not make a map of nothing, by which every later step would be skipped."""
+    case, optimizer = selective(name)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 3))
+    start = weights_of(case)
+    for _ in range(6):
+        optimizer.step(case.losses)
+        scheduler.step()
+        assert optimizer.selection is not None
+        assert not optimizer.selection.skipped
+    assert any(not torch.equal(a, b) for a, b in zip(start, weights_of(case), strict=True))
+
+
+def test_rprop_goes_on_after_every_sign_has_turned() -> None:
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.constant_(model.weight, -1.0)
+    ones = torch.ones(2, 1, dtype=torch.float64)
+    optimizer = SelectiveOptimizer(
+        torch.optim.Rprop(model.parameters(), lr=0.3), model, lambda: model(ones).square().mean(1)
+    )
+    for _ in range(12):
+        optimizer.step(lambda: model(ones).square().mean(1))
+    assert abs(model.weight.item()) < 0.05
+
+
+def test_a_decrease_is_predicted_where_the_optimizer_has_no_learning_rate_of_its_own() -> None:
+    case, optimizer = selective("adafactor of transformers")
+    optimizer.step(case.losses)
+    assert optimizer.selection is not None
+    assert optimizer.param_groups[0]["lr"] is None
+    assert optimizer.selection.predicted_decrease != 0

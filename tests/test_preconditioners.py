@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -38,6 +39,11 @@ from tests.optimizers import (
     warmed_up,
     warns_of_overloads,
 )
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import pytorch_optimizer
+    import torch_optimizer
 
 pytestmark = warns_of_overloads
 
@@ -168,8 +174,8 @@ def test_soaps_step_is_its_map_of_the_momentum(
     whole = beta1 * state["exp_avg"] + (1 - beta1) * reference
     moved = preconditioner_of(optimizer, parameter, reference)
     assert isinstance(moved, RotatedDiagonal | Diagonal)
-    group["weight_decay"] = 0.0
-    expected = update_of(optimizer, reference)
+    # Its decay acts on the moved parameter.
+    expected = update_of(optimizer, reference) + group["lr"] * group["weight_decay"] * parameter.detach()
     predicted = -moved.apply(whole) / (1 - beta1)
     torch.testing.assert_close(predicted, expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
     if not group["normalize_gradient"]:
@@ -204,13 +210,28 @@ def test_lions_map_is_the_mean_slope_of_the_sign_it_follows(steps: int) -> None:
     torch.testing.assert_close(update_of(optimizer, reference), -moved / (1 - beta1))
 
 
+@pytest.mark.parametrize("steps", [0, 5])
+def test_lion_with_coupled_decay_takes_the_sign_of_both(steps: int) -> None:
+    optimizer, parameter = warmed_up(
+        lambda p: pytorch_optimizer.Lion(p, lr=0.001, weight_decay=2.0, weight_decouple=False), steps
+    )
+    reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE)
+    old = optimizer.state[parameter].get("exp_avg", torch.zeros(SHAPE))
+    whole = floored_signs(0.9 * old + 0.1 * floored_signs(reference + 2.0 * parameter.detach()))
+    moved = preconditioner_of(optimizer, parameter, reference).apply(whole)
+    torch.testing.assert_close(update_of(optimizer, reference), -moved / 0.1)
+
+
 def test_rprops_map_is_its_step_size_over_the_gradient() -> None:
     optimizer, parameter = warmed_up(SIGNS["rprop"], 5)
     reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE) * torch.tensor([1.0, -1.0, 1.0])
     moved = preconditioner_of(optimizer, parameter, reference).apply(reference)
-    torch.testing.assert_close(update_of(optimizer, reference), -moved)
-    assert bool((moved == 0).any()), "where the sign turns it waits"
-    assert bool((moved != 0).any())
+    update = update_of(optimizer, reference)
+    waits = update == 0  # where the sign turns; the map is of the step after it
+    assert bool(waits.any())
+    assert not bool(waits.all())
+    torch.testing.assert_close(update[~waits], -moved[~waits])
+    assert bool((moved[waits] * reference[waits] > 0).all())
 
 
 @pytest.mark.parametrize("name", SIGNS)
@@ -323,6 +344,20 @@ def test_a_third_party_registers_its_optimizer_and_subclasses_with_another_step_
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
             super().step(closure)
             super().step(closure)
+
+    class TenTimes(torch_optimizer.Adafactor):  # type: ignore[misc]
+        def _get_lr(self, *args: Any) -> Any:
+            return 10 * super()._get_lr(*args)
+
+    slow, fast = (
+        cls([nn.Parameter(torch.ones(SHAPE))], lr=0.01, relative_step=False)
+        for cls in (torch_optimizer.Adafactor, TenTimes)
+    )
+    ones = torch.ones(SHAPE)
+    one = preconditioner_of(slow, slow.param_groups[0]["params"][0], ones).apply(ones)
+    with pytest.raises(NotImplementedError, match="TenTimes"):  # it couples entries: no trial can tell
+        preconditioner_of(fast, fast.param_groups[0]["params"][0], torch.rand(SHAPE))
+    assert one.isfinite().all()
 
     parameter = nn.Parameter(torch.zeros(SHAPE))
     inherited = preconditioner_of(SignFree([parameter], lr=0.1), parameter)

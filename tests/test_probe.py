@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +25,7 @@ from ftw_optim._preconditioners.probe import (
     probed,
 )
 from tests.models import mlp
-from tests.optimizers import ELEMENTWISE, PROBED, SHAPE, update_of, warmed_up, warns_of_overloads
+from tests.optimizers import ELEMENTWISE, PROBED, SHAPE, Build, update_of, warmed_up, warns_of_overloads
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -265,3 +267,145 @@ def test_a_trial_leaves_no_trace_in_what_the_optimizer_holds_beside_its_state() 
     preconditioner_of(optimizer, parameter, torch.ones(SHAPE, dtype=torch.float64))
     assert optimizer.seen == [1, 1, 1]  # type: ignore[attr-defined]
     assert optimizer.state["all"] == {"count": 3}  # type: ignore[index]
+
+
+def delegating(holds: Callable[[list[Any]], Any]) -> Build:
+    """Optimizers that hold what a step of theirs changes, and what a copy of them would share."""
+
+    class Holding(torch.optim.SGD):
+        def __init__(self, params: list[Any]) -> None:
+            super().__init__(params, lr=0.1)
+            self.held = holds(params)
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.held[0].step() if isinstance(self.held, list) else self.held.weight.data.mul_(0.9)
+
+    return Holding
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        delegating(lambda params: [torch.optim.SGD(params, lr=0.1, momentum=0.9)]),
+        delegating(lambda params: nn.Linear(2, 2)),
+        lambda p: pytorch_optimizer.Lookahead(torch.optim.AdamW(p)),
+        lambda p: pytorch_optimizer.OrthoGrad(torch.optim.AdamW(p)),
+    ],
+    ids=["an optimizer", "a model", "Lookahead", "OrthoGrad"],
+)
+@pytest.mark.parametrize("metric", ["preconditioned", "euclidean"])
+def test_one_that_holds_an_optimizer_or_a_model_is_not_tried(build: Build, metric: str) -> None:
+    """A trial would move real parameters."""
+    case = mlp(torch.float64, 6)
+    inner = build(list(case.model.parameters()))
+    optimizer = SelectiveOptimizer(inner, case.model, case.target_losses, metric=metric)
+    case.losses().mean().backward()
+    before = [p.detach().clone() for p in case.model.parameters()]
+    if metric == "euclidean":
+        with pytest.warns(UserWarning, match="which a step on a copy would change"):
+            optimizer.backward(case.losses)
+    else:
+        with pytest.raises(NotImplementedError, match="which a step on a copy would change"):
+            optimizer.backward(case.losses)
+    torch.testing.assert_close([p.detach() for p in case.model.parameters()], before, rtol=0, atol=0)
+
+
+def test_accelerates_optimizer_is_looked_through_and_refused_inside() -> None:
+    import accelerate
+
+    case = mlp(torch.float64, 6)
+    inner = torch.optim.AdamW(case.model.parameters())
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared = accelerator.prepare_optimizer(SelectiveOptimizer(inner, case.model, case.target_losses))
+    parameter = next(case.model.parameters())
+    expected = preconditioner_of(inner, parameter, torch.ones_like(parameter))
+    found = preconditioner_of(prepared, parameter, torch.ones_like(parameter))
+    torch.testing.assert_close(found.apply(torch.ones_like(parameter)), expected.apply(torch.ones_like(parameter)))
+    with pytest.raises(NotImplementedError, match="let accelerate prepare the SelectiveOptimizer"):
+        SelectiveOptimizer(accelerator.prepare_optimizer(inner), case.model, case.target_losses)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Elsewhere(torch.optim.Optimizer):
+    """Keeps squares and a counter where a test asks, and draws random numbers."""
+
+    def __init__(self, params: Any, where: str) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.where, self.seen, self.queue = where, {}, collections.deque([0])  # type: ignore[var-annotated]
+        self.generator = torch.Generator().manual_seed(3)
+        held = [p for group in self.param_groups for p in group["params"]]
+        self.squares: Any = [torch.zeros_like(p) for p in held]
+        if where == "by parameter":
+            self.squares = dict(zip(held, self.squares, strict=True))
+        elif where == "by id":
+            self.squares = {id(p): square for p, square in zip(held, self.squares, strict=True)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.queue.append(random.random() + float(torch.rand(1)) + float(torch.rand(1, generator=self.generator)))
+        for number, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            if p.grad is None:
+                continue
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+            key = {"by place": number, "by id": id(p)}.get(self.where, p)
+            square = self.squares[key].add_(p.grad.square().to(self.squares[key].dtype))
+            noise = 1 + 1e-3 * torch.randn_like(p)
+            p.sub_(self.param_groups[0]["lr"] * noise * p.grad / (square.sqrt() + 1e-8))
+
+
+@pytest.mark.parametrize("where", ["by parameter", "by id"])
+def test_what_is_kept_by_parameter_outside_of_the_state_is_found_there(where: str) -> None:
+    optimizer, parameter = warmed_up(lambda p: Elsewhere(p, where), 5)
+    reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE)
+    squares = optimizer.squares[id(parameter) if where == "by id" else parameter]  # type: ignore[attr-defined]
+    expected = 0.1 * reference / (squares + reference.square()).sqrt()
+    found = preconditioner_of(optimizer, parameter, reference).apply(reference)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0.0)  # its noise
+
+
+def test_what_is_kept_by_place_is_refused() -> None:
+    optimizer, _ = warmed_up(lambda p: Elsewhere(p, "by place"), 5)
+    second = optimizer.param_groups[0]["params"][1]
+    with pytest.raises(NotImplementedError, match="depends on the others that the optimizer holds"):
+        preconditioner_of(optimizer, second, torch.ones(SHAPE, dtype=torch.float64))
+
+
+def test_trials_leave_random_numbers_containers_and_generators_alone() -> None:
+    optimizer, parameter = warmed_up(lambda p: Elsewhere(p, "by parameter"), 3)
+    states = torch.get_rng_state(), random.getstate(), optimizer.generator.get_state()  # type: ignore[attr-defined]
+    queue, squares = list(optimizer.queue), optimizer.squares[parameter].clone()  # type: ignore[attr-defined]
+    preconditioner_of(optimizer, parameter, torch.ones(SHAPE, dtype=torch.float64))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert torch.equal(optimizer.generator.get_state(), states[2])  # type: ignore[attr-defined]
+    assert list(optimizer.queue) == queue  # type: ignore[attr-defined]
+    assert torch.equal(optimizer.squares[parameter], squares)  # type: ignore[attr-defined]
+
+
+def test_weight_decay_may_be_switched_on_in_a_run() -> None:
+    optimizer, parameter = warmed_up(PROBED["AdaBelief of torch_optimizer"], 3)
+    reference = torch.ones(SHAPE, dtype=torch.float64)
+    for step in range(4):
+        optimizer.param_groups[0]["weight_decay"] = 0.1 * (step == 2)
+        preconditioner_of(optimizer, parameter, reference)
+
+
+@pytest.mark.parametrize("name", ["ADOPT of pytorch_optimizer", "AdaBelief of torch_optimizer"])
+def test_a_parameter_that_expects_no_gradient_has_a_map(name: str) -> None:
+    """As LoRA's A at the first step, whose B is zero."""
+    optimizer, parameter = warmed_up(PROBED[name], 0)
+    found = preconditioner_of(optimizer, parameter, torch.zeros(SHAPE, dtype=torch.float64))
+    assert found.apply(torch.ones(SHAPE, dtype=torch.float64)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["AggMo", "AdaBelief", "MADGRAD", "Yogi"])
+def test_after_a_spike_the_map_at_zero_gradient_is_told_all_the_same(name: str) -> None:
+    optimizer, parameter = warmed_up(PROBED[f"{name} of torch_optimizer"], 2)
+    _apply(optimizer, torch.full(SHAPE, 1e9, dtype=torch.float64))
+    assert preconditioner_of(optimizer, parameter).apply(torch.ones(SHAPE, dtype=torch.float64)).isfinite().all()
+
+
+def test_complex_parameters_are_refused_by_name() -> None:
+    parameter = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(NotImplementedError, match="Expected real parameters"):
+        preconditioner_of(torch.optim.AdamW([parameter]), parameter)

@@ -260,4 +260,9 @@ def test_a_bad_checkpoint_is_refused_whole() -> None:
     del bad["selective"]["seed"]
     with pytest.raises(ValueError, match="selective"):
         optimizer.load_state_dict(bad)
+    with pytest.raises(ValueError, match="selective"):
+        optimizer.load_state_dict({**before, "selective": [1]})
+    of_another = {**before["selective"], "target": {"first.weight": torch.zeros(2)}}
+    with pytest.raises(ValueError, match=r"first\.weight.*of another model"):
+        optimizer.load_state_dict({**before, "selective": of_another})
     same(optimizer.state_dict(), before)

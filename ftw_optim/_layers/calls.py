@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointFunction
 
-from ftw_optim._layers.randomness import RandomState, device_of
 from ftw_optim._layers.registry import dotted, swapped
+from ftw_optim._randomness import RandomState, device_of
 
 
 @final
@@ -124,7 +124,7 @@ def _without_reentrant_checkpoints() -> Iterator[None]:
 @contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
     """After the block the random state is as before, and so is what the modules keep."""
-    state = RandomState.now(module)
+    state = RandomState.now(module.parameters())
     kept = [(sub, dict(sub.__dict__), _copies(sub)) for sub in module.modules()]
     try:
         for sub, _, _ in kept:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ftw_optim._factors import Factors
-from ftw_optim._layers.randomness import RandomState
+from ftw_optim._randomness import RandomState
 
 LayerFunction = Callable[[nn.Module, tuple[Any, ...], Any], Mapping[str, Factors | Tensor]]
 Function = TypeVar("Function", bound=LayerFunction)
@@ -155,11 +155,11 @@ def probed(module: nn.Module) -> Iterator[None]:
     Raises:
         AssertionError: it drew random numbers.
     """
-    before = RandomState.now(module)
+    before = RandomState.now(module.parameters())
     try:
         with torch.no_grad():
             yield
-        assert before == RandomState.now(module)
+        assert before == RandomState.now(module.parameters())
     finally:
         before.restore()
 

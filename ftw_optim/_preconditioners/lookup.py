@@ -22,7 +22,8 @@ from ftw_optim._preconditioners.probe import (
     follows_signs,
     probed,
 )
-from ftw_optim._preconditioners.registry import dotted, registered_rule
+from ftw_optim._preconditioners.registry import ACCELERATED, dotted, registered_rule
+from ftw_optim._wrapper import OptimizerWrapper
 
 
 def preconditioner_of(optimizer: Optimizer, param: Tensor, reference: Tensor | None = None) -> Preconditioner:
@@ -42,7 +43,10 @@ def preconditioner_of(optimizer: Optimizer, param: Tensor, reference: Tensor | N
         NotImplementedError: the optimizer has no rule and its update is not element-wise.
         ValueError: ``param`` is not one of the optimizer's, or ``reference`` has another shape.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = optimizer
+    while isinstance(inner, OptimizerWrapper) or dotted(type(inner)) == ACCELERATED:
+        inner = inner.optimizer  # type: ignore[attr-defined]
+        optimizer = inner if isinstance(inner, OptimizerWrapper) else optimizer
     if reference is not None and reference.shape != param.shape:
         raise ValueError(f"Expected a reference of shape {tuple(param.shape)}, got {tuple(reference.shape)}.")
     for group, other in _parameters(inner):
@@ -95,10 +99,15 @@ class Preconditioners:
         self._unknown_as_identity = unknown_as_identity
         self._known = registered_rule(optimizer)
         self._looks = _looks.setdefault(optimizer, _Looks())
-        self.learning_rate_is_zero = all(float(group.get("lr") or 0.0) == 0.0 for group in optimizer.param_groups)
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        self.learning_rate_is_zero = all(rate is not None and float(rate) == 0.0 for rate in rates)
 
     def __call__(self, param: Tensor, group: dict[str, Any], reference: Tensor | None) -> Preconditioner:
         """``P`` of one parameter of a group, as :func:`preconditioner_of` gives it."""
+        if param.is_complex():
+            raise NotImplementedError(
+                "Expected real parameters, got a complex one. Hold its real and imaginary parts (torch.view_as_real)."
+            )
         if self.learning_rate_is_zero:
             group = {**group, "lr": 1.0}
         state = self._optimizer.state.get(param, {})
@@ -121,7 +130,7 @@ class Preconditioners:
         """The group, with a word on whether its weight decay is decoupled from the gradient."""
         if not group.get("weight_decay") or "decoupled_weight_decay" in group:
             return group
-        if due:
+        if due or id(param) not in self._looks.couples_decay:
             expected = torch.ones_like(param) if reference is None else reference
             try:
                 coupled = couples_decay(self._optimizer, param, group, expected)

@@ -31,6 +31,7 @@ def bitsandbytes_adam(param: Tensor, group: State, state: State, reference: Tens
 def bitsandbytes_lion(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """Lion's, likewise."""
     _refuse_tricks(group)
+    group = {**group, "decoupled_weight_decay": True}
     return frozen_sign(param, group, _dequantised(state, 1) if "state1" in state else None, reference)
 
 

@@ -142,7 +142,8 @@ def soap(
     step = max(1.0, number(group.get("step", 0)))  # the group counts its initialisation too
     correction = (1 - beta2**step) ** 0.5 / (1 - beta1**step) if group["correct_bias"] else 1.0
     root = moment.sqrt() + group["eps"]
-    values = number(group["lr"]) * correction * (1 - beta1) / root
+    decay = 1 - number(group["lr"]) * number(group["weight_decay"])  # of the moved parameter
+    values = number(group["lr"]) * correction * (1 - beta1) * decay / root
     if group["normalize_gradient"]:
         momentum = state["exp_avg"].to(dtype) * beta1 if "exp_avg" in state else torch.zeros_like(gradient)
         update = along_axes(momentum + (1 - beta1) * gradient, rotation) / root

@@ -8,26 +8,28 @@ difference of the two updates is ``-P(r) r``.
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ftw_optim._preconditioners.look_ahead import expected_gradient, moment_dtype
 from ftw_optim._preconditioners.maps import Diagonal, Elementwise
+from ftw_optim._preconditioners.trial import trial, widened
 
-SMALL = (1e-16, 1e-13, 1e-10, 1e-8, 1e-6, 1e-3)
-"""Gradients that change no second moment, down to those far below the eps of an optimizer without history."""
+SMALL = (1e-16, 1e-13, 1e-10, 1e-8, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e9)
+"""Gradients that change no second moment: far below the eps of an optimizer without history, and beside a spike."""
 
 TURNED = 0.3
 """Largest share of a slope that may be negative; those entries count as zero."""
 
 ALIKE = 1e-6
 """Largest relative difference of a rule from what a trial tells, for the rule to be taken: Yogi is a thousandth off."""
+
+EXACT = 1e-9
+"""Relative change of a slope below which no other gradient can tell it better."""
 
 SEPARABLE = 1e-3
 """Largest change of an entry's update, relative to the largest of all, that gradients of other entries may make."""
@@ -62,18 +64,28 @@ def probed(
         if reference is not None:
             # Coupled decay and the sign are switched off in the trial, and put in here.
             gradient = expected_gradient(param, group, reference.to(dtype)).double()
-            update = _trial(optimizer, param, group)
+            if not bool(gradient.any()):
+                return _of_nothing(optimizer, param, group, dtype)
+            update = trial(optimizer, param, group)
             slope = (update(-gradient) - update(gradient)) / (2 * gradient)
             if param not in optimizer.state and not bool(slope.any()):
                 # A first step that only fills the state; a map of nothing would skip it, time and again.
-                update = _trial(optimizer, param, group, after=gradient)
+                update = trial(optimizer, param, group, after=gradient)
                 slope = (update(-gradient) - update(gradient)) / (2 * gradient)
         # Where the second moment is not even in the gradient, the momentum does not cancel and may turn the sign.
         if reference is None or not _is_positive(slope):
-            slope = _slope_at_zero(_trial(optimizer, param, group, at_zero=True), param)
+            slope = _slope_at_zero(trial(optimizer, param, group, at_zero=True), param)
         if not _is_positive(slope):
             raise NotElementwise("its update is not a positive multiple of the gradient, entry by entry")
     return Diagonal(slope.clamp(min=0.0).to(dtype))
+
+
+def _of_nothing(optimizer: Optimizer, param: Tensor, group: dict[str, Any], dtype: torch.dtype) -> Diagonal:
+    """The map where no gradient is expected, as of LoRA's A at its first step: at zero, or nothing if that fails."""
+    try:
+        return probed(optimizer, param, group, None, dtype=dtype)
+    except NotElementwise:
+        return Diagonal(torch.zeros_like(param, dtype=dtype))
 
 
 def _is_positive(slope: Tensor) -> bool:
@@ -96,7 +108,7 @@ def agrees_with_trial(
         NotElementwise: they tell that the update is not element-wise.
     """
     wide = param.detach().double()
-    state = {name: _wide(value) for name, value in optimizer.state[param].items()}
+    state = {name: widened(value) for name, value in optimizer.state[param].items()}
     expected = torch.ones_like(wide) if reference is None else reference.double()
     for given in (None, expected):
         told = probed(optimizer, param, group, given, dtype=torch.float64).values
@@ -116,6 +128,8 @@ def _slope_at_zero(update: Callable[[Tensor], Tensor], param: Tensor) -> Tensor:
         change = float(((slope - other).abs().max() + rounding / size) / slope.abs().max())  # NaN: nothing moved
         if change <= least:
             best, least = slope, change
+        if least < EXACT:
+            break
     if best is None:
         raise NotElementwise("its update at a small gradient is no multiple of it")
     return best
@@ -128,12 +142,22 @@ def check_separable(optimizer: Optimizer, param: Tensor, group: dict[str, Any], 
         NotElementwise: it does.
     """
     with torch.no_grad():
-        update = _trial(optimizer, param, group)
+        update = trial(optimizer, param, group)
         gradient = expected_gradient(param, group, reference.to(moment_dtype(param)))
         half = torch.arange(param.numel(), device=param.device).view(param.shape) % 2 == 0
+        if not bool(gradient.any()):
+            gradient = torch.ones_like(gradient)
+        alone = update(gradient)
+        if _stands_for_all(optimizer, param):
+            try:
+                placed = trial(optimizer, param, group, among_others=True)(gradient)
+            except Exception:  # it may not take parameters without a gradient
+                placed = alone
+            if bool(((placed - alone).abs() > SEPARABLE * alone.abs().max()).any()):
+                raise NotElementwise("the update of a parameter depends on the others that the optimizer holds")
         if param.numel() < 2:
             return
-        one, other = update(gradient), update(torch.where(half, gradient, 3 * gradient))
+        one, other = alone, update(torch.where(half, gradient, 3 * gradient))
         if bool(((one - other).abs()[half] > SEPARABLE * one.abs().max()).any()):
             raise NotElementwise("the update of an entry depends on the gradients of other entries")
         twice, still = update(1.001 * gradient), update(torch.zeros_like(gradient))
@@ -142,88 +166,25 @@ def check_separable(optimizer: Optimizer, param: Tensor, group: dict[str, Any], 
             raise NotElementwise("its update jumps where the gradient hardly changes")
 
 
+def _stands_for_all(optimizer: Optimizer, param: Tensor) -> bool:
+    """Whether to look at this parameter among the others: the second tells places from the first, the last counts."""
+    parameters = [other for group in optimizer.param_groups for other in group["params"]]
+    return any(param is other for other in (*parameters[1:2], parameters[-1]))
+
+
 def couples_decay(optimizer: Optimizer, param: Tensor, group: dict[str, Any], reference: Tensor) -> bool:
     """Whether weight decay is part of the gradient for it, as for Adam, or acts on its own, as for AdamW."""
     decay = group["weight_decay"]
     gradient = reference.double()
     shifted = gradient + decay * param.detach().double()
-    coupled = _trial(optimizer, param, group)(shifted)
-    told = _trial(optimizer, param, group, decay=decay)(gradient)
+    coupled = trial(optimizer, param, group)(shifted)
+    told = trial(optimizer, param, group, decay=decay)(gradient)
     return torch.allclose(told, coupled, rtol=0.0, atol=ALIKE * float(coupled.abs().max()))
 
 
 def follows_signs(optimizer: Optimizer, param: Tensor, group: dict[str, Any], reference: Tensor) -> bool:
     """Whether opposite gradients make the very same update in many entries: old momentum decides a sign there."""
-    update = _trial(optimizer, param, group, at_zero=True)
+    update = trial(optimizer, param, group, at_zero=True)
     gradient = expected_gradient(param, group, reference.to(moment_dtype(param)))
     decided = update(gradient) == update(-gradient)
     return bool(decided.double().mean() > 0.1) and not bool(decided.all())
-
-
-def _trial(
-    optimizer: Optimizer,
-    param: Tensor,
-    group: dict[str, Any],
-    *,
-    at_zero: bool = False,
-    after: Tensor | None = None,
-    decay: float = 0.0,
-) -> Callable[[Tensor], Tensor]:
-    """``gradient -> update`` of the parameter, each tried on a copy of the optimizer that holds it alone.
-
-    The copy computes in float64, and may start at zero, so that no digits of the parameter swamp the update; or after
-    a step with another gradient.
-    """
-    start = torch.zeros_like(param, dtype=torch.float64) if at_zero else param.detach().double()
-    step = type(optimizer).step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]  # no trial fires anyone's hooks
-    # As it would be in the coming step, without what is put in or cancels elsewhere.
-    settings = {name: value for name, value in group.items() if name != "params"}
-    settings |= {name: value for name, value in (("weight_decay", decay), ("maximize", False)) if name in settings}
-
-    def update(gradient: Tensor) -> Tensor:
-        own = nn.Parameter(start.clone())
-        twin = object.__new__(type(optimizer))  # not copy.copy: it leaves out what pickling would
-        twin.__dict__.update(
-            {name: _own(value) for name, value in optimizer.__dict__.items() if name not in ("state", "param_groups")}
-        )
-        state: defaultdict[Any, Any] = defaultdict(dict)
-        state.update((key, _own(value)) for key, value in optimizer.state.items() if not isinstance(key, Tensor))
-        if param in optimizer.state:
-            state[own] = {name: _wide(value) for name, value in optimizer.state[param].items()}
-        twin.__dict__.update({name: OrderedDict() for name in _HOOKS})  # a step may call that of a parent class
-        twin.__dict__.update(param_groups=[{**copy.deepcopy(settings), "params": [own]}], state=state)
-        begun = start
-        if after is not None:
-            own.grad = after.to(torch.float64, copy=True)
-            step(twin)
-            begun = own.detach().clone()
-        own.grad = gradient.to(torch.float64, copy=True)  # some optimizers write into it
-        step(twin)
-        return own.detach() - begun
-
-    return update
-
-
-_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-
-
-def _own(value: Any) -> Any:
-    """The same, in containers and tensors of one's own: a trial must leave no trace in those of the optimizer."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) in (list, tuple, set):
-        return type(value)(map(_own, value))
-    if type(value) in (dict, OrderedDict, defaultdict):
-        twin = copy.copy(value)
-        twin.update((key, _own(item)) for key, item in value.items())
-        return twin
-    return value
-
-
-def _wide(value: Any) -> Any:
-    """A copy, in float64 where it has a fraction."""
-    if isinstance(value, Tensor):
-        return value.detach().clone().to(torch.float64 if value.is_floating_point() else value.dtype)
-    return copy.deepcopy(value)

@@ -38,7 +38,7 @@ def register_preconditioner(
     group's is zero), its state (empty before its first step) and the gradient that the coming step is expected to see,
     float32 at least and shaped like ``param``, or None for zero. It returns ``P`` of that coming step, with the
     learning rate, bias corrections and the fresh gradient's share of the momentum included; momentum and decay left
-    out. It serves subclasses too, unless they override ``step``.
+    out. It serves subclasses too, unless they override ``step`` or a method that it may call.
 
     Args:
         cls: the class, or its full dotted name where importing it would be a dependency.
@@ -57,7 +57,10 @@ def register_preconditioner(
     return register
 
 
+ACCELERATED = "accelerate.optimizer.AcceleratedOptimizer"
+
 _REFUSED: dict[str, str] = {
+    ACCELERATED: "wrap the optimizer inside of it, and let accelerate prepare the SelectiveOptimizer",
     "torch.optim.lbfgs.LBFGS": "it runs its closure several times a step",
     "torch.optim.sparse_adam.SparseAdam": "it takes sparse gradients alone",
     "torch_optimizer.adahessian.Adahessian": "it needs a backward that keeps its own graph",
@@ -75,7 +78,7 @@ def registered_rule(optimizer: Optimizer) -> Registered | None:
     for parent in cls.__mro__:
         name = dotted(parent)
         found = _RULES.get(name)
-        if found is not None and inspect.unwrap(cls.step) is inspect.unwrap(parent.step):  # type: ignore[attr-defined]
+        if found is not None and not _steps_otherwise(cls, parent):
             return found
         if name in _REFUSED:
             raise NotImplementedError(
@@ -83,6 +86,19 @@ def registered_rule(optimizer: Optimizer) -> Registered | None:
                 f"with @register_preconditioner({cls.__name__})."
             )
     return None
+
+
+_NO_PART_OF_A_STEP = {"__init__", "add_param_group", "zero_grad", "train", "eval", "state_dict", "load_state_dict"}
+
+
+def _steps_otherwise(cls: type, parent: type) -> bool:
+    """Whether a subclass overrides ``step``, or a method that it may call."""
+    for name, own in inspect.getmembers(cls, callable):
+        of_parent = getattr(parent, name, None)
+        special = name.startswith("__") or name in _NO_PART_OF_A_STEP
+        if of_parent is not None and not special and inspect.unwrap(own) is not inspect.unwrap(of_parent):
+            return True
+    return False
 
 
 def dotted(cls: type) -> str:

@@ -26,5 +26,9 @@ def sgd(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: 
 
 @register_preconditioner(torch.optim.ASGD)
 def averaged_sgd(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None) -> Scalar:
-    """The step size that the last step left, which has the learning rate in it."""
-    return Scalar(number(state["eta"]) if "eta" in state else number(group["lr"]))
+    """The step size that the last step left, which has the learning rate in it.
+
+    One that a learning rate of zero left, as at the start of a warm-up, counts as the rate: a map of nothing would
+    skip the step, time and again.
+    """
+    return Scalar(number(state.get("eta", 0.0)) or number(group["lr"]))

@@ -28,22 +28,27 @@ NOTE = (
 @register_preconditioner("pytorch_optimizer.optimizer.lion.Lion", attributes=("maximize",), note=NOTE)
 def lion(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """``lr (1 - b1) / |b1 m + (1 - b1) reference|``."""
-    return frozen_sign(param, group, state.get("exp_avg"), reference)
+    for name in ("use_gc", "adanorm", "cautious"):
+        if group.get(name):
+            raise NotImplementedError(f"Expected Lion without {name}, which couples entries or leaves some out.")
+    return frozen_sign(
+        param, {**group, "decoupled_weight_decay": group.get("weight_decouple", True)}, state.get("exp_avg"), reference
+    )
 
 
 def frozen_sign(param: Tensor, group: State, momentum: Tensor | None, reference: Tensor | None) -> Diagonal:
-    """The map of ``lr sign(b1 momentum + (1 - b1) gradient)``; decay is decoupled."""
+    """The map of ``lr sign(b1 momentum + (1 - b1) gradient)``."""
     beta1 = number(group["betas"][0])
     dtype = moment_dtype(param)
     mixed = torch.zeros_like(param, dtype=dtype) if momentum is None else plain(momentum, dtype) * beta1
     if reference is not None:
-        mixed = mixed + (1 - beta1) * expected_gradient(param, {**group, "weight_decay": 0.0}, reference.to(dtype))
+        mixed = mixed + (1 - beta1) * expected_gradient(param, group, reference.to(dtype))
     return Diagonal(number(group["lr"]) * (1 - beta1) * _inverse(floored(mixed).abs()))
 
 
 @register_preconditioner(torch.optim.Rprop, note=NOTE)
 def rprop(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
-    """Its step size of each entry over ``|reference|``; nothing where the sign is expected to turn: it waits there."""
+    """Its step size of each entry over ``|reference|``; where a sign turns and it waits, that of the step after."""
     dtype = moment_dtype(param)
     shrink, grow = (number(eta) for eta in group["etas"])
     smallest, largest = (number(size) for size in group["step_sizes"])
@@ -55,7 +60,7 @@ def rprop(param: Tensor, group: State, state: State, reference: Tensor | None) -
     expected = expected_gradient(param, {**group, "weight_decay": 0.0}, reference.to(dtype))
     turn = expected * state["prev"].to(dtype) if "prev" in state else torch.zeros_like(expected)
     sizes = torch.where(turn > 0, sizes * grow, torch.where(turn < 0, sizes * shrink, sizes)).clamp(smallest, largest)
-    return Diagonal(torch.where(turn < 0, 0.0, sizes * _inverse(expected.abs())))
+    return Diagonal(sizes * _inverse(expected.abs()))
 
 
 def _inverse(sizes: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
@@ -23,15 +23,15 @@ class RandomState:
     numpy: Any
 
     @classmethod
-    def now(cls, module: nn.Module) -> RandomState:
-        """The present state, on the CPU and wherever the module has parameters."""
-        tensors = {torch.device("cpu"): torch.get_rng_state()}
-        for device in {parameter.device for parameter in module.parameters()}:
+    def now(cls, tensors: Iterable[Tensor]) -> RandomState:
+        """The present state, on the CPU and wherever some tensors are."""
+        states = {torch.device("cpu"): torch.get_rng_state()}
+        for device in {tensor.device for tensor in tensors}:
             if device.type not in ("cpu", "meta"):
-                tensors[device] = torch.get_device_module(device.type).get_rng_state(device)
+                states[device] = torch.get_device_module(device.type).get_rng_state(device)
         numpy = sys.modules.get("numpy")
         return cls(
-            tensors=tensors,
+            tensors=states,
             python=random.getstate(),
             numpy=None if numpy is None else numpy.random.get_state(legacy=False),
         )
@@ -60,9 +60,9 @@ class RandomState:
 
 
 @contextmanager
-def own_randomness(module: nn.Module, seed: int) -> Iterator[None]:
-    """A block with generators of its own, seeded; outside, none shows what was drawn."""
-    before = RandomState.now(module)
+def own_randomness(tensors: Iterable[Tensor], seed: int) -> Iterator[None]:
+    """A block with generators of its own, wherever some tensors are, seeded; outside, none shows what was drawn."""
+    before = RandomState.now(tensors)
     try:
         torch.manual_seed(seed)
         random.seed(seed)
