@@ -1,5 +1,6 @@
 """Per-step data selection inside any adaptive optimizer."""
 
+from ftw_optim._active_set import WeightSolution as WeightSolution
 from ftw_optim._factors import Factors as Factors
 from ftw_optim._filters import FilterStage as FilterStage
 from ftw_optim._filters import GreedyFilter as GreedyFilter
@@ -8,7 +9,6 @@ from ftw_optim._filters import TopKFilter as TopKFilter
 from ftw_optim._layers.coverage import Coverage as Coverage
 from ftw_optim._layers.coverage import coverage as coverage
 from ftw_optim._layers.registry import register_layer as register_layer
-from ftw_optim._linalg import WeightSolution as WeightSolution
 from ftw_optim._linalg import solve_nnls as solve_nnls
 from ftw_optim._losses import token_losses as token_losses
 from ftw_optim._matching import Matching as Matching

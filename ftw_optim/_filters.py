@@ -10,7 +10,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from ftw_optim._linalg import ActiveSet
+from ftw_optim._active_set import ActiveSet
 from ftw_optim._matching import Matching
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftw_optim._active_set import WeightSolution
 from ftw_optim._gram import Products
-from ftw_optim._linalg import WeightSolution
 from ftw_optim._matching import Matching, Selection
 
 Filter = Callable[..., Tensor]

@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, final
 
 import torch
 
-from ftw_optim._linalg import ActiveSet, WeightSolution, damped
+from ftw_optim._active_set import ActiveSet, WeightSolution
+from ftw_optim._linalg import damped
 from ftw_optim._matching import Matching
 
 Normalization = Literal["sum", "norm"] | None

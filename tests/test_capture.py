@@ -168,8 +168,20 @@ def test_position_embeddings_shared_by_all_rows(way: str, shape: tuple[int, ...]
     check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), shape[0])
 
 
-def test_packed_rows_are_captured_by_document() -> None:
-    model = seeded(lambda: nn.Sequential(nn.Embedding(7, 3), nn.LayerNorm(3), nn.Linear(3, 2))).double()
+class Gain(nn.Module):
+    """No rule knows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.gain)
+
+
+@pytest.mark.parametrize("middle", [lambda: nn.LayerNorm(4), Gain], ids=["with a rule", "without one"])
+def test_packed_rows_are_captured_by_document(middle: Callable[[], nn.Module]) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Embedding(7, 4), middle(), nn.Linear(4, 2))).double()
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
     documents = torch.tensor([[0, 0, 0, 2, 2, -1], [1, 2, 1, 1, -1, -1]])
 

@@ -228,19 +228,6 @@ def test_a_model_that_cannot_take_one_row_for_each_says_whose_output_was_expande
     assert "The output of positions has one row for all candidates" in caught.value.__notes__[0]
 
 
-def test_packed_rows_go_by_document_through_a_module_without_a_rule() -> None:
-    model = seeded(lambda: nn.Sequential(nn.Embedding(7, 4), Scale(), nn.Linear(4, 2))).double()
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
-    documents = torch.tensor([[0, 0, 0, 2, 2, -1], [1, 2, 1, 1, -1, -1]])
-
-    def losses(rows: Tensor | None) -> Tensor:
-        values = model(ids).square().sum(-1)
-        every = torch.stack([(values * (documents == document)).sum() for document in range(3)])
-        return rows_of(every, rows)
-
-    check_every_candidate(model, losses, 3, sample_ids=documents)
-
-
 def test_a_model_that_owns_parameters_itself() -> None:
     class Root(nn.Module):
         def __init__(self) -> None:
