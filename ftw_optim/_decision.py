@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 from ftw_optim._combine import all_finite, combined_gradients, usable_updates
 from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._filters import FilterStage
-from ftw_optim._gram import METRICS, products
+from ftw_optim._gram import products
+from ftw_optim._gram_ways import Buffer
 from ftw_optim._matching import Selection
 from ftw_optim._members import Members
 from ftw_optim._preconditioners.lookup import Preconditioners
+from ftw_optim._products import METRICS
 from ftw_optim._selection import metrics_of, select
 from ftw_optim._weights import WeightStage
 
@@ -37,6 +39,7 @@ class Decision:
         weight: the weight stage.
         metric: that of the first Matching a stage sees.
         memory_limit: bytes of multiplied-out gradients that may exist at a time.
+        buffer: memory for those gradients, kept from step to step.
         scale: what the losses were multiplied by.
         generator: ``purpose -> generator`` of this step.
     """
@@ -48,6 +51,7 @@ class Decision:
     weight: WeightStage
     metric: str
     memory_limit: int | None
+    buffer: Buffer
     scale: float
     generator: Callable[[str], torch.Generator]
 
@@ -101,6 +105,7 @@ class Decision:
                 metrics=[metric for metric in METRICS if metric in metrics],
                 scale=self.scale,
                 memory_limit=self.memory_limit,
+                buffer=self.buffer,
             )
             measurable = torch.stack([one.gram.diagonal().isfinite() for one in problem.values()]).all(dim=0)
             if bool(measurable.all()):

@@ -21,13 +21,14 @@ from ftw_optim._combine import UPDATES
 from ftw_optim._decision import Decision, full_precision
 from ftw_optim._factors import Factors
 from ftw_optim._filters import FilterStage, GreedyFilter
-from ftw_optim._gram import METRICS
+from ftw_optim._gram_ways import Buffer
 from ftw_optim._layers.coverage import Coverage, coverage
 from ftw_optim._layers.owners import Owner, owners
 from ftw_optim._matching import Selection
 from ftw_optim._members import Members, Scored, members_of
 from ftw_optim._plan import plan, uncovered
 from ftw_optim._preconditioners.registry import registered_rule
+from ftw_optim._products import METRICS
 from ftw_optim._selection import NORMALIZATIONS, metrics_of
 from ftw_optim._target import TargetGradient
 from ftw_optim._weights import NonNegativeLeastSquares, WeightStage
@@ -131,6 +132,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._backwards = 0
         self._pending: bool | None = None  # since the last step: None no backward, False all skipped, True one applied
         self._checks = SelfChecks()
+        self._buffer = Buffer()
         self._last_capture: tuple[frozenset[str], Mapping[str, int], Mapping[str, int], Mapping[str, int]] | None = None
         self._warned_own_backward = False
         members_of(self.model, self.param_groups, self.scored)  # says now what a step would say
@@ -328,6 +330,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             weight=self.weight,
             metric=self.metric,
             memory_limit=self.memory_limit,
+            buffer=self._buffer,
             scale=scale,
             generator=self._generator,
         )

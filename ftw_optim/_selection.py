@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ftw_optim._active_set import WeightSolution
-from ftw_optim._gram import Products
 from ftw_optim._matching import Matching, Selection
+from ftw_optim._products import Products
 
 Filter = Callable[..., Tensor]
 Weight = Callable[..., WeightSolution]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ftw_optim import Diagonal, Factors, Kronecker, Preconditioner, RankOne, RotatedDiagonal, Scalar
-from ftw_optim._gram import METRICS, products
+from ftw_optim import Diagonal, Factors, Kronecker, Preconditioner, RankOne, RotatedDiagonal, Scalar, _gram_ways
+from ftw_optim._gram import products
+from ftw_optim._products import METRICS, inner
 from tests.test_factors import gradients, random_factors
 
 ROWS, COLUMNS, N = 6, 4, 3
@@ -24,11 +25,26 @@ def uniform(*shape: int) -> Tensor:
     return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8)) + 0.1
 
 
+class Mixing(Preconditioner):
+    """A dense map on all entries."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        return (gradient.reshape(*gradient.shape[:-2], -1) @ self.matrix).reshape(gradient.shape)
+
+
 MAPS: dict[str, Callable[[torch.Generator], Preconditioner]] = {
     "scalar": lambda g: Scalar(0.3),
     "diagonal": lambda g: Diagonal(uniform(ROWS, COLUMNS)),
     "rank one": lambda g: RankOne(uniform(ROWS), uniform(COLUMNS)),
     "kronecker": lambda g: Kronecker(positive(ROWS, g), positive(COLUMNS, g)),
+    "kronecker, right alone": lambda g: Kronecker(right=positive(COLUMNS, g)),
+    "of a kind of its own": lambda g: Mixing(positive(ROWS * COLUMNS, g)),
+    "rotated, left alone": lambda g: RotatedDiagonal(
+        torch.linalg.qr(positive(ROWS, g))[0], None, uniform(ROWS, COLUMNS)
+    ),
     "rotated": lambda g: RotatedDiagonal(
         torch.linalg.qr(positive(ROWS, g))[0],
         torch.linalg.qr(positive(COLUMNS, g))[0],
@@ -37,6 +53,11 @@ MAPS: dict[str, Callable[[torch.Generator], Preconditioner]] = {
 }
 
 USES: dict[str, list[Factors]] = {
+    "one position": [random_factors("dense", grid=(N, 1), rows=ROWS, columns=COLUMNS, seed=6)],
+    "two uses": [
+        random_factors("dense", grid=(N, 1), rows=ROWS, columns=COLUMNS, seed=7),
+        random_factors("dense", grid=(N, 1), rows=ROWS, columns=COLUMNS, seed=8),
+    ],
     "dense": [random_factors("dense", grid=(N, 5), rows=ROWS, columns=COLUMNS, seed=1)],
     "embedding": [random_factors("one-hot", grid=(N, 2), rows=ROWS, columns=COLUMNS, seed=2)],
     "tied": [
@@ -47,6 +68,7 @@ USES: dict[str, list[Factors]] = {
 }
 
 
+@pytest.mark.parametrize("tokens", [None, True, False], ids=["cheapest", "tokens", "multiplied out"])
 @pytest.mark.parametrize("memory_limit", [None, 1, 8 * N * COLUMNS * 4], ids=["whole", "by row", "by four rows"])
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 @pytest.mark.parametrize("uses", USES.values(), ids=USES)
@@ -56,7 +78,11 @@ def test_products_are_those_of_whole_gradients(
     uses: list[Factors],
     scale: float,
     memory_limit: int | None,
+    tokens: bool | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if tokens is not None:
+        monkeypatch.setattr(_gram_ways, "tokens_are_cheaper", lambda block, metrics: tokens and block.dense)
     generator = torch.Generator().manual_seed(0)
     preconditioner = build(generator)
     target = torch.randn(ROWS, COLUMNS, dtype=torch.float64, generator=generator)
@@ -109,3 +135,15 @@ def test_parameters_add_up_and_one_without_a_target_gradient_counts_in_the_gram_
     torch.testing.assert_close(both.gram, 2 * one.gram)
     torch.testing.assert_close(both.cross_gram, one.cross_gram)
     torch.testing.assert_close(both.target_energy, one.target_energy)
+
+
+@pytest.mark.parametrize("d", [5, 4096, 4097, 3 * 4096, 50_001])
+def test_long_rows_are_summed_in_short_runs(d: int) -> None:
+    """Float32 keeps its digits, however long the rows are."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(4, d, generator=generator) + 0.3, torch.randn(3, d, generator=generator) + 0.3
+    expected = left.double() @ right.double().T
+    error = (inner(left, right).double() - expected).abs().max() / expected.abs().max()
+    assert float(error) < 1e-6
+    wide = torch.randn(4, 2 * d, generator=generator)[:, :d]  # rows apart in memory
+    torch.testing.assert_close(inner(wide, right), wide @ right.T, rtol=1e-4, atol=1e-3)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftw_optim import GreedyFilter, KeepAll, Matching, NonNegativeLeastSquares, Selection, TopKFilter
-from ftw_optim._gram import Products
+from ftw_optim._products import Products
 from ftw_optim._selection import select
 from tests.strategies import Problem, problems
 
