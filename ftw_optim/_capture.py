@@ -106,6 +106,14 @@ class Capture:
                 f'({", ".join(map(repr, sorted(self._expanded)[:5]))},)), with update="graph".'
             )
 
+    def pause(self) -> None:
+        """Stop changing what layers return, while others are captured."""
+        self._phase = _Phase.REST
+
+    def resume(self) -> None:
+        """Change what layers return as when they were captured: a checkpoint may run them again."""
+        self._phase = _Phase.RECOMPUTE
+
     @property
     def count(self) -> int | None:
         """The number of candidates the model saw; None where only ``sample_ids`` or the losses tell."""

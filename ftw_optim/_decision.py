@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ftw_optim._candidates import Candidates, full_precision
 from ftw_optim._combine import all_finite, combined_gradients, usable_updates
 from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._filters import FilterStage
@@ -58,22 +59,19 @@ class Decision:
     def made(
         self,
         update: str,
-        found: Found,
-        losses: Tensor,
+        candidates: Candidates,
         target: Mapping[str, Tensor] | None,
         closure: Callable[..., Any],
-        computed_in: Iterable[torch.dtype],
     ) -> tuple[Selection, Mapping[str, Tensor], Found]:
         """The selection, the gradients it makes, and the factors without those of the rejected candidates.
 
         Args:
             update: the way of this step.
-            found: factors, multiplied by the scale.
-            losses: shape ``(n,)``, with their graph where ``update`` is ``"graph"``.
+            candidates: their losses and factors.
             target: the target gradient; None where it overflowed.
             closure: to run the kept candidates again with, if need be.
-            computed_in: the dtypes the captured layers computed in.
         """
+        found, losses = candidates.found, candidates.losses
         finite, accepted = finite_candidates(found, losses)
         values = losses.detach().cpu()
         if not bool(accepted.all()):
@@ -85,7 +83,7 @@ class Decision:
         assert target is not None
         with full_precision(losses):
             selection = self._match(found, target, values, accepted)
-        return *self._combine(update, selection, found, losses, closure, computed_in), found
+        return *self._combine(update, selection, found, losses, closure, candidates.computed_in), found
 
     def _match(self, found: Found, target: Mapping[str, Tensor], losses: Tensor, accepted: Tensor) -> Selection:
         """Gram matrix, filter and weights."""
@@ -154,8 +152,3 @@ class Decision:
             if self.scale > 1.0 or all_finite(gradients.values()):
                 return selection.applied_by(way), gradients
         return selection.applied_by(None), {}
-
-
-def full_precision(losses: Tensor) -> AbstractContextManager[Any]:
-    """Out of an autocast region around the step: it is meant for the closure, not for our products."""
-    return torch.autocast(losses.device.type, enabled=False)

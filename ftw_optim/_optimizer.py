@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, final
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ftw_optim._capture import Capture
+from ftw_optim._candidates import Candidates, Pass, Plain
 from ftw_optim._checks import SelfChecks
-from ftw_optim._closures import checked_losses, gradient_marks, is_scalar, takes_rows
+from ftw_optim._closures import gradient_marks, is_scalar, takes_rows
 from ftw_optim._combine import UPDATES
-from ftw_optim._decision import Decision, full_precision
+from ftw_optim._decision import Decision
 from ftw_optim._factors import Factors
 from ftw_optim._filters import FilterStage, GreedyFilter
 from ftw_optim._gram_ways import Buffer
@@ -177,9 +177,10 @@ class SelectiveOptimizer(OptimizerWrapper):
         """Select among the closure's candidates and apply the inner optimizer's step to their combined gradient.
 
         Args:
-            closure: returns the candidates' own losses, shape ``(n,)``; run once, with gradients enabled. What
-                ``.grad`` held before is discarded. None, or a closure that returns None: the inner optimizer's step on
-                whatever ``.grad`` holds, or nothing if every :meth:`backward` since the last step was skipped.
+            closure: returns the candidates' own losses, shape ``(n,)``, or an iterator of such tensors, one for each
+                micro-batch (a generator function will do); run once, with gradients enabled. What ``.grad`` held
+                before is discarded. None, or a closure that returns None: the inner optimizer's step on whatever
+                ``.grad`` holds, or nothing if every :meth:`backward` since the last step was skipped.
 
         Returns:
             The weighted loss, detached (weights summing to one; skipped: the mean of the finite losses; all rejected:
@@ -236,7 +237,8 @@ class SelectiveOptimizer(OptimizerWrapper):
         Then clip, unscale, accumulate, and call :meth:`step` without a closure.
 
         Args:
-            closure: returns the candidates' own losses, shape ``(n,)``; run once, with gradients enabled.
+            closure: returns the candidates' own losses, shape ``(n,)``, or an iterator of such tensors; run once, with
+                gradients enabled.
             grad_scale: multiplies the losses for the pass, and so ``.grad``: ``scaler.get_scale()``, over the number of
                 accumulated calls.
             sample_ids: int64, the shape of the token grid: the candidate of each position, -1 for none, where rows are
@@ -291,35 +293,28 @@ class SelectiveOptimizer(OptimizerWrapper):
         )
         marks = gradient_marks(members.parameters)
         with ExitStack() as captured:
-            with torch.enable_grad():
-                capture = captured.enter_context(Capture(self.model, what, sample_ids=sample_ids))
-                losses = closure()
-                if plain_allowed and self._is_plain(losses, members, marks):
-                    return losses
-                losses = checked_losses(losses, capture.count)
-                with full_precision(losses):
-                    found = capture.differentiate(
-                        losses,
-                        scale=scale,
-                        keep_graph=update == "graph",
-                        checks=self._checks if self.self_check else None,
-                        generator=self._generator("check"),
-                    )
-            if update != "graph":  # whose second backward may run checkpointed layers again, as they were captured
-                captured.close()
-            again = _released_first(closure, captured)
-            return self._decide(update, found, losses, target, members, again, scale, capture.computed_in)
+            candidates = Pass(
+                model=self.model,
+                plan=what,
+                sample_ids=sample_ids,
+                scale=scale,
+                keep_graph=update == "graph",  # whose second backward may run checkpointed layers again
+                rerun=update == "rerun",
+                checks=self._checks if self.self_check else None,
+                generator=self._generator("check"),
+            ).over(closure, lambda value: plain_allowed and self._is_plain(value, members, marks), captured)
+            if isinstance(candidates, Plain):
+                return candidates.value
+            return self._decide(update, candidates, target, members, _released_first(closure, captured), scale)
 
     def _decide(
         self,
         update: str,
-        found: Mapping[str, list[Factors]],
-        losses: Tensor,
+        candidates: Candidates,
         target: Mapping[str, Tensor] | None,
         members: Members,
         closure: Callable[..., Any],
         scale: float,
-        computed_in: Iterable[torch.dtype],
     ) -> _Outcome:
         """Who is kept with which weight, and the gradient that this makes."""
         decision = Decision(
@@ -334,9 +329,11 @@ class SelectiveOptimizer(OptimizerWrapper):
             scale=scale,
             generator=self._generator,
         )
-        selection, gradients, found = decision.made(update, found, losses, target, closure, computed_in)
+        selection, gradients, found = decision.made(
+            update, candidates, target, _one_batch_alone if candidates.several else closure
+        )
         return _Outcome(
-            loss=selection.weighted_loss().to(losses.device),
+            loss=selection.weighted_loss().to(candidates.losses.device),
             selection=selection,
             gradients=gradients,
             members=members,
@@ -430,6 +427,10 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_target"}
+
+
+def _one_batch_alone() -> None:
+    """Stands for a closure of micro-batches, which cannot run some of all candidates again."""
 
 
 def _released_first(closure: Callable[..., Any], captured: ExitStack) -> Callable[..., Any]:

@@ -61,6 +61,5 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     whole = left.shape[1] // RUN * RUN
     if whole <= RUN:
         return left @ right.T
-    runs = (part[:, :whole].unflatten(1, (-1, RUN)).transpose(0, 1) for part in (left, right))
-    first, second = runs
+    first, second = (part[:, :whole].view(len(part), -1, RUN).transpose(0, 1) for part in (left, right))
     return torch.bmm(first, second.mT).sum(0) + left[:, whole:] @ right[:, whole:].T

@@ -89,7 +89,9 @@ WRONG_CLOSURES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] 
     "empty": (lambda losses: losses[:0], ValueError, "got an empty batch"),
     "fewer": (lambda losses: losses[:4], ValueError, "returned 4 losses, but the model ran on 6 rows"),
     "a list": (lambda losses: list(losses), TypeError, "got list"),
-    "an iterator": (lambda losses: iter(losses), TypeError, "The closure must return one loss"),
+    "an iterator of numbers": (lambda losses: iter(losses.tolist()), TypeError, "The closure must return one loss"),
+    "an iterator of scalars": (lambda losses: iter(losses), ValueError, "keep the candidates apart"),
+    "an iterator of nothing": (lambda losses: iter(()), ValueError, "yields losses"),
     "a number": (lambda losses: float(losses.detach().sum()), TypeError, "got float"),
 }
 

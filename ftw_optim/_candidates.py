@@ -1,0 +1,154 @@
+"""The pass over the candidates: one batch of them, or one micro-batch after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ftw_optim._capture import Capture
+from ftw_optim._checks import SelfChecks
+from ftw_optim._closures import checked_losses
+from ftw_optim._factors import Factors, joined
+from ftw_optim._plan import CapturePlan
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidates:
+    """Everything that the pass found.
+
+    Attributes:
+        losses: shape ``(n,)``, with their graph where it was kept.
+        found: factors of each captured parameter that was reached, multiplied by the scale.
+        computed_in: the dtypes that the captured layers computed in.
+        several: there were micro-batches.
+    """
+
+    losses: Tensor
+    found: Mapping[str, list[Factors]]
+    computed_in: set[torch.dtype]
+    several: bool
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plain:
+    """The closure only wants the inner optimizer's step; this is what it returned."""
+
+    value: Any
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pass:
+    """How the candidates are passed over.
+
+    Attributes:
+        model: that the closure calls.
+        plan: what is captured.
+        sample_ids: see :meth:`SelectiveOptimizer.backward`.
+        scale: multiplies the losses.
+        keep_graph: leave the graphs for a second backward.
+        rerun: the kept candidates will be run again.
+        checks: what the self-check has seen; None: no self-check.
+        generator: of the checks.
+    """
+
+    model: nn.Module
+    plan: CapturePlan
+    sample_ids: Tensor | None
+    scale: float
+    keep_graph: bool
+    rerun: bool
+    checks: SelfChecks | None
+    generator: torch.Generator
+
+    def over(
+        self, closure: Callable[..., Any], is_plain: Callable[[Any], bool], captured: ExitStack
+    ) -> Candidates | Plain:
+        """Run the closure once.
+
+        Args:
+            closure: returns losses ``(n,)``, or an iterator of such tensors.
+            is_plain: whether a returned value asks for the inner step alone.
+            captured: holds the captures that are still needed where graphs are kept.
+
+        Raises:
+            ValueError: an iterator without any losses, or together with ``sample_ids`` or ``update="rerun"``.
+        """
+        batches: list[Candidates] = []
+        iterator: Iterator[Any] | None = None
+        while True:
+            capture = captured.enter_context(Capture(self.model, self.plan, sample_ids=self.sample_ids))
+            with torch.enable_grad():
+                if iterator is None:
+                    value = closure()
+                    if is_plain(value):
+                        return Plain(value=value)
+                    iterator = self._checked(value) if isinstance(value, Iterator) else None
+                if iterator is not None:
+                    value = next(iterator, _END)
+                    if value is _END:
+                        break
+                losses = checked_losses(value, capture.count)
+                with full_precision(losses):
+                    found = capture.differentiate(
+                        losses,
+                        scale=self.scale,
+                        keep_graph=self.keep_graph,
+                        checks=self.checks,
+                        generator=self.generator,
+                    )
+            capture.pause()
+            batches.append(
+                Candidates(
+                    losses=losses if self.keep_graph else losses.detach(),
+                    found=found,
+                    computed_in=capture.computed_in,
+                    several=iterator is not None,
+                )
+            )
+            if not self.keep_graph:
+                captured.close()
+            if iterator is None:
+                capture.resume()
+                return batches[0]
+        if not batches:
+            raise ValueError("Expected an iterator that yields losses (n,) of micro-batches, but it yielded nothing.")
+        return _together(batches)
+
+    def _checked(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        if self.rerun:
+            raise ValueError(
+                'update="rerun" takes the losses of one batch: several micro-batches need their factors or graphs '
+                'alive together. Use update="factors" or "graph", or return one tensor.'
+            )
+        if self.sample_ids is not None:
+            raise ValueError(
+                "sample_ids tells the candidates of one batch apart; with an iterator of micro-batches each row is one."
+            )
+        return iterator
+
+
+_END = object()
+
+
+def _together(batches: Sequence[Candidates]) -> Candidates:
+    counts = [len(batch.losses) for batch in batches]
+    names = dict.fromkeys(name for batch in batches for name in batch.found)
+    return Candidates(
+        losses=torch.cat([batch.losses for batch in batches]),
+        found={name: joined([batch.found.get(name, []) for batch in batches], counts) for name in names},
+        computed_in=set.union(*(batch.computed_in for batch in batches)),
+        several=True,
+    )
+
+
+def full_precision(losses: Tensor) -> torch.autocast:
+    """Out of an autocast region around the step: it is meant for the closure, not for our products."""
+    return torch.autocast(losses.device.type, enabled=False)
