@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ftw_optim import Factors, RankOne, Scalar, _gram_ways
-from ftw_optim._gram import products
+from ftw_optim._gram import GramSums
 
 REPEATS = 5
 
@@ -29,15 +29,17 @@ def run(factors: Factors, target: Tensor, structure: str, tokens: bool) -> tuple
     _gram_ways.tokens_are_cheaper = lambda block, metrics: tokens
     try:
         start = time.perf_counter()
-        found = products(
-            {"weight": [factors]},
+        sums = GramSums(
+            torch.ones(factors.count, dtype=torch.bool),
             {"weight": target},
             lambda name, reference: made,
-            torch.ones(factors.count, dtype=torch.bool),
             shapes={"weight": target.shape},
             metrics=["preconditioned"],
+            dtype=torch.float32,
+            device=target.device,
         )
-        return time.perf_counter() - start, found["preconditioned"].gram
+        sums.add("weight", [factors])
+        return time.perf_counter() - start, sums.on_host()["preconditioned"].gram
     finally:
         _gram_ways.tokens_are_cheaper = chosen
 

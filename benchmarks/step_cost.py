@@ -188,7 +188,7 @@ PHASES = {
     "target": ("ftw_optim._target", "TargetGradient.gradients"),
     "capture (forward of the candidates included)": ("ftw_optim._capture", "Capture.__enter__"),
     "backward to the factors": ("ftw_optim._capture", "Capture.differentiate"),
-    "Gram matrix": ("ftw_optim._decision", "products"),
+    "Gram matrix": ("ftw_optim._gram", "GramSums.add"),
     "filter and weight": ("ftw_optim._decision", "select"),
     "combine": ("ftw_optim._decision", "combined_gradients"),
     "inner step": ("torch.optim.adamw", "AdamW.step"),

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from ftw_optim._capture import Capture
 from ftw_optim._checks import SelfChecks
 from ftw_optim._closures import checked_losses
-from ftw_optim._factors import Factors, joined
+from ftw_optim._factors import Factors, Footprint, joined
 from ftw_optim._plan import CapturePlan
+
+Taker = Callable[[Tensor], Callable[[str, list[Factors]], None]]
+"""``losses -> take``, and ``take(name, factors)`` for each captured parameter."""
 
 
 @final
@@ -24,13 +27,15 @@ class Candidates:
 
     Attributes:
         losses: shape ``(n,)``, with their graph where it was kept.
-        found: factors of each captured parameter that was reached, multiplied by the scale.
+        found: factors of each captured parameter that was reached, multiplied by the scale; none if they were taken.
+        footprints: what the factors of each came to.
         computed_in: the dtypes that the captured layers computed in.
         several: there were micro-batches.
     """
 
     losses: Tensor
     found: Mapping[str, list[Factors]]
+    footprints: Mapping[str, Footprint]
     computed_in: set[torch.dtype]
     several: bool
 
@@ -69,7 +74,11 @@ class Pass:
     generator: torch.Generator
 
     def over(
-        self, closure: Callable[..., Any], is_plain: Callable[[Any], bool], captured: ExitStack
+        self,
+        closure: Callable[..., Any],
+        is_plain: Callable[[Any], bool],
+        captured: ExitStack,
+        taker: Taker | None = None,
     ) -> Candidates | Plain:
         """Run the closure once.
 
@@ -77,6 +86,7 @@ class Pass:
             closure: returns losses ``(n,)``, or an iterator of such tensors.
             is_plain: whether a returned value asks for the inner step alone.
             captured: holds the captures that are still needed where graphs are kept.
+            taker: takes the factors layer by layer, as they come; then none are returned.
 
         Raises:
             ValueError: an iterator without any losses, or together with ``sample_ids`` or ``update="rerun"``.
@@ -97,18 +107,13 @@ class Pass:
                         break
                 losses = checked_losses(value, capture.count)
                 with full_precision(losses):
-                    found = capture.differentiate(
-                        losses,
-                        scale=self.scale,
-                        keep_graph=self.keep_graph,
-                        checks=self.checks,
-                        generator=self.generator,
-                    )
+                    found, footprints = self._differentiated(capture, losses, taker)
             capture.pause()
             batches.append(
                 Candidates(
                     losses=losses if self.keep_graph else losses.detach(),
                     found=found,
+                    footprints=footprints,
                     computed_in=capture.computed_in,
                     several=iterator is not None,
                 )
@@ -121,6 +126,24 @@ class Pass:
         if not batches:
             raise ValueError("Expected an iterator that yields losses (n,) of micro-batches, but it yielded nothing.")
         return _together(batches)
+
+    def _differentiated(
+        self, capture: Capture, losses: Tensor, taker: Taker | None
+    ) -> tuple[Mapping[str, list[Factors]], Mapping[str, Footprint]]:
+        if taker is None:
+            found = capture.differentiate(
+                losses, scale=self.scale, keep_graph=self.keep_graph, checks=self.checks, generator=self.generator
+            )
+            return found, {name: Footprint.of(uses) for name, uses in found.items()}
+        footprints = {}
+        take = taker(losses)
+
+        def note(name: str, uses: list[Factors]) -> None:
+            footprints[name] = Footprint.of(uses)
+            take(name, uses)
+
+        capture.stream(losses, note, scale=self.scale, checks=self.checks, generator=self.generator)
+        return {}, footprints
 
     def _checked(self, iterator: Iterator[Any]) -> Iterator[Any]:
         if self.rerun:
@@ -141,9 +164,11 @@ _END = object()
 def _together(batches: Sequence[Candidates]) -> Candidates:
     counts = [len(batch.losses) for batch in batches]
     names = dict.fromkeys(name for batch in batches for name in batch.found)
+    found = {name: joined([batch.found.get(name, []) for batch in batches], counts) for name in names}
     return Candidates(
         losses=torch.cat([batch.losses for batch in batches]),
-        found={name: joined([batch.found.get(name, []) for batch in batches], counts) for name in names},
+        found=found,
+        footprints={name: Footprint.of(uses) for name, uses in found.items()},
         computed_in=set.union(*(batch.computed_in for batch in batches)),
         several=True,
     )

@@ -9,11 +9,12 @@ was not part of a call of the layers that own it is an error.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum, auto
 from types import TracebackType
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from ftw_optim._layers.calls import Call, autocast_dtype, detached, tensors_of
 from ftw_optim._layers.owners import Owner, parameter_at
 from ftw_optim._layers.registry import LayerRule
 from ftw_optim._layouts import Grid
-from ftw_optim._passes import Graph, by_edges, node_number, parameter_gradients, take_from_node
+from ftw_optim._passes import Graph, as_they_come, by_edges, node_number, parameter_gradients, take_from_node
 from ftw_optim._plan import CapturePlan
 from ftw_optim._randomness import RandomState
 from ftw_optim._uses import Use, record, version_of
@@ -147,12 +148,7 @@ class Capture:
             RuntimeError: nothing was captured, an input was changed in place after its layer had read it, a captured
                 parameter was used outside its layer, or the self-check failed.
         """
-        self._check_sample_ids(len(losses))
-        graph = Graph(losses)
-        outside = [name for name, p in self._plan.parameters.items() if graph.used_outside(p, self._of[name])]
-        refuse_uses_outside(outside)
-        finite = losses.isfinite()
-        total = torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
+        graph, finite, total = self._looked_at(losses, scale)
         if graph.reentrant:
             found = self._by_plain_backward(
                 total, graph, finite, keep_graph=keep_graph or checks is not None, generator=generator
@@ -165,19 +161,103 @@ class Capture:
         reached = [use for use in self._uses if use.reached]
         # Of what is not finite nothing can be compared: then the check waits for the next step.
         if checks is not None and checks.due(map(self._key, reached)) and bool(finite_candidates(found, losses).all()):
-            # Far apart: rows that are mixed up show by what their weights differ in.
-            weights = 2 * torch.rand(len(losses), generator=generator, dtype=torch.float64)
-            gradients = parameter_gradients(
-                (weights.to(losses) * losses * scale).sum(),
-                self._plan.parameters,
-                graph,
-                self._model,
-                keep_graph=keep_graph,
-            )
+            weights, gradients = self._to_check_against(losses, graph, scale, generator, keep_graph=keep_graph)
             verify_weighted_sums(found, gradients, weights, self._layers(), computed_in=self.computed_in)
             for use in reached:
                 checks.passed(self._key(use), conclusive=use.has_gradient())
         return found
+
+    def stream(
+        self,
+        losses: Tensor,
+        take: Callable[[str, list[Factors]], None],
+        *,
+        scale: float,
+        checks: SelfChecks | None,
+        generator: torch.Generator,
+    ) -> None:
+        """As :meth:`differentiate`, but hands over each parameter's factors when all of them are there, and drops them.
+
+        Args:
+            losses: as there; the graph is freed.
+            take: called with each parameter's name and factors, inside of the backward pass.
+            scale: as there.
+            checks: as there.
+            generator: as there.
+        """
+        graph, _, total = self._looked_at(losses, scale)
+        if graph.reentrant:
+            found = self.differentiate(losses, scale=scale, keep_graph=False, checks=checks, generator=generator)
+            for name in list(found):
+                take(name, found.pop(name))
+            return
+        self._phase = _Phase.RECOMPUTE
+        due = checks is not None and checks.due(map(self._key, self._uses))
+        weights: Tensor | None = None
+        gradients: dict[str, Tensor] = {}
+        if due and bool(losses.isfinite().all()):
+            weights, gradients = self._to_check_against(losses, graph, scale, generator, keep_graph=True)
+        waiting = {name: len(uses) for name, uses in self._of.items()}
+        found, seen = {}, {}
+        vouched: list[tuple[tuple[object, ...], bool]] = []
+
+        def hand_over(name: str) -> None:
+            uses = found.pop(name)
+            seen[name] = True
+            finite = torch.stack([use.finite().all() for use in uses])
+            if weights is not None and bool(finite.all()):
+                one = {name: gradients.pop(name)} if name in gradients else {}
+                verify_weighted_sums({name: uses}, one, weights, self._layers(), computed_in=self.computed_in)
+            take(name, uses)
+
+        def arrived(use: Use, *, last: bool = False) -> None:
+            if use.owner.rule is None and not last:
+                return  # it is run again when no backward pass is under way
+            phase, self._phase = self._phase, _Phase.REST
+            try:
+                given = factors_of(use, self._plan.parameters, len(losses), self._grid.sample_ids)
+            finally:
+                self._phase = phase
+            vouched.append((self._key(use), use.has_gradient()))
+            use.release()
+            for name, factors in given:
+                found.setdefault(name, []).append(factors)
+            for name in use.owner.parameters.values():
+                waiting[name] -= 1
+                if waiting[name] == 0:
+                    hand_over(name)
+
+        as_they_come(total, graph, self._uses, arrived)
+        for use in self._uses:
+            if use.reached and not use.released:
+                arrived(use, last=True)
+        for name in list(found):  # of which some use was not reached
+            hand_over(name)
+        if not seen:
+            self._refuse_nothing()
+        if weights is not None:
+            refuse_uses_outside([name for name in gradients if name not in seen])
+            assert checks is not None
+            for key, conclusive in vouched:
+                checks.passed(key, conclusive=conclusive)
+
+    def _looked_at(self, losses: Tensor, scale: float) -> tuple[Graph, Tensor, Tensor]:
+        """The graph, in which no captured parameter is used outside; which losses are finite; and their sum."""
+        self._check_sample_ids(len(losses))
+        graph = Graph(losses)
+        outside = [name for name, p in self._plan.parameters.items() if graph.used_outside(p, self._of[name])]
+        refuse_uses_outside(outside)
+        finite = losses.isfinite()
+        return graph, finite, torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
+
+    def _to_check_against(
+        self, losses: Tensor, graph: Graph, scale: float, generator: torch.Generator, *, keep_graph: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Random weights of the losses, and autograd's gradients of their weighted sum."""
+        # Far apart: rows that are mixed up show by what their weights differ in.
+        weights = 2 * torch.rand(len(losses), generator=generator, dtype=torch.float64)
+        total = (weights.to(losses) * losses * scale).sum()
+        return weights, parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
 
     # ------------------------------------------------------------------ while the closure runs
 
@@ -292,12 +372,15 @@ class Capture:
         finally:
             self._phase = phase
         if not found:
-            raise RuntimeError(
-                "Expected the losses to depend on a captured parameter, but none was reached. Compute the losses "
-                "with the model that was given to SelectiveOptimizer, with its layers called as modules (an exported "
-                "graph, or one compiled ahead of time, calls none)."
-            )
+            self._refuse_nothing()
         return found
+
+    def _refuse_nothing(self) -> NoReturn:
+        raise RuntimeError(
+            "Expected the losses to depend on a captured parameter, but none was reached. Compute the losses with the "
+            "model that was given to SelectiveOptimizer, with its layers called as modules (an exported graph, or one "
+            "compiled ahead of time, calls none)."
+        )
 
     def _layers(self) -> dict[str, list[str]]:
         """The layers each parameter was captured in."""

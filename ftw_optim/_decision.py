@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ftw_optim._candidates import Candidates, full_precision
+from ftw_optim._candidates import Candidates, Pass, Plain, full_precision
 from ftw_optim._combine import all_finite, combined_gradients, usable_updates
 from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._filters import FilterStage
-from ftw_optim._gram import products
+from ftw_optim._gram import GramSums
 from ftw_optim._gram_ways import Buffer
 from ftw_optim._matching import Selection
 from ftw_optim._members import Members
 from ftw_optim._preconditioners.lookup import Preconditioners
-from ftw_optim._products import METRICS
+from ftw_optim._products import METRICS, Products
 from ftw_optim._selection import metrics_of, select
 from ftw_optim._weights import WeightStage
 
@@ -62,8 +63,8 @@ class Decision:
         candidates: Candidates,
         target: Mapping[str, Tensor] | None,
         closure: Callable[..., Any],
-    ) -> tuple[Selection, Mapping[str, Tensor], Found]:
-        """The selection, the gradients it makes, and the factors without those of the rejected candidates.
+    ) -> tuple[Selection, Mapping[str, Tensor]]:
+        """The selection, and the gradients it makes.
 
         Args:
             update: the way of this step.
@@ -76,36 +77,96 @@ class Decision:
         values = losses.detach().cpu()
         if not bool(accepted.all()):
             found = {name: [use.without(~accepted) for use in uses] for name, uses in found.items()}
-        if self.scale > 1.0 and (target is None or bool((finite & ~accepted).any())):
-            # An overflow: what a bare run would leave, so that a GradScaler backs off.
-            infinite = {name: torch.full_like(self.members.parameters[name], torch.inf) for name in found}
-            return Selection.nothing(values, accepted), infinite, found
+        if self._overflows(finite, accepted, target):
+            return Selection.nothing(values, accepted), self._infinite(found)
         assert target is not None
         with full_precision(losses):
             selection = self._match(found, target, values, accepted)
-        return *self._combine(update, selection, found, losses, closure, candidates.computed_in), found
+        return self._combine(update, selection, found, losses, closure, candidates.computed_in)
+
+    def streamed(
+        self,
+        candidates: Pass,
+        target: Mapping[str, Tensor] | None,
+        closure: Callable[..., Any],
+        is_plain: Callable[[Any], bool],
+    ) -> tuple[Selection, Mapping[str, Tensor], Candidates] | Plain:
+        """As :meth:`made`, of a pass whose factors are dropped layer by layer as soon as the Gram matrix has them.
+
+        Where a candidate turns out not to be finite when others have been compared beside it, the pass runs again over
+        the others.
+        """
+        rows: Tensor | None = None
+        values = accepted = torch.empty(0)
+        while True:
+            sums = _Stream(self, target or {})
+            with ExitStack() as captured:
+                given = closure if rows is None else partial(closure, rows=rows)
+                found = candidates.over(given, is_plain, captured, sums.begin)
+            if isinstance(found, Plain):
+                return found
+            if rows is None:
+                values = found.losses.cpu()
+                accepted = torch.ones(len(values), dtype=torch.bool)
+                rows = torch.arange(len(values))
+            finite, still = sums.finite()
+            accepted = accepted.index_put((rows,), still)
+            if self._overflows(finite, still, target):
+                return Selection.nothing(values, accepted), self._infinite(found.footprints), found
+            problem = sums.products()
+            if problem is None or not bool(accepted.any()):
+                return Selection.nothing(values, accepted), {}, found
+            measurable = _measurable(problem)
+            if bool((still == finite).all()) and bool(measurable.all()):
+                break
+            accepted = accepted.index_put((rows,), still & (measurable | ~finite))
+            rows = accepted.nonzero()[:, 0]
+            if not len(rows):
+                return Selection.nothing(values, accepted), {}, found
+        whole = {metric: one.among(len(values), rows) for metric, one in problem.items()}
+        selection = self._select(whole, values, accepted, learning_rate_is_zero=sums.learning_rate_is_zero)
+        return *self._combine("rerun", selection, {}, found.losses, closure, found.computed_in), found
+
+    def sums(self, accepted: Tensor, target: Mapping[str, Tensor], device: torch.device) -> tuple[GramSums, bool]:
+        """Of this step's Gram matrix, nothing added yet; and whether every learning rate is zero."""
+        preconditioners = Preconditioners(self.optimizer, unknown_as_identity=self.metric == "euclidean")
+        metrics = {self.metric, "preconditioned", *metrics_of(self.filter), *metrics_of(self.weight)}
+        parameters, groups = self.members.scored, self.members.groups
+        dtype = torch.float32
+        for parameter in parameters.values():
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        sums = GramSums(
+            accepted,
+            target,
+            lambda name, reference: preconditioners(parameters[name], groups[name], reference),
+            shapes={name: parameter.shape for name, parameter in parameters.items()},
+            metrics=[metric for metric in METRICS if metric in metrics],
+            dtype=dtype,
+            device=device,
+            scale=self.scale,
+            memory_limit=self.memory_limit,
+            buffer=self.buffer,
+        )
+        return sums, preconditioners.learning_rate_is_zero
+
+    def _overflows(self, finite: Tensor, accepted: Tensor, target: Mapping[str, Tensor] | None) -> bool:
+        """Whether a scaled gradient did; a bare run would leave what makes a GradScaler back off."""
+        return self.scale > 1.0 and (target is None or bool((finite & ~accepted).any()))
+
+    def _infinite(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        return {name: torch.full_like(self.members.parameters[name], torch.inf) for name in names}
 
     def _match(self, found: Found, target: Mapping[str, Tensor], losses: Tensor, accepted: Tensor) -> Selection:
         """Gram matrix, filter and weights."""
         scored = {name: uses for name, uses in found.items() if name in self.members.scored}
         if not scored or not bool(accepted.any()):
             return Selection.nothing(losses, accepted)
-        preconditioners = Preconditioners(self.optimizer, unknown_as_identity=self.metric == "euclidean")
-        metrics = {self.metric, "preconditioned", *metrics_of(self.filter), *metrics_of(self.weight)}
-        parameters, groups = self.members.scored, self.members.groups
         while True:
-            problem = products(
-                scored,
-                target,
-                lambda name, reference: preconditioners(parameters[name], groups[name], reference),
-                accepted,
-                shapes={name: parameter.shape for name, parameter in parameters.items()},
-                metrics=[metric for metric in METRICS if metric in metrics],
-                scale=self.scale,
-                memory_limit=self.memory_limit,
-                buffer=self.buffer,
-            )
-            measurable = torch.stack([one.gram.diagonal().isfinite() for one in problem.values()]).all(dim=0)
+            sums, learning_rate_is_zero = self.sums(accepted, target, next(iter(scored.values()))[0].left.device)
+            for name, uses in scored.items():
+                sums.add(name, uses)
+            problem = sums.on_host()
+            measurable = _measurable(problem)
             if bool(measurable.all()):
                 break
             # Finite, but its square is not: as good as infinite.
@@ -113,6 +174,11 @@ class Decision:
             if not bool(accepted.any()):
                 return Selection.nothing(losses, accepted)
             scored = {name: [use.without(~accepted) for use in uses] for name, uses in scored.items()}
+        return self._select(problem, losses, accepted, learning_rate_is_zero=learning_rate_is_zero)
+
+    def _select(
+        self, problem: Mapping[str, Products], losses: Tensor, accepted: Tensor, *, learning_rate_is_zero: bool
+    ) -> Selection:
         return select(
             problem,
             losses,
@@ -121,7 +187,7 @@ class Decision:
             filter_stage=self.filter,
             weight_stage=self.weight,
             generator=self.generator("stages"),
-            learning_rate_is_zero=preconditioners.learning_rate_is_zero,
+            learning_rate_is_zero=learning_rate_is_zero,
         )
 
     def _combine(
@@ -152,3 +218,46 @@ class Decision:
             if self.scale > 1.0 or all_finite(gradients.values()):
                 return selection.applied_by(way), gradients
         return selection.applied_by(None), {}
+
+
+@final
+class _Stream:
+    """Takes factors as they come, and keeps of them what the Gram matrix gets."""
+
+    def __init__(self, decision: Decision, target: Mapping[str, Tensor]) -> None:
+        self._decision, self._target = decision, target
+        self._masks: list[Tensor] = []
+        self._sums: GramSums | None = None
+        self._added = False
+        self.learning_rate_is_zero = False
+
+    def begin(self, losses: Tensor) -> Callable[[str, list[Factors]], None]:
+        """What takes the factors of these losses."""
+        self._losses = losses.detach().isfinite()
+        self._given = self._losses.cpu()
+        if bool(self._given.any()):
+            self._sums, self.learning_rate_is_zero = self._decision.sums(self._given, self._target, losses.device)
+        return self._take
+
+    def _take(self, name: str, uses: list[Factors]) -> None:
+        self._masks += [use.finite().to(self._losses.device) for use in uses]
+        if name not in self._decision.members.scored or self._sums is None:
+            return
+        if not bool(self._given.all()):
+            uses = [use.without(~self._given) for use in uses]
+        self._sums.add(name, uses)
+        self._added = True
+
+    def finite(self) -> tuple[Tensor, Tensor]:
+        """Which candidates have a finite loss, and which of those finite factors too."""
+        both = torch.stack([self._losses, torch.stack([self._losses, *self._masks]).all(dim=0)]).cpu()
+        return both[0], both[1]
+
+    def products(self) -> dict[str, Products] | None:
+        """On the CPU; None where there is nothing to match."""
+        return self._sums.on_host() if self._sums is not None and self._added else None
+
+
+def _measurable(problem: Mapping[str, Products]) -> Tensor:
+    """Of which candidates the squares are finite in every metric."""
+    return torch.stack([one.gram.diagonal().isfinite() for one in problem.values()]).all(dim=0)

@@ -195,6 +195,31 @@ class Factors:
         return ~bad[:-1]
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What a captured parameter's factors came to.
+
+    Attributes:
+        uses: how often the parameter was used.
+        multiplications: for one candidate's gradient to be multiplied out.
+        bytes: of memory.
+    """
+
+    uses: int
+    multiplications: int
+    bytes: int
+
+    @classmethod
+    def of(cls, uses: Sequence[Factors]) -> Footprint:
+        """Of all uses of one parameter."""
+        return cls(
+            uses=len(uses),
+            multiplications=sum(use.multiplications() for use in uses),
+            bytes=sum(use.bytes() for use in uses),
+        )
+
+
 def joined(parts: Sequence[Sequence[Factors]], counts: Sequence[int]) -> list[Factors]:
     """The uses of one parameter in several micro-batches, as those of all their candidates one after another.
 

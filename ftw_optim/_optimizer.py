@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ftw_optim._candidates import Candidates, Pass, Plain
+from ftw_optim._candidates import Pass, Plain
 from ftw_optim._checks import SelfChecks
 from ftw_optim._closures import gradient_marks, is_scalar, takes_rows
 from ftw_optim._combine import UPDATES
 from ftw_optim._decision import Decision
-from ftw_optim._factors import Factors
+from ftw_optim._factors import Footprint
 from ftw_optim._filters import FilterStage, GreedyFilter
 from ftw_optim._gram_ways import Buffer
 from ftw_optim._layers.coverage import Coverage, coverage
@@ -45,7 +45,7 @@ class _Outcome:
     gradients: Mapping[str, Tensor]
     members: Members
     target: Mapping[str, Tensor] | None
-    captured: Mapping[str, list[Factors]]
+    footprints: Mapping[str, Footprint]
 
 
 @final
@@ -292,31 +292,16 @@ class SelectiveOptimizer(OptimizerWrapper):
             seed=self._seed("target"),
         )
         marks = gradient_marks(members.parameters)
-        with ExitStack() as captured:
-            candidates = Pass(
-                model=self.model,
-                plan=what,
-                sample_ids=sample_ids,
-                scale=scale,
-                keep_graph=update == "graph",  # whose second backward may run checkpointed layers again
-                rerun=update == "rerun",
-                checks=self._checks if self.self_check else None,
-                generator=self._generator("check"),
-            ).over(closure, lambda value: plain_allowed and self._is_plain(value, members, marks), captured)
-            if isinstance(candidates, Plain):
-                return candidates.value
-            return self._decide(update, candidates, target, members, _released_first(closure, captured), scale)
-
-    def _decide(
-        self,
-        update: str,
-        candidates: Candidates,
-        target: Mapping[str, Tensor] | None,
-        members: Members,
-        closure: Callable[..., Any],
-        scale: float,
-    ) -> _Outcome:
-        """Who is kept with which weight, and the gradient that this makes."""
+        candidates = Pass(
+            model=self.model,
+            plan=what,
+            sample_ids=sample_ids,
+            scale=scale,
+            keep_graph=update == "graph",  # whose second backward may run checkpointed layers again
+            rerun=update == "rerun",
+            checks=self._checks if self.self_check else None,
+            generator=self._generator("check"),
+        )
         decision = Decision(
             optimizer=self.optimizer,
             model=self.model,
@@ -329,17 +314,31 @@ class SelectiveOptimizer(OptimizerWrapper):
             scale=scale,
             generator=self._generator,
         )
-        selection, gradients, found = decision.made(
-            update, candidates, target, _one_batch_alone if candidates.several else closure
-        )
+
+        def is_plain(value: Any) -> bool:
+            return plain_allowed and self._is_plain(value, members, marks)
+
+        if update == "rerun" and sample_ids is None:  # which would not fit the rows of a second pass
+            made = decision.streamed(candidates, target, closure, is_plain)
+            if isinstance(made, Plain):
+                return made.value
+            selection, gradients, found = made
+        else:
+            with ExitStack() as captured:
+                passed = candidates.over(closure, is_plain, captured)
+                if isinstance(passed, Plain):
+                    return passed.value
+                again = _one_batch_alone if passed.several else _released_first(closure, captured)
+                selection, gradients = decision.made(update, passed, target, again)
+                found = passed
         return _Outcome(
-            loss=selection.weighted_loss().to(candidates.losses.device),
+            loss=selection.weighted_loss().to(found.losses.device),
             selection=selection,
             gradients=gradients,
             members=members,
             # The average of target gradients survives one that overflowed.
             target=(self._kept_target if target is None else target) if self.target.remembers else None,
-            captured=found,
+            footprints=found.footprints,
         )
 
     def _update(self, members: Members, layers: list[Owner]) -> str:
@@ -372,14 +371,12 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._selection = outcome.selection
         self._kept_target = outcome.target
         scored = frozenset(outcome.members.scored)
+        taken = outcome.footprints
         self._last_capture = (
             scored,
-            {name: len(uses) for name, uses in outcome.captured.items()},
-            {
-                name: sum(use.multiplications() for use in uses) if name in scored else 0
-                for name, uses in outcome.captured.items()
-            },
-            {name: sum(use.bytes() for use in uses) for name, uses in outcome.captured.items()},
+            {name: one.uses for name, one in taken.items()},
+            {name: one.multiplications if name in scored else 0 for name, one in taken.items()},
+            {name: one.bytes for name, one in taken.items()},
         )
         self._backwards += 1
 

@@ -7,8 +7,9 @@ checkpointing refuses it, and runs its layers a second time inside the backward 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -61,6 +62,17 @@ class Graph:
                     self._readers[id(leaf)] = [node]
                     self.leaves.append(leaf)
 
+    def above(self, nodes: set[Node]) -> set[Node]:
+        """All nodes that lead to any of these."""
+        found: set[Node] = set()
+        waiting = list(nodes)
+        while waiting:
+            for node in self._above.get(waiting.pop(), []):
+                if node not in found:
+                    found.add(node)
+                    waiting.append(node)
+        return found
+
     def used_outside(self, parameter: Tensor, uses: Sequence[Use]) -> bool:
         """Whether the losses depend on the parameter in any way but through what these calls returned."""
         waiting = []
@@ -101,12 +113,44 @@ def by_edges(total: Tensor, uses: Sequence[Use], *, keep_graph: bool) -> None:
         one.gradient = None if gradient is None else gradient.reshape(one.value.shape)
 
 
-def take_from_node(one: Returned) -> RemovableHandle:
-    """Let the graph's node note the gradient of a layer's output when a backward pass comes by."""
+def as_they_come(total: Tensor, graph: Graph, uses: Sequence[Use], arrived: Callable[[Use], None]) -> None:
+    """Fill in the output gradients of all ``uses``, and hand over each use as soon as it has all of them.
+
+    Nothing is kept by the pass itself but the gradients of outputs with no other layer below.
+    """
+    above = graph.above({one.edge.node for use in uses for one in use.returned})
+    last = [one for use in uses for one in use.returned if one.edge.node not in above]
+    done: set[int] = set()
+
+    def look(use: Use) -> None:
+        if id(use) not in done and all(one.gradient is not None for one in use.returned):
+            done.add(id(use))
+            arrived(use)
+
+    handles = [
+        take_from_node(one, then=partial(look, use)) for use in uses for one in use.returned if one.edge.node in above
+    ]
+    try:
+        wanted: list[Any] = [one.edge for one in last]
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True) if wanted else ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for one, gradient in zip(last, gradients, strict=True):
+        one.gradient = None if gradient is None else gradient.reshape(one.value.shape)
+    for use in uses:
+        if id(use) not in done and use.reached:
+            arrived(use)
+
+
+def take_from_node(one: Returned, then: Callable[[], None] | None = None) -> RemovableHandle:
+    """Let the graph's node note the gradient of a layer's output when a backward pass comes by, and ``then`` go on."""
 
     def note(gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[one.edge.output_nr]
         one.gradient = None if gradient is None else gradient.detach().reshape(one.value.shape)
+        if then is not None:
+            then()
 
     return one.edge.node.register_prehook(note)
 

@@ -43,6 +43,14 @@ class Products:
         """Add ``<left, right>`` to the target energy."""
         self.target_energy += inner(left.flatten()[None], right.flatten()[None])[0, 0].to(self.target_energy)
 
+    def among(self, n: int, rows: Tensor) -> Products:
+        """Those of ``n`` candidates of whom these are the ``rows``; zero for the others."""
+        whole = Products.zeros(n, dtype=self.gram.dtype, device=self.gram.device)
+        whole.gram[rows[:, None], rows] = self.gram
+        whole.cross_gram[rows] = self.cross_gram
+        whole.target_energy = self.target_energy
+        return whole
+
     def on_host(self) -> Products:
         """On the CPU, in one copy."""
         n = len(self.cross_gram)

@@ -58,10 +58,19 @@ class Use:
     shared: bool
     """Some of the returned tensors shared memory, which they no longer do."""
 
+    released: bool = False
+    """Its tensors are no longer kept."""
+
     @property
     def reached(self) -> bool:
         """Whether a gradient arrived."""
-        return any(one.gradient is not None for one in self.returned)
+        return self.released or any(one.gradient is not None for one in self.returned)
+
+    def release(self) -> None:
+        """Let go of inputs, outputs and gradients."""
+        self.released = True
+        self.call = replace(self.call, args=(), kwargs={})
+        self.returned = []
 
     def gradient_norm(self) -> Tensor:
         """The size of all that arrived."""

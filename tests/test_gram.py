@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ftw_optim import Diagonal, Factors, Kronecker, Preconditioner, RankOne, RotatedDiagonal, Scalar, _gram_ways
-from ftw_optim._gram import products
+from ftw_optim._gram import GramSums
 from ftw_optim._products import METRICS, inner
 from tests.test_factors import gradients, random_factors
 
@@ -95,16 +95,19 @@ def test_products_are_those_of_whole_gradients(
         seen.append(reference)
         return preconditioner
 
-    result = products(
-        {"weight": found},
+    sums = GramSums(
+        accepted,
         {"weight": target},
         precondition,
-        accepted,
         shapes={"weight": torch.Size((ROWS, COLUMNS))},
         metrics=METRICS,
+        dtype=torch.float64,
+        device=torch.device("cpu"),
         scale=scale,
         memory_limit=memory_limit,
     )
+    sums.add("weight", found)
+    result = sums.on_host()
     torch.testing.assert_close(seen, [whole[accepted].mean(0)])
     moved, moved_target = preconditioner.apply(whole), preconditioner.apply(target)
     for metric, left, left_target, right, right_target in (
@@ -121,17 +124,21 @@ def test_products_are_those_of_whole_gradients(
 def test_parameters_add_up_and_one_without_a_target_gradient_counts_in_the_gram_alone() -> None:
     uses, target = USES["dense"], uniform(ROWS, COLUMNS)
     shape = torch.Size((ROWS, COLUMNS))
-    one, both = (
-        products(
-            dict.fromkeys(names, uses),
+    results = []
+    for names in (["a"], ["a", "b"]):
+        sums = GramSums(
+            torch.ones(N, dtype=torch.bool),
             {"a": target},
             lambda name, reference: Scalar(1.0),
-            torch.ones(N, dtype=torch.bool),
             shapes={"a": shape, "b": shape},
             metrics=["euclidean"],
-        )["euclidean"]
-        for names in (["a"], ["a", "b"])
-    )
+            dtype=torch.float64,
+            device=torch.device("cpu"),
+        )
+        for name in names:
+            sums.add(name, uses)
+        results.append(sums.on_host()["euclidean"])
+    one, both = results
     torch.testing.assert_close(both.gram, 2 * one.gram)
     torch.testing.assert_close(both.cross_gram, one.cross_gram)
     torch.testing.assert_close(both.target_energy, one.target_energy)
