@@ -75,6 +75,10 @@ GOALS = [
     Point("t 1024", t=1024, n=4, k=1, m=1, layers=2),
     Point("LoRA rank 16, t 1024", t=1024, layers=2, lora=16),
 ]
+MEMORY = [
+    Point(f"memory, {update}", width=256, layers=8, t=512, n=16, update=update, scored=scored)
+    for update, scored in (("factors", 0), ("graph", 1), ("rerun", 0))
+]
 QUICK = [Point("quick", width=64, layers=2, t=64, n=8, k=2, m=2)]
 GRID = [
     replace(
@@ -261,23 +265,30 @@ def measure(point: Point, repeats: int, device: str) -> dict[str, Any]:
 
 
 def peak_bytes(point: Point, arm: str, device: str) -> int:
-    """Highest memory above what the process held when model and optimizer stood, over three steps."""
+    """Highest memory of three steps, above what the process held when model and optimizer stood."""
     step = plain_arm(point, device) if arm == "plain" else selective_arm(point, device)[0]
-    step(0)  # states and buffers
     gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        for number in range(1, 3):
-            step(number)
-        return torch.cuda.max_memory_allocated() - held + held
-    for number in range(1, 3):
+    held = held_bytes(device)
+    for number in range(3):
         step(number)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() - held
+    # Not getrusage, whose maximum a process inherits from the one that started it.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024 - held
+
+
+def held_bytes(device: str) -> int:
+    """What the process holds now."""
+    if device != "cpu":
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def peak_in_a_process(point: Point, arm: str, device: str) -> int:
-    """:func:`peak_bytes`, less what the same process takes without a step."""
+    """:func:`peak_bytes`, of a fresh process."""
     command = [sys.executable, __file__, "--peak", json.dumps(asdict(point)), "--arm", arm, "--device", device]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.strip().splitlines()[-1])
@@ -325,13 +336,13 @@ def main() -> None:
     if options.peak:
         print(peak_bytes(Point(**json.loads(options.peak)), options.arm, options.device))
         return
-    points = QUICK if options.quick else GRID if options.grid else GOALS
+    points = QUICK if options.quick else GRID if options.grid else [*GOALS, *MEMORY]
     points = [point for point in points if not options.only or options.only in point.name]
     results = []
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for point in points:
         found = measure(point, options.repeats, options.device)
-        if options.memory:
+        if options.memory or point in MEMORY:
             plain, ours = (peak_in_a_process(point, arm, options.device) for arm in ("plain", "selective"))
             found["memory"] = ours / plain
         results.append(found)

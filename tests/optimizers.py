@@ -99,6 +99,17 @@ LAMBS: dict[str, Build] = {
 }
 """A norm of the whole step enters the step."""
 
+A2GRADS: dict[str, Build] = {
+    "a2grad uni": lambda p: torch_optimizer.A2GradUni(p),
+    "a2grad inc": lambda p: torch_optimizer.A2GradInc(p),
+    "a2grad exp": lambda p: torch_optimizer.A2GradExp(p),
+}
+APOLLOS: dict[str, Build] = {
+    "apollo": lambda p: torch_optimizer.Apollo(p, lr=0.01, warmup=4),
+    "apollo at once": lambda p: torch_optimizer.Apollo(p, lr=0.01, warmup=0),
+}
+"""What the whole tensor puts into the step is not even in the gradient."""
+
 SHAMPOOS: dict[str, Build] = {
     "shampoo": lambda p: torch_optimizer.Shampoo(p, lr=0.01),
     "shampoo momentum": lambda p: torch_optimizer.Shampoo(p, lr=0.01, momentum=0.1, epsilon=0.1, update_freq=3),
@@ -153,6 +164,8 @@ RULED = {
     **ADAFACTORS,
     **NORMS,
     **LAMBS,
+    **A2GRADS,
+    **APOLLOS,
     **SHAMPOOS,
     **SOAPS,
     **MUONS,

@@ -23,7 +23,9 @@ from ftw_optim._preconditioners import look_ahead, matrices
 from ftw_optim._preconditioners.look_ahead import FLOOR
 from tests.models import mlp
 from tests.optimizers import (
+    A2GRADS,
     ADAFACTORS,
+    APOLLOS,
     ELEMENTWISE,
     INNER,
     LAMBS,
@@ -120,6 +122,34 @@ def test_lambs_step_is_its_map_with_the_trust_ratio_that_it_then_has(build: Buil
     rate = group["lr"] * debias * float(state["trust_ratio"])
     rest = beta1 * old / (state["exp_avg_sq"].sqrt() + group["eps"]) + group["weight_decay"] * start
     torch.testing.assert_close(parameter.detach() - start, -moved - rate * rest, rtol=1e-6, atol=1e-14)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 50])
+@pytest.mark.parametrize("build", A2GRADS.values(), ids=A2GRADS)
+def test_a2grads_step_is_its_map_and_a_way_to_its_other_sequence(build: Build, steps: int) -> None:
+    optimizer, parameter = warmed_up(build, steps)
+    reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE)
+    moved = preconditioner_of(optimizer, parameter, reference).apply(reference)
+    state = optimizer.state[parameter]
+    other = state.get("x_k", parameter.detach())
+    still = 2 / (steps + 3) * (other - parameter.detach())
+    torch.testing.assert_close(update_of(optimizer, reference), still - moved, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 5, 50])
+@pytest.mark.parametrize("build", APOLLOS.values(), ids=APOLLOS)
+def test_apollos_step_is_its_map_and_old_momentum(build: Build, steps: int) -> None:
+    optimizer, parameter = warmed_up(build, steps)
+    reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE)
+    group = optimizer.param_groups[0]
+    share = (1 - group["beta"]) / (1 - group["beta"] ** (steps + 1))
+    old = optimizer.state[parameter].get("exp_avg_grad", torch.zeros(SHAPE, dtype=torch.float64))
+    momentum = old + share * (reference - old)
+    values = preconditioner_of(optimizer, parameter, reference)
+    assert isinstance(values, Diagonal)
+    torch.testing.assert_close(
+        update_of(optimizer, reference), -values.values / share * momentum, rtol=1e-6, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 6, 50])

@@ -53,7 +53,7 @@ def test_rules_say_what_two_steps_on_a_copy_tell(name: str, steps: int) -> None:
 pytestmark = warns_of_overloads
 
 COUPLED: dict[str, Callable[[list[Any]], Optimizer]] = {
-    "A2GradUni": lambda p: torch_optimizer.A2GradUni(p),
+    "A2Grad": lambda p: pytorch_optimizer.A2Grad(p),
     "Lamb": lambda p: pytorch_optimizer.Lamb(p, lr=0.01),
     "Shampoo": lambda p: pytorch_optimizer.Shampoo(p, lr=0.01),
 }

@@ -1,4 +1,4 @@
-"""Optimizers that divide by the norm of a whole tensor, frozen at the expected gradient: NovoGrad, Lamb, LARS."""
+"""Optimizers whose step has a number from the whole tensor in it, frozen at the expected gradient."""
 
 from __future__ import annotations
 
@@ -60,6 +60,55 @@ def lars(param: Tensor, group: State, state: State, reference: Tensor | None) ->
         return Scalar(plain)
     ratio = size / (length + size * group["weight_decay"] + group["eps"])
     return Scalar(plain * ratio * group["trust_coefficient"])
+
+
+@register_preconditioner("torch_optimizer.a2grad.A2GradInc")
+def fading_a2grad(param: Tensor, group: State, state: State, reference: Tensor | None) -> Scalar:
+    """That of :func:`a2grad`, whose sum of squared distances fades."""
+    return a2grad(param, {**group, "fades": True}, state, reference)
+
+
+@register_preconditioner("torch_optimizer.a2grad.A2GradUni")
+@register_preconditioner("torch_optimizer.a2grad.A2GradExp")
+def a2grad(param: Tensor, group: State, state: State, reference: Tensor | None) -> Scalar:
+    """``(a' + (1 - a') a) / (gamma + beta h)``, ``h`` from the squared distance of the expected gradient to the mean.
+
+    ``a`` and ``a'`` weigh the step of the averaged sequence in this step and in the next one. The three classes differ
+    in how ``h`` remembers: by a sum, by a sum with fading, or by the largest of a moving average (``rho``).
+    """
+    step = number(state.get("step", 0))
+    gradient = _expected(param, group, reference)
+    mean = state["avg_grad"].to(gradient.dtype) if "avg_grad" in state else gradient
+    distance = number((gradient - (mean * step + gradient) / (step + 1)).square().sum())
+    if "rho" in group:
+        moving = distance if step == 0 else group["rho"] * state["v_kk"] + (1 - group["rho"]) * distance
+        total = (step + 1) * max(moving, state.get("v_k", 0.0))
+    else:
+        fading = (step / (step + 1)) ** 2 if group.get("fades") else 1.0
+        total = fading * state.get("v_k", 0.0) + distance
+    following = 2 / (step + 3)
+    share = following + (1 - following) * state.get("alpha_k", 1.0)
+    return Scalar(share / (2 * group["lips"] / (step + 1) + group["beta"] * math.sqrt(total)))
+
+
+@register_preconditioner("torch_optimizer.apollo.Apollo")
+def apollo(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
+    """``lr (1 - b) / (1 - b^t) / max(|B|, 1)``, ``B`` with the correction along its last update that it will get."""
+    step = number(state.get("step", 0))
+    dtype = moment_dtype(param)
+    zero = torch.zeros_like(param, dtype=dtype)
+    gradient = zero if reference is None else expected_gradient(param, group, reference.to(dtype))
+    momentum, curvature, last = (
+        state[name].to(dtype) if name in state else zero for name in ("exp_avg_grad", "approx_hessian", "update")
+    )
+    share = (1 - group["beta"]) / (1 - group["beta"] ** (step + 1))
+    size = last.norm(p=4) + group["eps"]
+    square = (last / size).square()
+    change = -share * ((gradient - momentum) / size * (last / size)).sum() - (curvature * square).sum()
+    rate = number(group["lr"])
+    if step < group["warmup"]:
+        rate = (group["base_lr"] - group["init_lr"]) * step / group["warmup"] + group["init_lr"]
+    return Diagonal(rate * share / (curvature + square * change).abs().clamp(min=1.0))
 
 
 def _expected(param: Tensor, group: State, reference: Tensor | None) -> Tensor:
