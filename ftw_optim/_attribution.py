@@ -14,7 +14,7 @@ from ftw_optim._checks import WAYS_OUT, tolerance
 from ftw_optim._factors import Factors, PositionMap
 from ftw_optim._layers.fallback import NotRepeatable, Output, per_candidate
 from ftw_optim._layers.registry import LayerRule
-from ftw_optim._uses import Use, version_of, versions_of
+from ftw_optim._uses import Use, versions_of
 
 
 def factors_of(
@@ -37,7 +37,7 @@ def factors_of(
             f"Layer {owner.name!r} changed an input in place, so it cannot be run again on what it got. Use the "
             f"out-of-place form of that operation (x = x + y, not x += y). {WAYS_OUT}"
         )
-    if use.shared and any(version_of(one.value) != one.version for one in use.returned):
+    if use.shared and any(one.changed for one in use.returned):
         raise RuntimeError(
             f"Layer {owner.name!r} returned tensors that share memory, and one of them was changed in place, which no "
             f"longer changes the others. Use the out-of-place form of that operation. {WAYS_OUT}"
@@ -95,15 +95,9 @@ def _run_again(
     use: Use, parameters: Mapping[str, nn.Parameter], count: int, sample_ids: Tensor | None
 ) -> Mapping[str, Tensor]:
     outputs = [
-        Output(
-            index=one.index,
-            value=one.value,
-            changed=version_of(one.value) != one.version,
-            grad=one.gradient,
-            axis=one.axis,
-        )
+        Output(index=one.index, value=one.value, changed=one.changed, grad=one.gradient, axis=one.axis)
         for one in use.returned
-        if one.gradient is not None
+        if one.gradient is not None and one.value is not None
     ]
     own = {local: parameters[name] for local, name in use.owner.parameters.items()}
     dtypes = [use.computed_in, *(parameter.dtype for parameter in own.values())]

@@ -110,7 +110,7 @@ def by_edges(total: Tensor, uses: Sequence[Use], *, keep_graph: bool) -> None:
         return
     gradients = torch.autograd.grad(total, wanted, allow_unused=True, retain_graph=keep_graph)
     for one, gradient in zip(returned, gradients, strict=True):
-        one.gradient = None if gradient is None else gradient.reshape(one.value.shape)
+        one.gradient = None if gradient is None else gradient.reshape(one.shape)
 
 
 def as_they_come(total: Tensor, graph: Graph, uses: Sequence[Use], arrived: Callable[[Use], None]) -> None:
@@ -137,7 +137,7 @@ def as_they_come(total: Tensor, graph: Graph, uses: Sequence[Use], arrived: Call
         for handle in handles:
             handle.remove()
     for one, gradient in zip(last, gradients, strict=True):
-        one.gradient = None if gradient is None else gradient.reshape(one.value.shape)
+        one.gradient = None if gradient is None else gradient.reshape(one.shape)
     for use in uses:
         if id(use) not in done and use.reached:
             arrived(use)
@@ -148,7 +148,7 @@ def take_from_node(one: Returned, then: Callable[[], None] | None = None) -> Rem
 
     def note(gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[one.edge.output_nr]
-        one.gradient = None if gradient is None else gradient.detach().reshape(one.value.shape)
+        one.gradient = None if gradient is None else gradient.detach().reshape(one.shape)
         if then is not None:
             then()
 

@@ -25,11 +25,18 @@ class Returned:
     """One tensor that a layer returned: where its gradient is found, and the gradient once it is."""
 
     index: int
-    value: Tensor
+    shape: torch.Size
+    value: Tensor | None
+    """Kept where it will be compared: a layer's output is memory that a bare run does not hold."""
     version: int | None
     edge: GradientEdge
     axis: Axis | None = None
     gradient: Tensor | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether a value that was kept has been changed in place."""
+        return self.value is not None and version_of(self.value) != self.version
 
 
 @final
@@ -102,6 +109,7 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
     layout, axes = _layout(owner, call, output, grid)
     several = None if structure is None else len(tensors)
     returned: list[Returned] = []
+    dtype: torch.dtype | None = None
     replaced: dict[int, Tensor] = {}
     for index in own:
         value, axis, expand = tensors[index], None if axes is None else axes[index], layout.expand
@@ -116,7 +124,17 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
             value = value.clone()  # the layer may have gone on with it, and only what happens outside counts
         edge, value = _edge(value)
         replaced[id(tensors[index])] = value
-        returned.append(Returned(index=index, value=value.detach(), version=version_of(value), edge=edge, axis=axis))
+        returned.append(
+            Returned(
+                index=index,
+                shape=value.shape,
+                value=value.detach() if owner.rule is None or several is not None else None,
+                version=version_of(value),
+                edge=edge,
+                axis=axis,
+            )
+        )
+        dtype = value.dtype if dtype is None else dtype
     storages = [tensors[one.index].untyped_storage().data_ptr() for one in returned] if several is not None else []
     use = Use(
         owner=owner,
@@ -125,8 +143,8 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
         versions=(),
         returned=returned,
         several=several,
-        computed_in=call.autocast or returned[0].value.dtype,
-        expands=any(one.value.shape != tensors[one.index].shape for one in returned),
+        computed_in=call.autocast or dtype or torch.float32,
+        expands=any(one.shape != tensors[one.index].shape for one in returned),
         chooses=any(not value.is_floating_point() for value in tensors),
         shared=len(set(storages)) < len(storages),
     )
