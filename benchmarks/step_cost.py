@@ -13,10 +13,10 @@ with that of gradients formed one candidate at a time in float64. Peak memory is
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,13 +25,23 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from memory import LivePeak, resident_bytes
 from torch import Tensor, nn
 
-from ftw_optim import GreedyFilter, KeepAll, SelectiveOptimizer, TargetGradient, last_blocks, token_losses
+from ftw_optim import (
+    GreedyFilter,
+    KeepAll,
+    SelectiveOptimizer,
+    TargetGradient,
+    last_blocks,
+    preconditioner_of,
+    token_losses,
+)
 
 VOCABULARY = 512
 
@@ -79,6 +89,7 @@ MEMORY = [
     Point(f"memory, {update}", width=256, layers=8, t=512, n=16, update=update, scored=scored)
     for update, scored in (("factors", 0), ("graph", 1), ("rerun", 0))
 ]
+GRAMS = [GOALS[0], GOALS[5], Point("Gram matrix at t 64", t=64, layers=2)]
 QUICK = [Point("quick", width=64, layers=2, t=64, n=8, k=2, m=2)]
 GRID = [
     replace(
@@ -261,45 +272,137 @@ def measure(point: Point, repeats: int, device: str) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------- memory, each arm in a process of its own
+# ---------------------------------------------------------------------- memory
 
 
-def peak_bytes(point: Point, arm: str, device: str) -> int:
-    """Highest memory of three steps, above what the process held when model and optimizer stood."""
+def peak_bytes(point: Point, arm: str, device: str) -> tuple[int, int]:
+    """Highest memory of a step above that of model, state and buffers: of live tensors, and of the process."""
     step = plain_arm(point, device) if arm == "plain" else selective_arm(point, device)[0]
     gc.collect()
+    held = torch.cuda.memory_allocated() if device != "cpu" else resident_bytes("VmRSS")
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    held = held_bytes(device)
     for number in range(3):
         step(number)
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() - held
-    # Not getrusage, whose maximum a process inherits from the one that started it.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024 - held
+    resident = (torch.cuda.max_memory_allocated() if device != "cpu" else resident_bytes("VmHWM")) - held
+    with LivePeak() as live:
+        step(3)
+    return live.peak, resident
 
 
-def held_bytes(device: str) -> int:
-    """What the process holds now."""
-    if device != "cpu":
-        return torch.cuda.memory_allocated()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak_in_a_process(point: Point, arm: str, device: str) -> int:
+def peaks_in_a_process(point: Point, arm: str, device: str) -> list[int]:
     """:func:`peak_bytes`, of a fresh process."""
     command = [sys.executable, __file__, "--peak", json.dumps(asdict(point)), "--arm", arm, "--device", device]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.strip().splitlines()[-1])
+    found: list[int] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
-# ---------------------------------------------------------------------- the Gram matrix, and how else to come by it
+# ---------------------------------------------------------------------- how else to come by the same Gram matrix
 
 
-def gram_of_gradients(rows: Tensor, factor: Tensor) -> Tensor:
-    """``<g_i, P g_j>`` of whole gradients ``(n, d)``."""
-    return (rows * factor) @ rows.T
+def gram_by(way: str, model: nn.Module, candidates: dict[str, Tensor], factors: dict[str, Tensor]) -> Tensor:
+    """``<g_i, P g_j>`` in the computing precision, of gradients that are formed in one of the usual ways."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    n = len(candidates["labels"])
+    if way == "loop":
+        rows = []
+        for index in range(n):
+            one = {key: value[index : index + 1] for key, value in candidates.items()}
+            gradients = torch.autograd.grad(token_losses(model, one)[0], list(named.values()))
+            rows.append([gradient.flatten() for gradient in gradients])
+        stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+    elif way == "vmap":
+        values = {name: parameter.detach() for name, parameter in named.items()}
+
+        def loss(values: dict[str, Tensor], ids: Tensor) -> Tensor:
+            wrapped = _Called(model, values)
+            return token_losses(wrapped, {"input_ids": ids[None], "labels": ids[None]})[0]
+
+        gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(values, candidates["input_ids"])
+        stacked = [gradients[name].flatten(1) for name in named]
+    else:
+        from opacus import GradSampleModule
+
+        wrapped = GradSampleModule(model, loss_reduction="sum")
+        token_losses(wrapped, candidates).sum().backward()
+        stacked = [parameter.grad_sample.flatten(1) for parameter in named.values()]
+        wrapped.zero_grad()
+        wrapped.remove_hooks()
+    gram = torch.zeros(n, n, dtype=stacked[0].dtype, device=stacked[0].device)
+    for name, rows_of in zip(named, stacked, strict=True):
+        gram += (rows_of * factors[name].flatten()) @ rows_of.T
+    return gram
+
+
+class _Called(nn.Module):
+    """A model with other values in place of its parameters."""
+
+    def __init__(self, model: nn.Module, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._of = [model]
+        self._values = values
+
+    def forward(self, **inputs: Any) -> Any:
+        return torch.func.functional_call(self._of[0], self._values, kwargs=inputs)
+
+
+def compare_grams(point: Point, repeats: int, device: str) -> list[str]:
+    """Milliseconds and largest relative error of each way to the Gram matrix, against the loop in float64."""
+    step, optimizer = selective_arm(replace(point, m=1, k=point.n, update="factors"), device)
+    for number in range(2):
+        step(number)
+    model, candidates = optimizer.model, batch(point.n, point.t, 7, device)
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = copy.deepcopy(optimizer.state_dict())
+
+    def ours() -> Tensor:
+        optimizer.backward(lambda: token_losses(model, candidates))
+        optimizer.zero_grad()
+        assert optimizer.selection is not None
+        return optimizer.selection.gram
+
+    optimizer.target = TargetGradient(lambda: token_losses(model, batch(1, 8, 3, device)))
+    ours()
+    means = dict(
+        zip(
+            named,
+            torch.autograd.grad(token_losses(model, candidates).mean(), list(named.values())),
+            strict=True,
+        )
+    )
+    factors = {
+        name: preconditioner_of(optimizer, parameter, means[name]).apply(torch.ones_like(parameter))
+        for name, parameter in named.items()
+    }
+    wide = copy.deepcopy(model).double()
+    exact = gram_by("loop", wide, candidates, {name: factor.double() for name, factor in factors.items()})
+    lines = []
+    ways: dict[str, Callable[[], Tensor]] = {
+        "ours, target and solve included": ours,
+        **{way: partial(gram_by, way, model, candidates, factors) for way in ("loop", "vmap", "opacus")},
+    }
+    for way, run in ways.items():
+        try:
+            gram = run()
+            taken = []
+            for _ in range(repeats):
+                wait(device)
+                start = time.perf_counter()
+                gram = run()
+                wait(device)
+                taken.append(1e3 * (time.perf_counter() - start))
+            with LivePeak() as live:
+                run()
+        except Exception as error:
+            lines.append(f"  {way:<34} did not run: {type(error).__name__}: {str(error).splitlines()[0][:80]}")
+            continue
+        off = float((gram.double().cpu() - exact.cpu()).abs().max() / exact.abs().max())
+        lines.append(
+            f"  {way:<34}{statistics.median(taken):>9.0f} ms   error {off:.0e}   {live.peak / 2**20:>7.0f} MiB"
+        )
+    optimizer.load_state_dict(state)
+    return lines
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -308,9 +411,10 @@ def table(results: list[dict[str, Any]]) -> str:
     for found in results:
         low, high = found["quartiles"]
         memory = found.get("memory")
+        beside = "" if memory is None else f"{memory['live']:.2f} ({memory['resident']:.2f} resident)"
         lines.append(
             f"{found['point']['name']:<34}{found['plain_ms']:>9.0f}{found['ratio']:>8.2f}{f'{low:.2f}-{high:.2f}':>15}"
-            f"{found['floor']:>7.2f}{found['over_floor']:>9.2f}  {'' if memory is None else f'{memory:.2f}'}"
+            f"{found['floor']:>7.2f}{found['over_floor']:>9.2f}  {beside}"
         )
     lines.append("")
     for found in results:
@@ -334,19 +438,22 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.peak:
-        print(peak_bytes(Point(**json.loads(options.peak)), options.arm, options.device))
+        print(json.dumps(peak_bytes(Point(**json.loads(options.peak)), options.arm, options.device)))
         return
-    points = QUICK if options.quick else GRID if options.grid else [*GOALS, *MEMORY]
+    points = QUICK if options.quick else GRID if options.grid else [*GOALS, *MEMORY, GRAMS[-1]]
     points = [point for point in points if not options.only or options.only in point.name]
     results = []
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for point in points:
         found = measure(point, options.repeats, options.device)
         if options.memory or point in MEMORY:
-            plain, ours = (peak_in_a_process(point, arm, options.device) for arm in ("plain", "selective"))
-            found["memory"] = ours / plain
+            plain, ours = (peaks_in_a_process(point, arm, options.device) for arm in ("plain", "selective"))
+            found["memory"] = {"live": ours[0] / plain[0], "resident": ours[1] / plain[1]}
         results.append(found)
         print(table([found]), flush=True)
+        if point in GRAMS or options.quick:
+            found["gram"] = compare_grams(point, 3, options.device)
+            print("the same Gram matrix by other ways", *found["gram"], sep="\n", flush=True)
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "step_cost.json").write_text(json.dumps(results, indent=1))
