@@ -116,10 +116,11 @@ class Decision:
             problem = sums.products()
             if problem is None or not bool(accepted.any()):
                 return Selection.nothing(values, accepted), {}, found
-            measurable = _measurable(problem)
+            # Beside a candidate that is not finite nothing can be measured.
+            measurable = _measurable(problem) if bool((still == finite).all()) else torch.ones_like(still)
             if bool((still == finite).all()) and bool(measurable.all()):
                 break
-            accepted = accepted.index_put((rows,), still & (measurable | ~finite))
+            accepted = accepted.index_put((rows,), still & measurable)
             rows = accepted.nonzero()[:, 0]
             if not len(rows):
                 return Selection.nothing(values, accepted), {}, found
