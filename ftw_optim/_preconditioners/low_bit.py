@@ -15,7 +15,6 @@ from ftw_optim._preconditioners.signs import NOTE, frozen_sign
 State = dict[str, Any]
 
 
-@register_preconditioner("torchao.optim.adam._AdamBase", attributes=("is_adamw",))
 def torchao_adam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """Adam's, of tensor subclasses that hold 4 or 8 bits."""
     return adam(param, {**group, "decoupled_weight_decay": group["is_adamw"]}, state, reference)
@@ -35,6 +34,8 @@ def bitsandbytes_lion(param: Tensor, group: State, state: State, reference: Tens
     return frozen_sign(param, group, _dequantised(state, 1) if "state1" in state else None, reference)
 
 
+for _name in ("Adam8bit", "Adam4bit", "AdamFp8", "AdamW8bit", "AdamW4bit", "AdamWFp8", "_AdamW"):
+    register_preconditioner(f"torchao.optim.adam.{_name}", attributes=("is_adamw",))(torchao_adam)
 for _module, _prefixes in (("adam", ("Adam", "PagedAdam")), ("adamw", ("AdamW", "PagedAdamW"))):
     for _prefix in _prefixes:
         for _bits in ("", "8bit", "32bit"):
