@@ -204,8 +204,7 @@ class Capture:
         def hand_over(name: str) -> None:
             uses = found.pop(name)
             seen[name] = True
-            finite = torch.stack([use.finite().all() for use in uses])
-            if weights is not None and bool(finite.all()):
+            if weights is not None and all(bool(use.finite().all()) for use in uses):
                 one = {name: gradients.pop(name)} if name in gradients else {}
                 verify_weighted_sums({name: uses}, one, weights, self._layers(), computed_in=self.computed_in)
             take(name, uses)

@@ -70,7 +70,8 @@ class SelectiveOptimizer(OptimizerWrapper):
         scored: predicate ``(name, parameter)`` of what counts in the Gram matrix, such as ``last_blocks(model, 1)``;
             None: all that is updated.
         gram: ``"exact"``.
-        memory_limit: bytes of multiplied-out per-candidate gradients that may exist at a time; None: 256 MiB.
+        memory_limit: bytes of multiplied-out per-candidate gradients that may exist at a time, kept from step to step;
+            None: 256 MiB.
         self_check: compare the captured gradients with autograd's at the first backward, and whenever a layer is read
             in a new way.
         seed: of the target's random state, and of stages that draw.
