@@ -187,9 +187,9 @@ class Capture:
         """
         graph, _, total = self._looked_at(losses, scale)
         if graph.reentrant:
-            found = self.differentiate(losses, scale=scale, keep_graph=False, checks=checks, generator=generator)
-            for name in list(found):
-                take(name, found.pop(name))
+            whole = self.differentiate(losses, scale=scale, keep_graph=False, checks=checks, generator=generator)
+            for name in list(whole):
+                take(name, whole.pop(name))
             return
         self._phase = _Phase.RECOMPUTE
         due = checks is not None and checks.due(map(self._key, self._uses))
@@ -198,12 +198,13 @@ class Capture:
         if due and bool(losses.isfinite().all()):
             weights, gradients = self._to_check_against(losses, graph, scale, generator, keep_graph=True)
         waiting = {name: len(uses) for name, uses in self._of.items()}
-        found, seen = {}, {}
+        found: dict[str, list[Factors]] = {}
+        seen: set[str] = set()
         vouched: list[tuple[tuple[object, ...], bool]] = []
 
         def hand_over(name: str) -> None:
             uses = found.pop(name)
-            seen[name] = True
+            seen.add(name)
             if weights is not None and all(bool(use.finite().all()) for use in uses):
                 one = {name: gradients.pop(name)} if name in gradients else {}
                 verify_weighted_sums({name: uses}, one, weights, self._layers(), computed_in=self.computed_in)

@@ -247,7 +247,7 @@ def _add_tokens(sums: Mapping[str, Products], block: Block, target: Tensor | Non
             share = float(preconditioner.factor) ** power
             one, other = left * share, right
             goal = None if target is None else target * share
-        one, other = one / block.scale, other
+        one = one / block.scale
         flat_one, flat_other = one.flatten(0, 1), other.flatten(0, 1)
         for start in range(0, n, at_once):
             stop = min(n, start + at_once)

@@ -102,6 +102,17 @@ class SmallGPT(nn.Module):
         return logits
 
 
+class Gain(nn.Module):
+    """A scale with a bend, which no rule knows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.gain)
+
+
 class MLP(nn.Module):
     """Two-dimensional inputs, a layer used twice."""
 

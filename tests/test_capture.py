@@ -17,7 +17,7 @@ from ftw_optim._capture import Capture
 from ftw_optim._checks import SelfChecks
 from ftw_optim._factors import weighted_sum
 from ftw_optim._plan import plan
-from tests.models import SmallGPT, language_model, seeded
+from tests.models import Gain, SmallGPT, language_model, seeded
 
 Losses = Callable[[Tensor | None], Tensor]
 
@@ -168,18 +168,7 @@ def test_position_embeddings_shared_by_all_rows(way: str, shape: tuple[int, ...]
     check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), shape[0])
 
 
-class Gain(nn.Module):
-    """No rule knows it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.randn(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x * self.gain)
-
-
-@pytest.mark.parametrize("middle", [lambda: nn.LayerNorm(4), Gain], ids=["with a rule", "without one"])
+@pytest.mark.parametrize("middle", [lambda: nn.LayerNorm(4), lambda: Gain(4)], ids=["with a rule", "without one"])
 def test_packed_rows_are_captured_by_document(middle: Callable[[], nn.Module]) -> None:
     model = seeded(lambda: nn.Sequential(nn.Embedding(7, 4), middle(), nn.Linear(4, 2))).double()
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer, last_blocks
-from tests.models import Case, SmallGPT, language_model, mlp, seeded, transformers_model
+from tests.models import Case, Gain, SmallGPT, language_model, mlp, seeded, transformers_model
 
 SIZES = [4, 1, 3]
 
@@ -25,18 +25,9 @@ def cases() -> dict[str, Callable[[], Case]]:
         "tied, shared positions": lambda: language_model(seeded(SmallGPT).double(), sum(SIZES)),
         "llama with lora": lambda: transformers_model("llama", lora=True)(torch.float64, sum(SIZES)),
         "a module without a rule": lambda: language_model(
-            seeded(lambda: nn.Sequential(nn.Embedding(31, 6), Gain(), nn.Linear(6, 31))).double(), sum(SIZES)
+            seeded(lambda: nn.Sequential(nn.Embedding(31, 6), Gain(6), nn.Linear(6, 31))).double(), sum(SIZES)
         ),
     }
-
-
-class Gain(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.randn(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x * self.gain)
 
 
 def run(build: Callable[[], Case], sizes: list[int] | None, steps: int, **options: Any) -> list[Any]:

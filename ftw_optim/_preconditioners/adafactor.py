@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftw_optim._preconditioners.look_ahead import expected_gradient, moment_dtype, number
+from ftw_optim._preconditioners.look_ahead import moment_dtype, number, undecayed_gradient
 from ftw_optim._preconditioners.maps import Diagonal, RankOne
 from ftw_optim._preconditioners.registry import register_preconditioner
 
@@ -27,11 +27,7 @@ def adafactor(param: Tensor, group: State, state: State, reference: Tensor | Non
     smallest = torch.finfo(param.dtype).eps if smallest is None else number(smallest)
     size = torch.linalg.vector_norm(param.detach().to(dtype)) / param.numel() ** 0.5
     alpha = size.clamp(min=number(scale_floor)) * min(number(group["lr"]), step**-0.5)
-    gradient = torch.zeros_like(param, dtype=dtype)
-    if reference is not None:
-        gradient = expected_gradient(
-            param, {**group, "weight_decay": 0.0}, reference.to(dtype)
-        )  # its decay is decoupled
+    gradient = undecayed_gradient(param, group, reference)
     square = gradient.square()
 
     def mixed(name: str, new: Tensor) -> Tensor:
@@ -74,9 +70,7 @@ def older_adafactor(param: Tensor, group: State, state: State, reference: Tensor
     alpha = size.clamp(min=number(scale_floor)) * rate if group["scale_parameter"] else size.new_tensor(rate)
     if group["beta1"] is not None:
         alpha = alpha * (1 - number(group["beta1"]))
-    gradient = torch.zeros_like(param, dtype=dtype)
-    if reference is not None:
-        gradient = expected_gradient(param, {**group, "weight_decay": 0.0}, reference.to(dtype))
+    gradient = undecayed_gradient(param, group, reference)
     square = gradient.square() + number(inside)
 
     def mixed(name: str, new: Tensor) -> Tensor:

@@ -23,6 +23,14 @@ def expected_gradient(param: Tensor, group: dict[str, Any], reference: Tensor) -
     return floored(gradient)
 
 
+def undecayed_gradient(param: Tensor, group: dict[str, Any], reference: Tensor | None) -> Tensor:
+    """That of an optimizer whose weight decay acts on its own; zero without a reference. Of :func:`moment_dtype`."""
+    dtype = moment_dtype(param)
+    if reference is None:
+        return torch.zeros_like(param, dtype=dtype)
+    return expected_gradient(param, {**group, "weight_decay": 0.0}, reference.to(dtype))
+
+
 def floored(values: Tensor) -> Tensor:
     """``values``, the small ones raised in size to :data:`FLOOR` of the root mean square of those that are not zero."""
     count = values.count_nonzero().clamp(min=1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftw_optim._preconditioners.look_ahead import FLOOR, expected_gradient, floored, moment_dtype, number
+from ftw_optim._preconditioners.look_ahead import FLOOR, floored, moment_dtype, number, undecayed_gradient
 from ftw_optim._preconditioners.maps import Diagonal, Kronecker, RotatedDiagonal, Scalar, along_axes
 from ftw_optim._preconditioners.registry import register_preconditioner
 
@@ -26,11 +26,7 @@ def muon(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference:
     dtype = moment_dtype(param)
     momentum, rows, columns = number(group["momentum"]), *param.shape
     buffer = state["momentum_buffer"].to(dtype) if "momentum_buffer" in state else torch.zeros_like(param, dtype=dtype)
-    gradient = torch.zeros_like(buffer)
-    if reference is not None:
-        gradient = expected_gradient(
-            param, {**group, "weight_decay": 0.0}, reference.to(dtype)
-        )  # its decay is decoupled
+    gradient = undecayed_gradient(param, group, reference)
     matrix = buffer.lerp(gradient, 1 - momentum)
     share = 1 - momentum
     if group["nesterov"]:

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftw_optim._preconditioners.look_ahead import expected_gradient, moment_dtype, number, second_moment
+from ftw_optim._preconditioners.look_ahead import (
+    expected_gradient,
+    moment_dtype,
+    number,
+    second_moment,
+    undecayed_gradient,
+)
 from ftw_optim._preconditioners.maps import Diagonal, Scalar
 from ftw_optim._preconditioners.registry import register_preconditioner
 from ftw_optim._preconditioners.sgd import sgd
@@ -20,7 +26,9 @@ State = dict[str, Any]
 def novograd(param: Tensor, group: State, state: State, reference: Tensor | None) -> Scalar:
     """``lr / (sqrt(v') + eps)`` with the tensor's own ``v``, the square of the first gradient to begin with."""
     beta1, beta2 = (number(beta) for beta in group["betas"])
-    square = number(_expected(param, group, reference).square().sum())  # its decay is added behind the division
+    square = number(
+        undecayed_gradient(param, group, reference).square().sum()
+    )  # its decay is added behind the division
     moment = number(state["exp_avg_sq"]) if "exp_avg_sq" in state else 0.0
     moment = square if moment == 0.0 else beta2 * moment + (1 - beta2) * square
     if group["amsgrad"] and "max_exp_avg_sq" in state:
@@ -45,7 +53,9 @@ def lamb(param: Tensor, group: State, state: State, reference: Tensor | None) ->
         return fresh
     momentum = state["exp_avg"].to(root.dtype) * beta1 if "exp_avg" in state else torch.zeros_like(root)
     weights = param.detach().to(root.dtype)
-    whole = (momentum + (1 - beta1) * _expected(param, group, reference)) / root + group["weight_decay"] * weights
+    whole = (momentum + (1 - beta1) * undecayed_gradient(param, group, reference)) / root + group[
+        "weight_decay"
+    ] * weights
     size, length = torch.linalg.vector_norm(weights).clamp(0, group["clamp_value"]), torch.linalg.vector_norm(whole)
     return Diagonal(fresh.values * torch.where((size > 0) & (length > 0), size / length, 1.0))
 
@@ -55,7 +65,7 @@ def lars(param: Tensor, group: State, state: State, reference: Tensor | None) ->
     """SGD's, times the ratio of the parameter's norm to the expected gradient's where there is weight decay."""
     plain = sgd(param, group, state, reference).value
     size = number(torch.linalg.vector_norm(param.detach().to(moment_dtype(param))))
-    length = number(torch.linalg.vector_norm(_expected(param, group, reference)))
+    length = number(torch.linalg.vector_norm(undecayed_gradient(param, group, reference)))
     if not (group["weight_decay"] and size and length):
         return Scalar(plain)
     ratio = size / (length + size * group["weight_decay"] + group["eps"])
@@ -77,7 +87,7 @@ def a2grad(param: Tensor, group: State, state: State, reference: Tensor | None) 
     in how ``h`` remembers: by a sum, by a sum with fading, or by the largest of a moving average (``rho``).
     """
     step = number(state.get("step", 0))
-    gradient = _expected(param, group, reference)
+    gradient = undecayed_gradient(param, group, reference)
     mean = state["avg_grad"].to(gradient.dtype) if "avg_grad" in state else gradient
     distance = number((gradient - (mean * step + gradient) / (step + 1)).square().sum())
     if "rho" in group:
@@ -109,10 +119,3 @@ def apollo(param: Tensor, group: State, state: State, reference: Tensor | None) 
     if step < group["warmup"]:
         rate = (group["base_lr"] - group["init_lr"]) * step / group["warmup"] + group["init_lr"]
     return Diagonal(rate * share / (curvature + square * change).abs().clamp(min=1.0))
-
-
-def _expected(param: Tensor, group: State, reference: Tensor | None) -> Tensor:
-    """The gradient of the coming step without decay; zero without a reference."""
-    if reference is None:
-        return torch.zeros_like(param, dtype=moment_dtype(param))
-    return expected_gradient(param, {**group, "weight_decay": 0.0}, reference.to(moment_dtype(param)))

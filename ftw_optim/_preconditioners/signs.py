@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftw_optim._preconditioners.look_ahead import expected_gradient, floored, moment_dtype, number, plain
+from ftw_optim._preconditioners.look_ahead import (
+    expected_gradient,
+    floored,
+    moment_dtype,
+    number,
+    plain,
+    undecayed_gradient,
+)
 from ftw_optim._preconditioners.maps import Diagonal
 from ftw_optim._preconditioners.registry import register_preconditioner
 
@@ -57,7 +64,7 @@ def rprop(param: Tensor, group: State, state: State, reference: Tensor | None) -
         sizes = state["step_size"].to(dtype)
     if reference is None:
         return Diagonal(torch.zeros_like(sizes))
-    expected = expected_gradient(param, {**group, "weight_decay": 0.0}, reference.to(dtype))
+    expected = undecayed_gradient(param, group, reference)
     turn = expected * state["prev"].to(dtype) if "prev" in state else torch.zeros_like(expected)
     sizes = torch.where(turn > 0, sizes * grow, torch.where(turn < 0, sizes * shrink, sizes)).clamp(smallest, largest)
     return Diagonal(sizes * _inverse(expected.abs()))
