@@ -23,6 +23,7 @@ from ftw_optim._preconditioners.maps import RotatedDiagonal as RotatedDiagonal
 from ftw_optim._preconditioners.maps import Scalar as Scalar
 from ftw_optim._preconditioners.registry import register_preconditioner as register_preconditioner
 from ftw_optim._scored import last_blocks as last_blocks
+from ftw_optim._sketch import Sketch as Sketch
 from ftw_optim._target import TargetGradient as TargetGradient
 from ftw_optim._weights import NonNegativeLeastSquares as NonNegativeLeastSquares
 from ftw_optim._weights import UniformWeights as UniformWeights

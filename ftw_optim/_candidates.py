@@ -30,14 +30,12 @@ class Candidates:
         found: factors of each captured parameter that was reached, multiplied by the scale; none if they were taken.
         footprints: what the factors of each came to.
         computed_in: the dtypes that the captured layers computed in.
-        several: there were micro-batches.
     """
 
     losses: Tensor
     found: Mapping[str, list[Factors]]
     footprints: Mapping[str, Footprint]
     computed_in: set[torch.dtype]
-    several: bool
 
 
 @final
@@ -59,7 +57,7 @@ class Pass:
         sample_ids: see :meth:`SelectiveOptimizer.backward`.
         scale: multiplies the losses.
         keep_graph: leave the graphs for a second backward.
-        rerun: the kept candidates will be run again.
+        one_batch: micro-batches are refused.
         checks: what the self-check has seen; None: no self-check.
         generator: of the checks.
     """
@@ -69,7 +67,7 @@ class Pass:
     sample_ids: Tensor | None
     scale: float
     keep_graph: bool
-    rerun: bool
+    one_batch: bool
     checks: SelfChecks | None
     generator: torch.Generator
 
@@ -115,7 +113,6 @@ class Pass:
                     found=found,
                     footprints=footprints,
                     computed_in=capture.computed_in,
-                    several=iterator is not None,
                 )
             )
             if not self.keep_graph:
@@ -146,10 +143,10 @@ class Pass:
         return {}, footprints
 
     def _checked(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        if self.rerun:
+        if self.one_batch:
             raise ValueError(
                 'update="rerun" takes the losses of one batch: several micro-batches need their factors or graphs '
-                'alive together. Use update="factors" or "graph", or return one tensor.'
+                'alive together, or gram=Sketch(). Use these, update="factors" or "graph", or return one tensor.'
             )
         if self.sample_ids is not None:
             raise ValueError(
@@ -168,10 +165,18 @@ def _together(batches: Sequence[Candidates]) -> Candidates:
     return Candidates(
         losses=torch.cat([batch.losses for batch in batches]),
         found=found,
-        footprints={name: Footprint.of(uses) for name, uses in found.items()},
+        footprints={name: Footprint.of(uses) for name, uses in found.items()} or _largest(batches),
         computed_in=set.union(*(batch.computed_in for batch in batches)),
-        several=True,
     )
+
+
+def _largest(batches: Sequence[Candidates]) -> Mapping[str, Footprint]:
+    """Of factors that were dropped before the next micro-batch came."""
+    largest: dict[str, Footprint] = {}
+    for batch in batches:
+        for name, one in batch.footprints.items():
+            largest[name] = max(one, largest.get(name, one), key=lambda footprint: footprint.bytes)
+    return largest
 
 
 def full_precision(losses: Tensor) -> torch.autocast:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def combined_gradients(
         losses: shape ``(n,)``, with their graph if ``update`` is ``"graph"``.
         members: which parameters.
         model: whose ``.grad`` is set aside during a backward.
-        closure: called as ``closure(rows=kept)`` if ``update`` is ``"rerun"``.
+        closure: called as ``closure(rows=kept)`` if ``update`` is ``"rerun"``; may return an iterator of micro-batches.
         scale: of the losses.
         generator: of the projections that compare graph and factors.
         computed_in: the dtypes the captured layers computed in.
@@ -69,12 +69,7 @@ def combined_gradients(
         ValueError: the closure did not return the losses of ``rows``.
     """
     if update == "rerun":
-        again = checked_losses(closure(rows=selection.kept))
-        if len(again) != len(selection.kept):
-            raise ValueError(
-                f"closure(rows=kept) must return the losses of these {len(selection.kept)} rows, got {len(again)}."
-            )
-        return _ordinary_backward((selection.weights.to(again) * again).sum() * scale, members, model)
+        return _ordinary_backward(_run_again(closure, selection, scale), members, model)
     weights = torch.zeros(len(losses), dtype=torch.float64)
     weights[selection.kept] = selection.weights
     if update == "factors":
@@ -82,18 +77,33 @@ def combined_gradients(
             name: weighted_sum(uses, weights, members.parameters[name].shape).to(members.parameters[name].dtype)
             for name, uses in found.items()
         }
-    gradients = _ordinary_backward((weights.to(losses) * losses).sum() * scale, members, model)
+    gradients = _ordinary_backward([(weights.to(losses) * losses).sum() * scale], members, model)
     scored = {name: gradients[name] for name in members.scored if name in gradients}
     verify_projection(found, scored, weights, generator, computed_in)
     return gradients
 
 
-def _ordinary_backward(total: Tensor, members: Members, model: nn.Module) -> dict[str, Tensor]:
-    """What ``total.backward()`` forms for the updated parameters."""
-    # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect, and the only one
-    # that reentrant checkpointing takes.
-    named = members.others_train and not Graph(total).reentrant
-    inputs = list(members.parameters.values()) if named else None
+def _run_again(closure: Callable[..., Any], selection: Selection, scale: float) -> Iterator[Tensor]:
+    """The weighted losses of the kept candidates, a micro-batch at a time."""
+    kept, weights = selection.kept, selection.weights
+    value, done = closure(rows=kept), 0
+    for batch in value if isinstance(value, Iterator) else [value]:
+        losses = checked_losses(batch)
+        share = weights[done : done + len(losses)]
+        done += len(losses)
+        if done > len(kept):
+            break
+        yield (share.to(losses) * losses).sum() * scale
+    if done != len(kept):
+        raise ValueError(f"closure(rows=kept) must return the losses of these {len(kept)} rows, got {done}.")
+
+
+def _ordinary_backward(totals: Iterable[Tensor], members: Members, model: nn.Module) -> dict[str, Tensor]:
+    """What ``total.backward()`` forms for the updated parameters, one after another."""
     with gradients_set_aside(model.parameters()):
-        torch.autograd.backward(total, inputs=inputs)
+        for total in totals:
+            # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect, and the
+            # only one that reentrant checkpointing takes.
+            named = members.others_train and not Graph(total).reentrant
+            torch.autograd.backward(total, inputs=list(members.parameters.values()) if named else None)
         return {name: p.grad for name, p in members.parameters.items() if p.grad is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
@@ -16,16 +16,19 @@ from ftw_optim._candidates import Candidates, Pass, Plain, full_precision
 from ftw_optim._combine import all_finite, combined_gradients, usable_updates
 from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._filters import FilterStage
-from ftw_optim._gram import GramSums
+from ftw_optim._gram import DEFAULT_MEMORY_LIMIT, GramSums
 from ftw_optim._gram_ways import Buffer
 from ftw_optim._matching import Selection
 from ftw_optim._members import Members
-from ftw_optim._preconditioners.lookup import Preconditioners
+from ftw_optim._preconditioners.lookup import Preconditioners, learning_rate_is_zero
+from ftw_optim._preconditioners.maps import Preconditioner
 from ftw_optim._products import METRICS, Products
 from ftw_optim._selection import metrics_of, select
+from ftw_optim._sketch import Sketch, SketchSums
 from ftw_optim._weights import WeightStage
 
 Found = Mapping[str, list[Factors]]
+MatchingSums = GramSums | SketchSums
 
 
 @final
@@ -40,6 +43,7 @@ class Decision:
         filter: the filter stage.
         weight: the weight stage.
         metric: that of the first Matching a stage sees.
+        gram: how the Gram matrix is estimated; None: it is exact.
         memory_limit: bytes of multiplied-out gradients that may exist at a time.
         buffer: memory for those gradients, kept from step to step.
         scale: what the losses were multiplied by.
@@ -52,6 +56,7 @@ class Decision:
     filter: FilterStage
     weight: WeightStage
     metric: str
+    gram: Sketch | None
     memory_limit: int | None
     buffer: Buffer
     scale: float
@@ -94,7 +99,7 @@ class Decision:
         """As :meth:`made`, of a pass whose factors are dropped layer by layer as soon as the Gram matrix has them.
 
         Where a candidate turns out not to be finite when others have been compared beside it, the pass runs again over
-        the others.
+        the others. In a sketch each is alone.
         """
         rows: Tensor | None = None
         values = accepted = torch.empty(0)
@@ -113,42 +118,62 @@ class Decision:
             accepted = accepted.index_put((rows,), still)
             if self._overflows(finite, still, target):
                 return Selection.nothing(values, accepted), self._infinite(found.footprints), found
-            problem = sums.products()
+            problem = sums.products(still)
             if problem is None or not bool(accepted.any()):
                 return Selection.nothing(values, accepted), {}, found
             # Beside a candidate that is not finite nothing can be measured.
-            measurable = _measurable(problem) if bool((still == finite).all()) else torch.ones_like(still)
-            if bool((still == finite).all()) and bool(measurable.all()):
+            alone = self.gram is not None
+            clean = alone or bool((still == finite).all())
+            measurable = _measurable(problem) if clean else torch.ones_like(still)
+            if clean and bool(measurable.all()):
                 break
             accepted = accepted.index_put((rows,), still & measurable)
-            rows = accepted.nonzero()[:, 0]
-            if not len(rows):
+            if not bool(accepted.any()):
                 return Selection.nothing(values, accepted), {}, found
+            if alone:
+                problem = sums.products(accepted)
+                assert problem is not None
+                break
+            rows = accepted.nonzero()[:, 0]
         whole = {metric: one.among(len(values), rows) for metric, one in problem.items()}
-        selection = self._select(whole, values, accepted, learning_rate_is_zero=sums.learning_rate_is_zero)
+        selection = self._select(whole, values, accepted, sums.gram)
         return *self._combine("rerun", selection, {}, found.losses, closure, found.computed_in), found
 
-    def sums(self, accepted: Tensor, target: Mapping[str, Tensor], device: torch.device) -> tuple[GramSums, bool]:
-        """Of this step's Gram matrix, nothing added yet; and whether every learning rate is zero."""
+    def sums(
+        self, accepted: Tensor, target: Mapping[str, Tensor], device: torch.device, *, streamed: bool
+    ) -> MatchingSums:
+        """Of this step's Gram matrix, nothing added yet."""
         preconditioners = Preconditioners(self.optimizer, unknown_as_identity=self.metric == "euclidean")
         metrics = {self.metric, "preconditioned", *metrics_of(self.filter), *metrics_of(self.weight)}
         parameters, groups = self.members.scored, self.members.groups
         dtype = torch.float32
         for parameter in parameters.values():
             dtype = torch.promote_types(dtype, parameter.dtype)
-        sums = GramSums(
+        what: dict[str, Any] = {
+            "shapes": {name: parameter.shape for name, parameter in parameters.items()},
+            "metrics": [metric for metric in METRICS if metric in metrics],
+            "dtype": dtype,
+            "device": device,
+            "scale": self.scale,
+            "memory_limit": DEFAULT_MEMORY_LIMIT if self.memory_limit is None else self.memory_limit,
+            "buffer": self.buffer,
+        }
+
+        def precondition(name: str, reference: Tensor | None) -> Preconditioner:
+            return preconditioners(parameters[name], groups[name], reference)
+
+        if self.gram is None:
+            return GramSums(accepted, target, precondition, **what)
+        return SketchSums(
             accepted,
             target,
-            lambda name, reference: preconditioners(parameters[name], groups[name], reference),
-            shapes={name: parameter.shape for name, parameter in parameters.items()},
-            metrics=[metric for metric in METRICS if metric in metrics],
-            dtype=dtype,
-            device=device,
-            scale=self.scale,
-            memory_limit=self.memory_limit,
-            buffer=self.buffer,
+            precondition,
+            sketch=self.gram,
+            seed=self.generator("sketch").initial_seed(),
+            # What is dropped before the next micro-batch comes has no common mean.
+            beside_target=streamed,
+            **what,
         )
-        return sums, preconditioners.learning_rate_is_zero
 
     def _overflows(self, finite: Tensor, accepted: Tensor, target: Mapping[str, Tensor] | None) -> bool:
         """Whether a scaled gradient did; a bare run would leave what makes a GradScaler back off."""
@@ -163,7 +188,7 @@ class Decision:
         if not scored or not bool(accepted.any()):
             return Selection.nothing(losses, accepted)
         while True:
-            sums, learning_rate_is_zero = self.sums(accepted, target, next(iter(scored.values()))[0].left.device)
+            sums = self.sums(accepted, target, next(iter(scored.values()))[0].left.device, streamed=False)
             for name, uses in scored.items():
                 sums.add(name, uses)
             problem = sums.on_host()
@@ -175,12 +200,12 @@ class Decision:
             if not bool(accepted.any()):
                 return Selection.nothing(losses, accepted)
             scored = {name: [use.without(~accepted) for use in uses] for name, uses in scored.items()}
-        return self._select(problem, losses, accepted, learning_rate_is_zero=learning_rate_is_zero)
+        return self._select(problem, losses, accepted, sums)
 
     def _select(
-        self, problem: Mapping[str, Products], losses: Tensor, accepted: Tensor, *, learning_rate_is_zero: bool
+        self, problem: Mapping[str, Products], losses: Tensor, accepted: Tensor, sums: MatchingSums
     ) -> Selection:
-        return select(
+        selection = select(
             problem,
             losses,
             accepted,
@@ -188,8 +213,9 @@ class Decision:
             filter_stage=self.filter,
             weight_stage=self.weight,
             generator=self.generator("stages"),
-            learning_rate_is_zero=learning_rate_is_zero,
+            learning_rate_is_zero=learning_rate_is_zero(self.optimizer),
         )
+        return replace(selection, sketch=sums.sketch)
 
     def _combine(
         self,
@@ -227,36 +253,48 @@ class _Stream:
 
     def __init__(self, decision: Decision, target: Mapping[str, Tensor]) -> None:
         self._decision, self._target = decision, target
-        self._masks: list[Tensor] = []
-        self._sums: GramSums | None = None
+        self._losses: list[Tensor] = []  # finite or not, of each micro-batch
+        self._masks: list[Tensor] = []  # the factors too
+        self._sums: MatchingSums | None = None
         self._added = False
-        self.learning_rate_is_zero = False
+
+    @property
+    def gram(self) -> MatchingSums:
+        """The sums, where there is something to match."""
+        assert self._sums is not None
+        return self._sums
 
     def begin(self, losses: Tensor) -> Callable[[str, list[Factors]], None]:
         """What takes the factors of these losses."""
-        self._losses = losses.detach().isfinite()
-        self._given = self._losses.cpu()
-        if bool(self._given.any()):
-            self._sums, self.learning_rate_is_zero = self._decision.sums(self._given, self._target, losses.device)
-        return self._take
+        finite = losses.detach().isfinite()
+        given = finite.cpu()
+        self._losses.append(finite)
+        self._masks.append(finite)
+        if isinstance(self._sums, SketchSums):
+            self._sums.more(given)
+        elif bool(given.any()) or self._decision.gram is not None:
+            self._sums = self._decision.sums(given, self._target, losses.device, streamed=True)
 
-    def _take(self, name: str, uses: list[Factors]) -> None:
-        self._masks += [use.finite().to(self._losses.device) for use in uses]
-        if name not in self._decision.members.scored or self._sums is None:
-            return
-        if not bool(self._given.all()):
-            uses = [use.without(~self._given) for use in uses]
-        self._sums.add(name, uses)
-        self._added = True
+        def take(name: str, uses: list[Factors]) -> None:
+            for use in uses:
+                self._masks[-1] = self._masks[-1] & use.finite().to(finite.device)
+            if name not in self._decision.members.scored or self._sums is None:
+                return
+            self._sums.add(name, uses if bool(given.all()) else [use.without(~given) for use in uses])
+            self._added = True
+
+        return take
 
     def finite(self) -> tuple[Tensor, Tensor]:
         """Which candidates have a finite loss, and which of those finite factors too."""
-        both = torch.stack([self._losses, torch.stack([self._losses, *self._masks]).all(dim=0)]).cpu()
+        both = torch.stack([torch.cat(self._losses), torch.cat(self._masks)]).cpu()
         return both[0], both[1]
 
-    def products(self) -> dict[str, Products] | None:
+    def products(self, accepted: Tensor) -> dict[str, Products] | None:
         """On the CPU; None where there is nothing to match."""
-        return self._sums.on_host() if self._sums is not None and self._added else None
+        if self._sums is None or not self._added:
+            return None
+        return self._sums.on_host(accepted) if isinstance(self._sums, SketchSums) else self._sums.on_host()
 
 
 def _measurable(problem: Mapping[str, Products]) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ftw_optim._factors import Factors
 from ftw_optim._gram_ways import Block, Buffer, add_parameter
+from ftw_optim._matching import SketchReport
 from ftw_optim._preconditioners.maps import Preconditioner
 from ftw_optim._products import Products
 
@@ -45,13 +46,14 @@ class GramSums:
         dtype: torch.dtype,
         device: torch.device,
         scale: float = 1.0,
-        memory_limit: int | None = None,
+        memory_limit: int = DEFAULT_MEMORY_LIMIT,
         buffer: Buffer | None = None,
     ) -> None:
+        self.sketch: SketchReport | None = None  # these are exact
         self._sums = {metric: Products.zeros(len(accepted), dtype=dtype, device=device) for metric in metrics}
         self._mean = accepted.to(torch.float64) / accepted.sum()
         self._target, self._precondition, self._shapes, self._scale = target, precondition, shapes, scale
-        self._limit = DEFAULT_MEMORY_LIMIT if memory_limit is None else memory_limit
+        self._limit = memory_limit
         self._buffer = Buffer() if buffer is None else buffer
 
     @torch.no_grad()

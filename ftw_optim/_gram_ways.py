@@ -161,13 +161,13 @@ def add_parameter(
         reference = block.mean(mean)
     preconditioner = precondition(reference)
     target = None if target is None else target.to(block.dtype)
-    if isinstance(preconditioner, Kronecker | RotatedDiagonal) and _is_matrix(block):
+    if isinstance(preconditioner, Kronecker | RotatedDiagonal) and is_matrix(block):
         left, right = preconditioner.left, preconditioner.right
         if isinstance(preconditioner, Kronecker):
             _add_pair(sums, block, block.folded(left, right), target, preconditioner, first)
             return
         block = some = block.folded(None if left is None else left.T, right)
-        target = None if target is None else _rotated(target, left, right)
+        target = None if target is None else rotated(target, left, right)
         preconditioner, first = Diagonal(preconditioner.values), None
     if not isinstance(preconditioner, Elementwise):
         _add_general(sums, block, target, preconditioner)
@@ -193,7 +193,7 @@ def add_parameter(
 
 def tokens_are_cheaper(block: Block, metrics: int) -> bool:
     """Whether pairs of positions cost less than gradients multiplied out, if the map can be folded."""
-    if not _is_matrix(block):
+    if not is_matrix(block):
         return False
     n, rows, columns = block.count, block.rows, block.columns
     positions = sum(use.left.shape[1] for use in block.uses)
@@ -203,7 +203,8 @@ def tokens_are_cheaper(block: Block, metrics: int) -> bool:
     return product * (1 + metrics) + metrics * pairs * (2.0 * (rows + columns) + 2 * BYTE * size) < out
 
 
-def _is_matrix(block: Block) -> bool:
+def is_matrix(block: Block) -> bool:
+    """Whether a matrix can be folded in on either side of the parameter."""
     return block.dense and tuple(block.shape) == (block.rows, block.columns)
 
 
@@ -233,10 +234,8 @@ def _add_elementwise(
 def _add_tokens(sums: Mapping[str, Products], block: Block, target: Tensor | None, preconditioner: Elementwise) -> None:
     """Over pairs of positions, a range of candidates at a time, with the map or its root folded into the factors."""
     n, dtype = block.count, block.dtype
-    left = torch.cat([use.left for use in block.uses], dim=1).to(dtype)
-    right = torch.cat([use.right for use in block.uses if use.right is not None], dim=1).to(dtype)
+    left, right = sides(block)
     positions = left.shape[1]
-    at_once = max(1, block.limit // max(1, 2 * n * positions * positions * dtype.itemsize))
     for metric, summed in sums.items():
         power = {"euclidean": 0.0, "preconditioned": 0.5, "update": 1.0}[metric]
         if isinstance(preconditioner, RankOne):
@@ -249,12 +248,11 @@ def _add_tokens(sums: Mapping[str, Products], block: Block, target: Tensor | Non
             goal = None if target is None else target * share
         one = one / block.scale
         flat_one, flat_other = one.flatten(0, 1), other.flatten(0, 1)
-        for start in range(0, n, at_once):
-            stop = min(n, start + at_once)
-            pairs = one[start:stop].flatten(0, 1) @ flat_one.T
-            pairs *= other[start:stop].flatten(0, 1) @ flat_other.T
-            kernel = pairs.view(stop - start, positions, n, positions).sum((1, 3))
-            summed.gram[start:stop] += kernel.to(summed.gram)
+        for part in parts(n, 2 * n * positions * positions * dtype.itemsize, block.limit):
+            pairs = one[part].flatten(0, 1) @ flat_one.T
+            pairs *= other[part].flatten(0, 1) @ flat_other.T
+            kernel = pairs.view(-1, positions, n, positions).sum((1, 3))
+            summed.gram[part] += kernel.to(summed.gram)
         if goal is not None:
             terms = (flat_other @ goal.T) * flat_one
             summed.cross_gram += terms.view(n, -1).sum(1).to(summed.cross_gram)
@@ -290,16 +288,15 @@ def _add_general(
     """Under a map that mixes entries: it is applied to every candidate's gradient, some candidates at a time."""
     n, size = block.count, block.rows * block.columns * block.dtype.itemsize
     fits = 2 * n * size <= block.limit
-    at_once = n if fits else max(1, block.limit // max(1, 4 * size))
-    parts = [slice(start, min(n, start + at_once)) for start in range(0, n, at_once)]
+    ranges = [slice(0, n)] if fits else list(parts(n, 4 * size, block.limit))
     flat_target = None if target is None else target.flatten()
     moved_target = None if target is None else preconditioner.apply(target).flatten()
 
     def both(part: slice) -> tuple[Tensor, Tensor]:
-        rows = _some(block, part).out(0, block.rows)
+        rows = some_of(block, part).out(0, block.rows)
         return rows.flatten(1), preconditioner.apply(rows.view(-1, *block.shape)).flatten(1).to(rows)
 
-    for number, one in enumerate(parts):
+    for number, one in enumerate(ranges):
         rows, moved = both(one)
         rows = rows if fits else rows.clone()  # out of the buffer
         for metric, summed in sums.items():
@@ -309,7 +306,7 @@ def _add_general(
                 if number == 0:
                     summed.add_energy(left_target, right_target)
             summed.gram[one, one] += inner(left, right).to(summed.gram)
-        for other in parts[number + 1 :]:
+        for other in ranges[number + 1 :]:
             others, others_moved = both(other)
             for metric, summed in sums.items():
                 left, _ = _sides(metric, rows, moved)
@@ -319,7 +316,20 @@ def _add_general(
                 summed.gram[other, one] += corner.T
 
 
-def _some(block: Block, part: slice) -> Block:
+def parts(n: int, size: int, limit: int) -> Iterator[slice]:
+    """Ranges of ``n`` candidates that fit into ``limit`` bytes at ``size`` each."""
+    at_once = max(1, limit // max(1, size))
+    for start in range(0, n, at_once):
+        yield slice(start, min(n, start + at_once))
+
+
+def sides(block: Block) -> tuple[Tensor, Tensor]:
+    """Left and right of all uses of a block that is :attr:`Block.dense`, one after another: (n, t, rows | columns)."""
+    left = torch.cat([use.left for use in block.uses], dim=1).to(block.dtype)
+    return left, torch.cat([use.right for use in block.uses if use.right is not None], dim=1).to(block.dtype)
+
+
+def some_of(block: Block, part: slice) -> Block:
     """The block of some candidates."""
     uses = [
         replace(use, left=use.left[part], right=None if use.right is None else use.right[part]) for use in block.uses
@@ -332,7 +342,7 @@ def _sides(metric: str, plain: Side, moved: Side) -> tuple[Side, Side]:
     return moved if metric == "update" else plain, plain if metric == "euclidean" else moved
 
 
-def _rotated(target: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def rotated(target: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """``left' target right``."""
     target = target if left is None else left.T.to(target) @ target
     return target if right is None else target @ right.to(target)

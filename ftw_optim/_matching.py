@@ -61,6 +61,21 @@ class Matching:
 
 
 @final
+@dataclass(frozen=True, kw_only=True)
+class SketchReport:
+    """How the Gram matrix of a selection was estimated.
+
+    Attributes:
+        dim: numbers for each candidate.
+        error: measured standard error of an inner product, over the norms of its two gradients; root mean square over
+            all pairs of candidates and target.
+    """
+
+    dim: int
+    error: float
+
+
+@final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
     """What the last backward chose, and how well it met the target. Tensors are small, detached and on the CPU.
@@ -82,6 +97,7 @@ class Selection:
         skipped: nothing was applied.
         converged: the weight stage reached its tolerance.
         update: where the applied gradient came from: ``"factors"``, ``"graph"``, ``"rerun"`` or ``"skipped"``.
+        sketch: how the products above were estimated; None where they are exact.
     """
 
     losses: Tensor
@@ -99,6 +115,7 @@ class Selection:
     skipped: bool
     converged: bool
     update: str
+    sketch: SketchReport | None = None
 
     @classmethod
     def nothing(cls, losses: Tensor, accepted: Tensor) -> Selection:

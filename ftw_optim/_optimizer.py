@@ -30,6 +30,7 @@ from ftw_optim._plan import plan, uncovered
 from ftw_optim._preconditioners.registry import registered_rule
 from ftw_optim._products import METRICS
 from ftw_optim._selection import NORMALIZATIONS, metrics_of
+from ftw_optim._sketch import Sketch
 from ftw_optim._target import TargetGradient
 from ftw_optim._weights import NonNegativeLeastSquares, WeightStage
 from ftw_optim._wrapper import OptimizerWrapper
@@ -69,7 +70,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             ``"auto"``: factors where every updated parameter has a layer rule, else graph.
         scored: predicate ``(name, parameter)`` of what counts in the Gram matrix, such as ``last_blocks(model, 1)``;
             None: all that is updated.
-        gram: ``"exact"``.
+        gram: ``"exact"``, or a :class:`Sketch` that estimates the Gram matrix where that is out of reach.
         memory_limit: bytes of multiplied-out per-candidate gradients that may exist at a time, kept from step to step;
             None: 256 MiB.
         self_check: compare the captured gradients with autograd's at the first backward, and whenever a layer is read
@@ -94,7 +95,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         metric: str = "preconditioned",
         update: str = "auto",
         scored: Scored | None = None,
-        gram: str = "exact",
+        gram: str | Sketch = "exact",
         memory_limit: int | None = None,
         self_check: bool = True,
         seed: int = 0,
@@ -107,10 +108,11 @@ class SelectiveOptimizer(OptimizerWrapper):
         for name, value, known in (
             ("metric", metric, METRICS),
             ("update", update, UPDATES),
-            ("gram", gram, ("exact",)),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
+        if gram != "exact" and not isinstance(gram, Sketch):
+            raise ValueError(f'gram must be "exact" or a Sketch(dim=...), got {gram!r}.')
         if memory_limit is not None and memory_limit < 1:
             raise ValueError(f"memory_limit must be a positive number of bytes, got {memory_limit!r}.")
         super().__init__(optimizer)
@@ -299,7 +301,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             sample_ids=sample_ids,
             scale=scale,
             keep_graph=update == "graph",  # whose second backward may run checkpointed layers again
-            rerun=update == "rerun",
+            one_batch=update == "rerun" and not isinstance(self.gram, Sketch),
             checks=self._checks if self.self_check else None,
             generator=self._generator("check"),
         )
@@ -310,6 +312,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             filter=self.filter,
             weight=self.weight,
             metric=self.metric,
+            gram=self.gram if isinstance(self.gram, Sketch) else None,
             memory_limit=self.memory_limit,
             buffer=self._buffer,
             scale=scale,
@@ -329,8 +332,7 @@ class SelectiveOptimizer(OptimizerWrapper):
                 passed = candidates.over(closure, is_plain, captured)
                 if isinstance(passed, Plain):
                     return passed.value
-                again = _one_batch_alone if passed.several else _released_first(closure, captured)
-                selection, gradients = decision.made(update, passed, target, again)
+                selection, gradients = decision.made(update, passed, target, _released_first(closure, captured))
                 found = passed
         return _Outcome(
             loss=selection.weighted_loss().to(found.losses.device),
@@ -425,10 +427,6 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_target"}
-
-
-def _one_batch_alone() -> None:
-    """Stands for a closure of micro-batches, which cannot run some of all candidates again."""
 
 
 def _released_first(closure: Callable[..., Any], captured: ExitStack) -> Callable[..., Any]:

@@ -86,6 +86,12 @@ class _Looks:
 _looks: WeakKeyDictionary[Optimizer, _Looks] = WeakKeyDictionary()
 
 
+def learning_rate_is_zero(optimizer: Optimizer) -> bool:
+    """Whether that of every group is, as before a scheduler's first step."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return all(rate is not None and float(rate) == 0.0 for rate in rates)
+
+
 class Preconditioners:
     """The preconditioners of an optimizer's coming step; made anew for each step.
 
@@ -99,8 +105,7 @@ class Preconditioners:
         self._unknown_as_identity = unknown_as_identity
         self._known = registered_rule(optimizer)
         self._looks = _looks.setdefault(optimizer, _Looks())
-        rates = [group.get("lr") for group in optimizer.param_groups]
-        self.learning_rate_is_zero = all(rate is not None and float(rate) == 0.0 for rate in rates)
+        self._learning_rate_is_zero = learning_rate_is_zero(optimizer)
 
     def __call__(self, param: Tensor, group: dict[str, Any], reference: Tensor | None) -> Preconditioner:
         """``P`` of one parameter of a group, as :func:`preconditioner_of` gives it."""
@@ -108,7 +113,7 @@ class Preconditioners:
             raise NotImplementedError(
                 "Expected real parameters, got a complex one. Hold its real and imaginary parts (torch.view_as_real)."
             )
-        if self.learning_rate_is_zero:
+        if self._learning_rate_is_zero:
             group = {**group, "lr": 1.0}
         state = self._optimizer.state.get(param, {})
         with torch.no_grad():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
+import torch
 from torch import Tensor
 
 
@@ -122,3 +123,36 @@ def along_axes(gradient: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
         if matrix is not None:
             gradient = (gradient.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
     return gradient
+
+
+def root_of(preconditioner: Preconditioner) -> Preconditioner:
+    """The map that makes the preconditioner when it is applied twice.
+
+    Raises:
+        NotImplementedError: it is of a kind of its own, of which only ``apply`` is known.
+    """
+    match preconditioner:
+        case Scalar(value):
+            return Scalar(value**0.5)
+        case Diagonal(values):
+            return Diagonal(values.sqrt())
+        case RankOne(rows, columns):
+            return RankOne(rows.sqrt(), columns.sqrt())
+        case Kronecker(left, right, between):
+            return Kronecker(_root(left), _root(right), tuple(map(_root, between)))
+        case RotatedDiagonal(values=values):
+            return replace(preconditioner, values=values.sqrt())
+    raise NotImplementedError(
+        f"Expected a preconditioner whose root is known, one of Scalar, Diagonal, RankOne, Kronecker and "
+        f"RotatedDiagonal, got {type(preconditioner).__name__}: a sketch in the preconditioned metric needs the root. "
+        'Use gram="exact", or let the rule return one of these.'
+    )
+
+
+def _root(matrix: Tensor | None) -> Tensor | None:
+    """The symmetric root of a positive semi-definite matrix."""
+    if matrix is None:
+        return None
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.mT
+    return root

@@ -1,0 +1,87 @@
+"""Count sketches of matrices, dense, by rows or in factors.
+
+A count sketch adds every entry of a matrix, with a random sign, to one of ``size`` buckets. Bucket and sign of an entry
+are made of one of its row and one of its column, so that a sum of outer products need not be multiplied out: the sketch
+of an outer product is the circular convolution of the sketches of its sides.
+
+Source: Charikar, Chen and Farach-Colton (2002); Pham and Pagh (2013) for the convolution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Hash:
+    """Bucket and sign of each entry of a matrix: those of its row and of its column together.
+
+    Rows share a bucket only where there are more rows than buckets, and columns alike: entries in one row or column
+    then never meet, and the error is that of entirely random buckets and signs.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    row_signs: Tensor
+    column_signs: Tensor
+    size: int
+
+    @classmethod
+    def drawn(
+        cls,
+        rows: int,
+        columns: int,
+        size: int,
+        generator: torch.Generator,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Hash:
+        """At random, on the CPU: the same on every device."""
+
+        def buckets(count: int) -> Tensor:
+            return (torch.randperm(max(count, size), generator=generator)[:count] % size).to(device)
+
+        def signs(count: int) -> Tensor:
+            return (1 - 2 * torch.randint(2, (count,), generator=generator)).to(device=device, dtype=dtype)
+
+        return cls(
+            rows=buckets(rows),
+            columns=buckets(columns),
+            row_signs=signs(rows),
+            column_signs=signs(columns),
+            size=size,
+        )
+
+    def add_matrices(self, sums: Tensor, matrices: Tensor, start: int) -> None:
+        """Add rows ``start`` and on of matrices, shape ``(n, some, columns)``."""
+        stop = start + matrices.shape[1]
+        signed = matrices * (self.row_signs[start:stop, None] * self.column_signs)
+        bucket = (self.rows[start:stop, None] + self.columns) % self.size
+        sums.index_add_(1, bucket.flatten(), signed.flatten(1).to(sums))
+
+    def add_rows(self, sums: Tensor, index: Tensor, values: Tensor) -> None:
+        """Add rows ``values`` (n, t, columns) of matrices, each at its ``index`` (n, t)."""
+        signed = values * (self.row_signs[index][..., None] * self.column_signs)
+        bucket = (self.rows[index][..., None] + self.columns) % self.size
+        bucket += torch.arange(0, sums.numel(), self.size, device=sums.device)[:, None, None]
+        flat = torch.zeros_like(sums).flatten()
+        flat.index_add_(0, bucket.flatten(), signed.flatten().to(sums))
+        sums += flat.view_as(sums)
+
+    def add_outer(self, sums: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add the sums over positions of the outer products of ``left`` (n, t, rows) and ``right`` (n, t, columns)."""
+        one, other = self._spectrum(left * self.row_signs, self.rows), right * self.column_signs
+        one *= self._spectrum(other, self.columns)
+        sums += torch.fft.irfft(one.sum(dim=1), n=self.size).to(sums)
+
+    def _spectrum(self, side: Tensor, bucket: Tensor) -> Tensor:
+        n, t, _ = side.shape
+        spread = side.new_zeros(n * t, self.size).index_add_(1, bucket, side.flatten(0, 1))
+        spectrum: Tensor = torch.fft.rfft(spread.view(n, t, self.size))
+        return spectrum

@@ -1,0 +1,267 @@
+"""The Gram matrix where exact is out of reach: a few numbers for each candidate, right on average.
+
+Every gradient is reduced to a count sketch (:mod:`ftw_optim._count_sketch`) under a map whose square is the metric's:
+inner products of the sketches are unbiased estimates of those of the gradients. Where the map folds into factors and
+the layer is wide, no gradient is multiplied out.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ftw_optim._count_sketch import Hash
+from ftw_optim._factors import Factors
+from ftw_optim._gram_ways import BYTE, Block, Buffer, is_matrix, parts, rotated, sides, some_of
+from ftw_optim._matching import SketchReport
+from ftw_optim._preconditioners.maps import (
+    Diagonal,
+    Elementwise,
+    Kronecker,
+    Preconditioner,
+    RankOne,
+    RotatedDiagonal,
+    Scalar,
+    root_of,
+)
+from ftw_optim._products import Products
+
+COPIES = 2
+"""Independent halves of a sketch; how far they are apart tells its error."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Sketch:
+    """Has the Gram matrix estimated from ``dim`` numbers for each candidate in place of its gradient.
+
+    For many candidates, whose exact Gram matrix takes ``n ** 2`` products of whole gradients, and for micro-batches
+    under ``update="rerun"``, whose factors are dropped as soon as they are sketched. Gram matrix, cross products and
+    target energy are all of the same sketch, drawn anew at each step from the optimizer's seed, and positive
+    semi-definite; each is unbiased, with a standard error of about ``(2 / dim) ** 0.5`` of the norms it is of.
+    ``selection.sketch`` holds the error measured in the step.
+
+    Attributes:
+        dim: how many numbers; even.
+
+    Source: Charikar, Chen and Farach-Colton (2002); Pham and Pagh (2013) for the sketch of an outer product.
+    """
+
+    dim: int = 4096
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or self.dim < 2 or self.dim % COPIES:
+            raise ValueError(f"dim must be an even number, at least 2, got {self.dim!r}.")
+
+
+@final
+class SketchSums:
+    """Sketches of all candidates and of the target, added up parameter by parameter; see :class:`GramSums`.
+
+    Args:
+        accepted: bool (n,), on the CPU: candidates that are not rejected; the factors of the others are zero.
+        target: target gradient of each scored parameter.
+        precondition: ``(name, reference) -> P``.
+        shapes: of the parameters.
+        metrics: some of :data:`METRICS`.
+        dtype: to sum in.
+        device: to sum on.
+        scale: what the factors were multiplied by.
+        memory_limit: bytes of multiplied-out gradients that may exist at a time.
+        buffer: memory for them that outlives the sums.
+        sketch: its size.
+        seed: of its random numbers.
+        beside_target: the target gradient is the reference, in place of the candidates' mean; then no candidate's
+            sketch depends on another's, and more candidates may follow in :meth:`more`.
+    """
+
+    def __init__(
+        self,
+        accepted: Tensor,
+        target: Mapping[str, Tensor],
+        precondition: Callable[[str, Tensor | None], Preconditioner],
+        *,
+        shapes: Mapping[str, torch.Size],
+        metrics: Sequence[str],
+        dtype: torch.dtype,
+        device: torch.device,
+        scale: float,
+        memory_limit: int,
+        buffer: Buffer,
+        sketch: Sketch,
+        seed: int,
+        beside_target: bool,
+    ) -> None:
+        self._metrics, self._dtype, self._device = tuple(metrics), dtype, device
+        self._target, self._precondition, self._shapes, self._scale = target, precondition, shapes, scale
+        self._limit, self._buffer = memory_limit, buffer
+        self._size, self._seed, self._beside_target = sketch.dim // COPIES, seed, beside_target
+        self._of_target = self._zeros(1)
+        self._counted: set[str] = set()
+        self._batches: list[dict[str, Tensor]] = []
+        self._means: list[Tensor] = []
+        self.sketch: SketchReport | None = None
+        self.more(accepted)
+
+    def more(self, accepted: Tensor) -> None:
+        """Begin with further candidates, bool (n,); what is added from now on is theirs."""
+        self._batches.append(self._zeros(len(accepted)))
+        self._mean = accepted.to(torch.float64) / accepted.sum()
+
+    def _zeros(self, n: int) -> dict[str, Tensor]:
+        shape = (COPIES, n, self._size)
+        return {metric: torch.zeros(shape, dtype=self._dtype, device=self._device) for metric in self._metrics}
+
+    @torch.no_grad()
+    def add(self, name: str, uses: Sequence[Factors]) -> None:
+        """Add one scored parameter that the candidates reached."""
+        block = Block(
+            uses=[use.by_row() for use in uses],
+            shape=self._shapes[name],
+            scale=self._scale,
+            limit=self._limit,
+            buffer=self._buffer,
+        )
+        target = self._target.get(name)
+        reference = target if self._beside_target else block.mean(self._mean)
+        preconditioner = self._precondition(name, reference)
+        hashes = self._hashes(name, block)
+        first, target = name not in self._counted, None if target is None else target.to(block.dtype)
+        for metric in self._metrics:
+            side = _side_of(metric, preconditioner)
+            _add_block(self._batches[-1][metric], block, side, hashes)
+            if target is not None and first:
+                _add_matrices(self._of_target[metric], _moved(target, block, side)[None], 0, hashes)
+        self._counted.add(name)
+
+    def _hashes(self, name: str, block: Block) -> list[Hash]:
+        """The same for every micro-batch, in whatever order parameters come."""
+        generator = torch.Generator().manual_seed(self._seed ^ zlib.crc32(name.encode()))
+        return [
+            Hash.drawn(block.rows, block.columns, self._size, generator, dtype=block.dtype, device=self._device)
+            for _ in range(COPIES)
+        ]
+
+    def on_host(self, accepted: Tensor | None = None) -> dict[str, Products]:
+        """For each metric its estimated products, on the CPU; and :attr:`sketch` for the first metric.
+
+        Args:
+            accepted: bool (n,), of all candidates: the others get zeros; None: all.
+        """
+        found = {}
+        for metric in self._metrics:
+            rows = torch.cat([batch[metric] for batch in self._batches], dim=1)
+            if accepted is not None:
+                rows = torch.where(accepted.to(self._device)[:, None], rows, rows.new_zeros(()))
+            both = torch.cat([rows, self._of_target[metric]], dim=1)
+            halves = (both @ both.mT).cpu().double()
+            whole = halves.mean(dim=0)
+            n = rows.shape[1]
+            found[metric] = Products(
+                gram=whole[:n, :n].to(self._dtype),
+                cross_gram=whole[:n, n].to(self._dtype),
+                target_energy=whole[n, n].to(self._dtype),
+            )
+            if self.sketch is None:
+                self.sketch = SketchReport(dim=COPIES * self._size, error=_relative_error(halves))
+        return found
+
+
+def _relative_error(halves: Tensor) -> float:
+    """Standard error of an entry of the mean of two estimates (2, n, n), over the norms it is of: root mean square."""
+    norms = halves.mean(dim=0).diagonal().sqrt()
+    apart = (halves[0] - halves[1]) / 2 / (norms[:, None] * norms)
+    some = apart[apart.isfinite()]
+    return float(some.square().mean().sqrt()) if len(some) else 0.0
+
+
+def _side_of(metric: str, preconditioner: Preconditioner) -> Preconditioner:
+    """The map ``M`` with ``<M g_i, M g_j>`` the inner product of the metric."""
+    if metric == "update":
+        return preconditioner
+    return Scalar(1.0) if metric == "euclidean" else root_of(preconditioner)
+
+
+def _add_block(sums: Tensor, block: Block, side: Preconditioner, hashes: Sequence[Hash]) -> None:
+    """Add the sketches of ``side`` applied to each gradient of the block: ``sums`` (copies, n, size)."""
+    if isinstance(side, Kronecker | RotatedDiagonal) and is_matrix(block):
+        if isinstance(side, Kronecker):
+            block, side = block.folded(side.left, side.right), Scalar(1.0)
+        else:
+            block, side = block.folded(None if side.left is None else side.left.T, side.right), Diagonal(side.values)
+    if not isinstance(side, Elementwise):
+        for part in parts(block.count, 2 * block.rows * block.columns * block.dtype.itemsize, block.limit):
+            some = some_of(block, part)
+            moved = side.apply(some.out(0, block.rows).view(-1, *block.shape))
+            _add_matrices(sums[:, part], moved.reshape(-1, block.rows, block.columns).to(block.dtype), 0, hashes)
+        return
+    factor = side.factor
+    if isinstance(factor, Tensor) and factor.ndim:
+        factor = factor.to(block.dtype).reshape(block.rows, block.columns)
+    if isinstance(side, RankOne | Scalar) and is_matrix(block) and _convolving_is_cheaper(block, hashes[0].size):
+        _add_outer(sums, block, side, hashes)
+        return
+    for use in block.uses:
+        if use.indexed and not use.whole:
+            _add_indexed(sums, use, block, factor, hashes)
+    dense = [use for use in block.uses if use.whole or not use.indexed]
+    if dense:
+        block = replace(block, uses=dense)
+        for start, stop in block.ranges(copies=2):
+            rows = block.out(start, stop)
+            rows *= factor[start:stop] if isinstance(factor, Tensor) and factor.ndim else factor
+            _add_matrices(sums, rows, start, hashes)
+
+
+def _moved(target: Tensor, block: Block, side: Preconditioner) -> Tensor:
+    """The target gradient as :func:`_add_block` has those of the block, (rows, columns)."""
+    if isinstance(side, RotatedDiagonal) and is_matrix(block):
+        return side.values.to(target) * rotated(target, side.left, side.right)
+    return side.apply(target).reshape(block.rows, block.columns)
+
+
+def _convolving_is_cheaper(block: Block, size: int) -> bool:
+    """Whether sketches of both sides cost less than gradients multiplied out, in multiplications."""
+    n, rows, columns = block.count, block.rows, block.columns
+    positions = sum(use.left.shape[1] for use in block.uses)
+    byte = BYTE * block.dtype.itemsize
+    out = n * rows * columns * (positions + (2 + COPIES) * byte)
+    # Two transforms a position, each about 2.5 size log2(size); and every pass over memory.
+    transforms = COPIES * n * positions * (5.0 * size * math.log2(size) + 6 * byte * size + byte * (rows + columns))
+    return transforms < out
+
+
+def _add_matrices(sums: Tensor, matrices: Tensor, start: int, hashes: Sequence[Hash]) -> None:
+    for into, one in zip(sums, hashes, strict=True):
+        one.add_matrices(into, matrices, start)
+
+
+def _add_outer(sums: Tensor, block: Block, side: RankOne | Scalar, hashes: Sequence[Hash]) -> None:
+    """Of factors into which the map is folded, without multiplying them out."""
+    left, right = sides(block)
+    if isinstance(side, RankOne):
+        left, right = left * side.rows.to(left), right * side.columns.to(right)
+    else:
+        left = left * side.value
+    left = left / block.scale
+    at_once = 6 * left.shape[1] * hashes[0].size * block.dtype.itemsize
+    for part in parts(block.count, at_once, block.limit):
+        for into, one in zip(sums[:, part], hashes, strict=True):
+            one.add_outer(into, left[part], right[part])
+
+
+def _add_indexed(sums: Tensor, use: Factors, block: Block, factor: Tensor | float, hashes: Sequence[Hash]) -> None:
+    """Of one-hot factors, position by position."""
+    assert use.right is not None
+    at_once = 6 * use.right[0].numel() * block.dtype.itemsize
+    for part in parts(block.count, at_once, block.limit):
+        index, values = use.left[part], use.right[part].to(block.dtype) / block.scale
+        values = values * (factor[index] if isinstance(factor, Tensor) and factor.ndim else factor)
+        for into, one in zip(sums[:, part], hashes, strict=True):
+            one.add_rows(into, index, values)
