@@ -32,7 +32,7 @@ OUTWEIGHED = (
 NULL_SPACE = "its first basis is arbitrary where the gradient has no rank: a last bit decides, and all steps follow"
 OWN_STATE = "its constructor makes the state, and a group added later has none; so it is bare"
 FAILS: dict[str, dict[str, str]] = {
-    "sign": dict.fromkeys(["adamax", "lamb", "lamb decay", "soap of vectors too", "soap one side"], OUTWEIGHED),
+    "sign": dict.fromkeys(["adamax", "lamb", "lamb decay", "soap one side"], OUTWEIGHED),
     "copies": dict.fromkeys(
         [name for name in INNER if "lamb" in name or name in SOAPS or name == "lion" or "of pytorch" in name]
         + [f"{name} of torch_optimizer" for name in ("AdaBelief", "AdaBound", "Ranger", "RangerQH")],

@@ -14,6 +14,9 @@ Entries where the second moment is almost nothing and single candidates are not 
 ruin its precision: a parameter's first gradient, a rare token's row.
 """
 
+NOISE = 64.0
+"""What counts as zero, over the rounding of the largest entry."""
+
 
 def expected_gradient(param: Tensor, group: dict[str, Any], reference: Tensor) -> Tensor:
     """The gradient as it enters the second moment: sign turned under ``maximize``, coupled decay added, floored."""
@@ -33,9 +36,13 @@ def undecayed_gradient(param: Tensor, group: dict[str, Any], reference: Tensor |
 
 def floored(values: Tensor) -> Tensor:
     """``values``, the small ones raised in size to :data:`FLOOR` of the root mean square of those that are not zero."""
-    count = values.count_nonzero().clamp(min=1)
+    if not values.numel():
+        return values
+    size = values.abs()
+    # What a cancelled sum leaves is as good as zero: whether it is so to the last bit is chance (a key's bias).
+    count = (size > NOISE * torch.finfo(values.dtype).eps * size.amax()).count_nonzero().clamp(min=1)
     floor = FLOOR * torch.linalg.vector_norm(values) / count.to(values.dtype).sqrt()
-    return torch.where(values < 0, -1.0, 1.0).to(values) * values.abs().clamp(min=floor)
+    return torch.where(values < 0, -1.0, 1.0).to(values) * size.clamp(min=floor)
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:
