@@ -39,7 +39,7 @@ def run(factors: Factors, target: Tensor, structure: str, tokens: bool) -> tuple
             device=target.device,
         )
         sums.add("weight", [factors])
-        return time.perf_counter() - start, sums.on_host()["preconditioned"].gram
+        return time.perf_counter() - start, sums.products()["preconditioned"].gram
     finally:
         _gram_ways.tokens_are_cheaper = chosen
 

@@ -218,7 +218,8 @@ class Capture:
                 given = factors_of(use, self._plan.parameters, len(losses), self._grid.sample_ids)
             finally:
                 self._phase = phase
-            vouched.append((self._key(use), use.has_gradient()))
+            if weights is not None:
+                vouched.append((self._key(use), use.has_gradient()))
             use.release()
             for name, factors in given:
                 found.setdefault(name, []).append(factors)

@@ -95,7 +95,9 @@ def verify_projection(
     weights: Tensor,
     generator: torch.Generator,
     computed_in: Iterable[torch.dtype] = (),
-) -> None:
+    *,
+    more: Sequence[Tensor] = (),
+) -> list[bool]:
     """Check autograd's gradients against the weighted factors by one random projection for each parameter.
 
     Args:
@@ -104,6 +106,10 @@ def verify_projection(
         weights: shape ``(n,)``, those of the losses (over the scale of the factors).
         generator: of the projections.
         computed_in: the dtypes the layers computed in.
+        more: flags that are copied from the device along.
+
+    Returns:
+        These.
 
     Raises:
         RuntimeError: they differ: a captured parameter was used outside the layers that own it.
@@ -113,7 +119,7 @@ def verify_projection(
         uses = found.get(name)
         if uses is None:
             names.append(name)
-            misses.append(torch.ones((), device=gradient.device))
+            misses.append(torch.ones((), dtype=torch.bool, device=gradient.device))
             continue
         dtype, device = uses[0].dtype(), gradient.device
         matrix = gradient.to(dtype).reshape(uses[0].rows, uses[0].columns)
@@ -125,19 +131,24 @@ def verify_projection(
         precision = coarsest(dtypes)
         floor = torch.stack([use.rounding(weights, precision).to(scale) for use in uses]).sum()
         names.append(name)
-        misses.append(
-            (error > 4 * (tolerance(dtypes) * torch.maximum(scale, expected.abs()) + floor)).to(torch.float32)
-        )
-    if not misses:
-        return
-    missed = torch.stack([miss.to(misses[0].device) for miss in misses]).tolist()  # one synchronisation
-    listed = [name for name, miss in zip(names, missed, strict=True) if miss]
+        misses.append(error > 4 * (tolerance(dtypes) * torch.maximum(scale, expected.abs()) + floor))
+    seen = told([*misses, *more])
+    listed = [name for name, miss in zip(names, seen[: len(names)], strict=True) if miss]
     if listed:
         raise RuntimeError(
             f"The captured gradients of {', '.join(listed[:5])} differ from those autograd formed: expected these "
             "parameters to be used only by calling the layers that own them (a weight read directly, as in "
             "F.linear(x, layer.weight), is not captured). Call the layer as a module. " + WAYS_OUT
         )
+    return seen[len(names) :]
+
+
+def told(flags: Sequence[Tensor]) -> list[bool]:
+    """Some flags, each a bool scalar, from their devices in one copy."""
+    if not flags:
+        return []
+    answers: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).cpu().tolist()
+    return answers
 
 
 def tolerance(dtypes: Iterable[torch.dtype]) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftw_optim._checks import verify_projection
+from ftw_optim._checks import told, verify_projection
 from ftw_optim._closures import checked_losses, takes_rows
 from ftw_optim._factors import Factors, weighted_sum
 from ftw_optim._matching import Selection
@@ -31,12 +31,6 @@ def usable_updates(update: str, selection: Selection, members: Members, closure:
     return [*usable, "rerun"] if takes_rows(closure) else usable
 
 
-def all_finite(gradients: Iterable[Tensor]) -> bool:
-    """Whether every entry of all gradients is finite."""
-    sums = [gradient.sum() for gradient in gradients]
-    return not sums or bool(torch.stack([total.float().to(sums[0].device) for total in sums]).isfinite().all())
-
-
 def combined_gradients(
     update: str,
     selection: Selection,
@@ -49,8 +43,10 @@ def combined_gradients(
     scale: float,
     generator: torch.Generator,
     computed_in: Iterable[torch.dtype] = (),
-) -> dict[str, Tensor]:
-    """``scale * sum_i weights[i] g_i`` of every updated parameter that was reached; ``.grad`` is left alone.
+) -> tuple[dict[str, Tensor], bool]:
+    """``scale * sum_i weights[i] g_i`` of every updated parameter that was reached, and whether all of it is finite.
+
+    ``.grad`` is left alone.
 
     Args:
         update: ``"factors"``, ``"graph"`` or ``"rerun"``.
@@ -69,18 +65,22 @@ def combined_gradients(
         ValueError: the closure did not return the losses of ``rows``.
     """
     if update == "rerun":
-        return _ordinary_backward(_run_again(closure, selection, scale), members, model)
+        gradients = _ordinary_backward(_run_again(closure, selection, scale), members, model)
+        return gradients, not any(told([gradient.sum().isfinite().logical_not() for gradient in gradients.values()]))
     weights = torch.zeros(len(losses), dtype=torch.float64)
     weights[selection.kept] = selection.weights
     if update == "factors":
-        return {
+        gradients = {
             name: weighted_sum(uses, weights, members.parameters[name].shape).to(members.parameters[name].dtype)
             for name, uses in found.items()
         }
+        # What the Gram matrix has seen is finite, unless it is too large for the parameter.
+        unseen = [g for name, g in gradients.items() if name not in members.scored or g.dtype == torch.float16]
+        return gradients, not any(told([gradient.sum().isfinite().logical_not() for gradient in unseen]))
     gradients = _ordinary_backward([(weights.to(losses) * losses).sum() * scale], members, model)
     scored = {name: gradients[name] for name in members.scored if name in gradients}
-    verify_projection(found, scored, weights, generator, computed_in)
-    return gradients
+    infinite = [gradient.sum().isfinite().logical_not() for gradient in gradients.values()]
+    return gradients, not any(verify_projection(found, scored, weights, generator, computed_in, more=infinite))
 
 
 def _run_again(closure: Callable[..., Any], selection: Selection, scale: float) -> Iterator[Tensor]:

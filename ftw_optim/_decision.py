@@ -13,22 +13,41 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftw_optim._candidates import Candidates, Pass, Plain, full_precision
-from ftw_optim._combine import all_finite, combined_gradients, usable_updates
+from ftw_optim._combine import combined_gradients, usable_updates
 from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._filters import FilterStage
 from ftw_optim._gram import DEFAULT_MEMORY_LIMIT, GramSums
 from ftw_optim._gram_ways import Buffer
-from ftw_optim._matching import Selection
+from ftw_optim._matching import Selection, SketchReport
 from ftw_optim._members import Members
 from ftw_optim._preconditioners.lookup import Preconditioners, learning_rate_is_zero
 from ftw_optim._preconditioners.maps import Preconditioner
-from ftw_optim._products import METRICS, Products
+from ftw_optim._products import METRICS, Products, on_host
 from ftw_optim._selection import metrics_of, select
 from ftw_optim._sketch import Sketch, SketchSums
+from ftw_optim._target import TargetNow
 from ftw_optim._weights import WeightStage
 
 Found = Mapping[str, list[Factors]]
 MatchingSums = GramSums | SketchSums
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Made:
+    """What one selection came to.
+
+    Attributes:
+        selection: whom and how much.
+        gradients: that it makes, of every updated parameter that was reached, times the scale.
+        candidates: what the pass over them found.
+        overflowed: the target gradient did, in its scale.
+    """
+
+    selection: Selection
+    gradients: Mapping[str, Tensor]
+    candidates: Candidates
+    overflowed: bool = False
 
 
 @final
@@ -66,36 +85,52 @@ class Decision:
         self,
         update: str,
         candidates: Candidates,
-        target: Mapping[str, Tensor] | None,
+        target: TargetNow,
         closure: Callable[..., Any],
-    ) -> tuple[Selection, Mapping[str, Tensor]]:
-        """The selection, and the gradients it makes.
+    ) -> Made:
+        """The selection of candidates whose factors are all there.
 
         Args:
             update: the way of this step.
             candidates: their losses and factors.
-            target: the target gradient; None where it overflowed.
+            target: the target gradient.
             closure: to run the kept candidates again with, if need be.
+
+        Raises:
+            ValueError: the target is not finite.
         """
         found, losses = candidates.found, candidates.losses
-        finite, accepted = finite_candidates(found, losses)
-        values = losses.detach().cpu()
-        if not bool(accepted.all()):
+        masks = finite_candidates(found, losses)
+        accepted = torch.ones(len(losses), dtype=torch.bool)
+        while True:
+            with full_precision(losses):
+                sums = self.sums(accepted, target.gradients, losses.device, streamed=False)
+                scored = [name for name in found if name in self.members.scored]
+                for name in scored:
+                    sums.add(name, found[name])
+            # That all are finite is taken for granted until here: a device is waited for once.
+            problem, (values, (finite, clean), flags) = on_host(sums.products(), losses.detach(), masks, target.finite)
+            overflowed = target.overflowed(flags, self.scale)
+            left = accepted & clean
+            if overflowed or self._overflows(finite, left):
+                return self._nothing(values, left, candidates, self._infinite(found), overflowed=overflowed)
+            if bool(clean[accepted].all()):
+                left = accepted & _measurable(problem)
+            if not scored or not bool(left.any()):
+                return self._nothing(values, left, candidates)
+            if bool((left == accepted).all()):
+                break
+            accepted = left
             found = {name: [use.without(~accepted) for use in uses] for name, uses in found.items()}
-        if self._overflows(finite, accepted, target):
-            return Selection.nothing(values, accepted), self._infinite(found)
-        assert target is not None
-        with full_precision(losses):
-            selection = self._match(found, target, values, accepted)
-        return self._combine(update, selection, found, losses, closure, candidates.computed_in)
+        return self._combined(update, self._select(problem, values, accepted), candidates, found, closure)
 
     def streamed(
         self,
         candidates: Pass,
-        target: Mapping[str, Tensor] | None,
+        target: TargetNow,
         closure: Callable[..., Any],
         is_plain: Callable[[Any], bool],
-    ) -> tuple[Selection, Mapping[str, Tensor], Candidates] | Plain:
+    ) -> Made | Plain:
         """As :meth:`made`, of a pass whose factors are dropped layer by layer as soon as the Gram matrix has them.
 
         Where a candidate turns out not to be finite when others have been compared beside it, the pass runs again over
@@ -104,40 +139,30 @@ class Decision:
         rows: Tensor | None = None
         values = accepted = torch.empty(0)
         while True:
-            sums = _Stream(self, target or {})
+            sums = _Stream(self, target)
             with ExitStack() as captured:
                 given = closure if rows is None else partial(closure, rows=rows)
                 found = candidates.over(given, is_plain, captured, sums.begin)
             if isinstance(found, Plain):
                 return found
+            problem, (some, finite, clean, flags) = sums.on_host(found.losses)
             if rows is None:
-                values = found.losses.cpu()
-                accepted = torch.ones(len(values), dtype=torch.bool)
-                rows = torch.arange(len(values))
-            finite, still = sums.finite()
-            accepted = accepted.index_put((rows,), still)
-            if self._overflows(finite, still, target):
-                return Selection.nothing(values, accepted), self._infinite(found.footprints), found
-            problem = sums.products(still)
-            if problem is None or not bool(accepted.any()):
-                return Selection.nothing(values, accepted), {}, found
-            # Beside a candidate that is not finite nothing can be measured.
+                values, rows = some, torch.arange(len(some))
+                accepted = torch.ones(len(some), dtype=torch.bool)
+            overflowed = target.overflowed(flags, self.scale)
             alone = self.gram is not None
-            clean = alone or bool((still == finite).all())
-            measurable = _measurable(problem) if clean else torch.ones_like(still)
-            if clean and bool(measurable.all()):
+            measurable = _measurable(problem) if problem and (alone or bool(clean.all())) else torch.ones_like(clean)
+            accepted = accepted.index_put((rows,), clean & measurable)
+            if overflowed or self._overflows(finite, clean):
+                infinite = self._infinite(found.footprints)
+                return self._nothing(values, accepted, found, infinite, overflowed=overflowed)
+            if not problem or not bool(accepted.any()):
+                return self._nothing(values, accepted, found)
+            if alone or bool(accepted[rows].all()):
                 break
-            accepted = accepted.index_put((rows,), still & measurable)
-            if not bool(accepted.any()):
-                return Selection.nothing(values, accepted), {}, found
-            if alone:
-                problem = sums.products(accepted)
-                assert problem is not None
-                break
-            rows = accepted.nonzero()[:, 0]
-        whole = {metric: one.among(len(values), rows) for metric, one in problem.items()}
-        selection = self._select(whole, values, accepted, sums.gram)
-        return *self._combine("rerun", selection, {}, found.losses, closure, found.computed_in), found
+            rows = accepted.nonzero()[:, 0]  # beside one that is not finite nothing can be measured
+        whole = {metric: one.among(len(values), rows).of(accepted) for metric, one in problem.items()}
+        return self._combined("rerun", self._select(whole, values, accepted), found, {}, closure)
 
     def sums(
         self, accepted: Tensor, target: Mapping[str, Tensor], device: torch.device, *, streamed: bool
@@ -175,36 +200,15 @@ class Decision:
             **what,
         )
 
-    def _overflows(self, finite: Tensor, accepted: Tensor, target: Mapping[str, Tensor] | None) -> bool:
+    def _overflows(self, finite: Tensor, clean: Tensor) -> bool:
         """Whether a scaled gradient did; a bare run would leave what makes a GradScaler back off."""
-        return self.scale > 1.0 and (target is None or bool((finite & ~accepted).any()))
+        return self.scale > 1.0 and bool((finite & ~clean).any())
 
     def _infinite(self, names: Iterable[str]) -> Mapping[str, Tensor]:
         return {name: torch.full_like(self.members.parameters[name], torch.inf) for name in names}
 
-    def _match(self, found: Found, target: Mapping[str, Tensor], losses: Tensor, accepted: Tensor) -> Selection:
-        """Gram matrix, filter and weights."""
-        scored = {name: uses for name, uses in found.items() if name in self.members.scored}
-        if not scored or not bool(accepted.any()):
-            return Selection.nothing(losses, accepted)
-        while True:
-            sums = self.sums(accepted, target, next(iter(scored.values()))[0].left.device, streamed=False)
-            for name, uses in scored.items():
-                sums.add(name, uses)
-            problem = sums.on_host()
-            measurable = _measurable(problem)
-            if bool(measurable.all()):
-                break
-            # Finite, but its square is not: as good as infinite.
-            accepted = accepted & measurable
-            if not bool(accepted.any()):
-                return Selection.nothing(losses, accepted)
-            scored = {name: [use.without(~accepted) for use in uses] for name, uses in scored.items()}
-        return self._select(problem, losses, accepted, sums)
-
-    def _select(
-        self, problem: Mapping[str, Products], losses: Tensor, accepted: Tensor, sums: MatchingSums
-    ) -> Selection:
+    def _select(self, problem: Mapping[str, Products], losses: Tensor, accepted: Tensor) -> Selection:
+        """Filter and weights."""
         selection = select(
             problem,
             losses,
@@ -215,21 +219,30 @@ class Decision:
             generator=self.generator("stages"),
             learning_rate_is_zero=learning_rate_is_zero(self.optimizer),
         )
-        return replace(selection, sketch=sums.sketch)
+        if self.gram is None:
+            return selection
+        return replace(selection, sketch=SketchReport(dim=self.gram.dim, error=float(problem[self.metric].error)))
 
-    def _combine(
+    def _nothing(
         self,
-        update: str,
-        selection: Selection,
-        found: Found,
         losses: Tensor,
-        closure: Callable[..., Any],
-        computed_in: Iterable[torch.dtype],
-    ) -> tuple[Selection, Mapping[str, Tensor]]:
-        """The weighted gradient of every updated parameter that was reached, times the scale, and how it was formed."""
+        accepted: Tensor,
+        candidates: Candidates,
+        gradients: Mapping[str, Tensor] | None = None,
+        *,
+        overflowed: bool = False,
+    ) -> Made:
+        selection = Selection.nothing(losses, accepted)
+        return Made(selection=selection, gradients=gradients or {}, candidates=candidates, overflowed=overflowed)
+
+    def _combined(
+        self, update: str, selection: Selection, candidates: Candidates, found: Found, closure: Callable[..., Any]
+    ) -> Made:
+        """What the selection makes, and how it was formed."""
+        losses = candidates.losses
         for way in [] if selection.skipped else usable_updates(update, selection, self.members, closure):
             with torch.enable_grad(), nullcontext() if way == "rerun" else full_precision(losses):
-                gradients = combined_gradients(
+                gradients, finite = combined_gradients(
                     way,
                     selection,
                     found,
@@ -239,62 +252,51 @@ class Decision:
                     closure,
                     scale=self.scale,
                     generator=self.generator("projection"),
-                    computed_in=computed_in,
+                    computed_in=candidates.computed_in,
                 )
             # Where nothing is captured, a candidate's infinite gradient shows only now. A scaler wants to see it.
-            if self.scale > 1.0 or all_finite(gradients.values()):
-                return selection.applied_by(way), gradients
-        return selection.applied_by(None), {}
+            if self.scale > 1.0 or finite:
+                return Made(selection=selection.applied_by(way), gradients=gradients, candidates=candidates)
+        return Made(selection=selection.applied_by(None), gradients={}, candidates=candidates)
 
 
 @final
 class _Stream:
     """Takes factors as they come, and keeps of them what the Gram matrix gets."""
 
-    def __init__(self, decision: Decision, target: Mapping[str, Tensor]) -> None:
+    def __init__(self, decision: Decision, target: TargetNow) -> None:
         self._decision, self._target = decision, target
-        self._losses: list[Tensor] = []  # finite or not, of each micro-batch
-        self._masks: list[Tensor] = []  # the factors too
+        self._finite: list[Tensor] = []  # the losses, of each micro-batch
+        self._clean: list[Tensor] = []  # the factors too
         self._sums: MatchingSums | None = None
         self._added = False
-
-    @property
-    def gram(self) -> MatchingSums:
-        """The sums, where there is something to match."""
-        assert self._sums is not None
-        return self._sums
 
     def begin(self, losses: Tensor) -> Callable[[str, list[Factors]], None]:
         """What takes the factors of these losses."""
         finite = losses.detach().isfinite()
-        given = finite.cpu()
-        self._losses.append(finite)
-        self._masks.append(finite)
+        self._finite.append(finite)
+        self._clean.append(finite)
+        everyone = torch.ones(len(losses), dtype=torch.bool)
         if isinstance(self._sums, SketchSums):
-            self._sums.more(given)
-        elif bool(given.any()) or self._decision.gram is not None:
-            self._sums = self._decision.sums(given, self._target, losses.device, streamed=True)
+            self._sums.more(everyone)
+        else:
+            self._sums = self._decision.sums(everyone, self._target.gradients, losses.device, streamed=True)
+        return self._take
 
-        def take(name: str, uses: list[Factors]) -> None:
-            for use in uses:
-                self._masks[-1] = self._masks[-1] & use.finite().to(finite.device)
-            if name not in self._decision.members.scored or self._sums is None:
-                return
-            self._sums.add(name, uses if bool(given.all()) else [use.without(~given) for use in uses])
+    def _take(self, name: str, uses: list[Factors]) -> None:
+        for use in uses:
+            self._clean[-1] = self._clean[-1] & use.finite().to(self._clean[-1].device)
+        if name in self._decision.members.scored:
+            assert self._sums is not None
+            self._sums.add(name, uses)
             self._added = True
 
-        return take
-
-    def finite(self) -> tuple[Tensor, Tensor]:
-        """Which candidates have a finite loss, and which of those finite factors too."""
-        both = torch.stack([torch.cat(self._losses), torch.cat(self._masks)]).cpu()
-        return both[0], both[1]
-
-    def products(self, accepted: Tensor) -> dict[str, Products] | None:
-        """On the CPU; None where there is nothing to match."""
-        if self._sums is None or not self._added:
-            return None
-        return self._sums.on_host(accepted) if isinstance(self._sums, SketchSums) else self._sums.on_host()
+    def on_host(self, losses: Tensor) -> tuple[dict[str, Products], list[Tensor]]:
+        """The products, if any; the losses, which are finite, of which the factors too, and whether the target is."""
+        assert self._sums is not None
+        clean = torch.cat(self._clean)
+        problem = self._sums.products(clean) if self._added else {}
+        return on_host(problem, losses.detach(), torch.cat(self._finite), clean, self._target.finite)
 
 
 def _measurable(problem: Mapping[str, Products]) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ftw_optim._factors import Factors
 from ftw_optim._gram_ways import Block, Buffer, add_parameter
-from ftw_optim._matching import SketchReport
 from ftw_optim._preconditioners.maps import Preconditioner
 from ftw_optim._products import Products
 
@@ -49,7 +48,6 @@ class GramSums:
         memory_limit: int = DEFAULT_MEMORY_LIMIT,
         buffer: Buffer | None = None,
     ) -> None:
-        self.sketch: SketchReport | None = None  # these are exact
         self._sums = {metric: Products.zeros(len(accepted), dtype=dtype, device=device) for metric in metrics}
         self._mean = accepted.to(torch.float64) / accepted.sum()
         self._target, self._precondition, self._shapes, self._scale = target, precondition, shapes, scale
@@ -72,6 +70,6 @@ class GramSums:
         precondition = self._precondition
         add_parameter(self._sums, block, self._target.get(name), lambda mean: precondition(name, mean), self._mean)
 
-    def on_host(self) -> dict[str, Products]:
-        """For each metric its products, on the CPU."""
-        return {metric: summed.on_host() for metric, summed in self._sums.items()}
+    def products(self, accepted: Tensor | None = None) -> dict[str, Products]:
+        """For each metric what was added up; ``accepted`` as there was at the start."""
+        return self._sums

@@ -159,7 +159,8 @@ def add_parameter(
         reference = (mean.to(first) @ first.flatten(1)).reshape(block.shape)
     else:
         reference = block.mean(mean)
-    preconditioner = precondition(reference)
+    # Of a candidate that is not finite nothing will be kept; until that is known, no rule is to meet it.
+    preconditioner = precondition(reference.nan_to_num(0.0, 0.0, 0.0))
     target = None if target is None else target.to(block.dtype)
     if isinstance(preconditioner, Kronecker | RotatedDiagonal) and is_matrix(block):
         left, right = preconditioner.left, preconditioner.right

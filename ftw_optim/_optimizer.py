@@ -326,22 +326,20 @@ class SelectiveOptimizer(OptimizerWrapper):
             made = decision.streamed(candidates, target, closure, is_plain)
             if isinstance(made, Plain):
                 return made.value
-            selection, gradients, found = made
         else:
             with ExitStack() as captured:
                 passed = candidates.over(closure, is_plain, captured)
                 if isinstance(passed, Plain):
                     return passed.value
-                selection, gradients = decision.made(update, passed, target, _released_first(closure, captured))
-                found = passed
+                made = decision.made(update, passed, target, _released_first(closure, captured))
         return _Outcome(
-            loss=selection.weighted_loss().to(found.losses.device),
-            selection=selection,
-            gradients=gradients,
+            loss=made.selection.weighted_loss().to(made.candidates.losses.device),
+            selection=made.selection,
+            gradients=made.gradients,
             members=members,
             # The average of target gradients survives one that overflowed.
-            target=(self._kept_target if target is None else target) if self.target.remembers else None,
-            footprints=found.footprints,
+            target=(self._kept_target if made.overflowed else target.gradients) if self.target.remembers else None,
+            footprints=made.candidates.footprints,
         )
 
     def _update(self, members: Members, layers: list[Owner]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -14,11 +15,19 @@ METRICS = ("preconditioned", "update", "euclidean")
 @final
 @dataclass(kw_only=True, eq=False)
 class Products:
-    """Inner products in one metric, summed over parameters: ``gram`` (n, n), ``cross_gram`` (n,), ``target_energy``."""
+    """Inner products in one metric, summed over parameters.
+
+    Attributes:
+        gram: shape (n, n).
+        cross_gram: shape (n,).
+        target_energy: a scalar.
+        error: a scalar: standard error of each over the norms it is of; zero where they are exact.
+    """
 
     gram: Tensor
     cross_gram: Tensor
     target_energy: Tensor
+    error: Tensor
 
     @classmethod
     def zeros(cls, n: int, *, dtype: torch.dtype, device: torch.device) -> Products:
@@ -27,6 +36,7 @@ class Products:
             gram=torch.zeros(n, n, dtype=dtype, device=device),
             cross_gram=torch.zeros(n, dtype=dtype, device=device),
             target_energy=torch.zeros((), dtype=dtype, device=device),
+            error=torch.zeros((), dtype=dtype, device=device),
         )
 
     def add(self, left: Tensor, right: Tensor, target: Tensor | None) -> None:
@@ -48,16 +58,48 @@ class Products:
         whole = Products.zeros(n, dtype=self.gram.dtype, device=self.gram.device)
         whole.gram[rows[:, None], rows] = self.gram
         whole.cross_gram[rows] = self.cross_gram
-        whole.target_energy = self.target_energy
+        whole.target_energy, whole.error = self.target_energy, self.error
         return whole
 
-    def on_host(self) -> Products:
-        """On the CPU, in one copy."""
-        n = len(self.cross_gram)
+    def of(self, accepted: Tensor) -> Products:
+        """With zeros for all but the ``accepted`` candidates, bool (n,)."""
+        both, zero = accepted[:, None] & accepted, self.gram.new_zeros(())
+        return replace(
+            self,
+            gram=torch.where(both, self.gram, zero),
+            cross_gram=torch.where(accepted, self.cross_gram, zero),
+        )
+
+
+def on_host(problem: Mapping[str, Products], *others: Tensor) -> tuple[dict[str, Products], list[Tensor]]:
+    """The same on the CPU, and other small tensors with them, in one copy: a device is waited for once.
+
+    Args:
+        problem: the products in each metric.
+        others: numbers or flags, of any shape.
+    """
+    parts = list(others)
+    for one in problem.values():
         # Symmetric to the last bit, whatever order the products were summed in.
-        gram = (self.gram + self.gram.T) / 2
-        flat = torch.cat([gram.flatten(), self.cross_gram, self.target_energy[None]]).cpu()
-        return Products(gram=flat[: n * n].view(n, n), cross_gram=flat[n * n : -1], target_energy=flat[-1])
+        parts += [(one.gram + one.gram.T) / 2, one.cross_gram, one.target_energy, one.error]
+    if not parts:
+        return {}, []
+    dtype = torch.float32
+    for part in parts:
+        dtype = torch.promote_types(dtype, part.dtype)
+    flat = torch.cat([part.detach().flatten().to(parts[0].device, dtype) for part in parts]).cpu()
+    given = torch.split(flat, [part.numel() for part in parts])
+    there = [values.view(part.shape).to(part.dtype) for values, part in zip(given, parts, strict=True)]
+    products = there[len(others) :]
+    return {
+        metric: Products(
+            gram=products[4 * number],
+            cross_gram=products[4 * number + 1],
+            target_energy=products[4 * number + 2],
+            error=products[4 * number + 3],
+        )
+        for number, metric in enumerate(problem)
+    }, there[: len(others)]
 
 
 RUN = 4096

@@ -19,7 +19,6 @@ from torch import Tensor
 from ftw_optim._count_sketch import Hash
 from ftw_optim._factors import Factors
 from ftw_optim._gram_ways import BYTE, Block, Buffer, is_matrix, parts, rotated, sides, some_of
-from ftw_optim._matching import SketchReport
 from ftw_optim._preconditioners.maps import (
     Diagonal,
     Elementwise,
@@ -106,7 +105,6 @@ class SketchSums:
         self._counted: set[str] = set()
         self._batches: list[dict[str, Tensor]] = []
         self._means: list[Tensor] = []
-        self.sketch: SketchReport | None = None
         self.more(accepted)
 
     def more(self, accepted: Tensor) -> None:
@@ -129,7 +127,7 @@ class SketchSums:
             buffer=self._buffer,
         )
         target = self._target.get(name)
-        reference = target if self._beside_target else block.mean(self._mean)
+        reference = target if self._beside_target else block.mean(self._mean).nan_to_num(0.0, 0.0, 0.0)
         preconditioner = self._precondition(name, reference)
         hashes = self._hashes(name, block)
         first, target = name not in self._counted, None if target is None else target.to(block.dtype)
@@ -148,11 +146,11 @@ class SketchSums:
             for _ in range(COPIES)
         ]
 
-    def on_host(self, accepted: Tensor | None = None) -> dict[str, Products]:
-        """For each metric its estimated products, on the CPU; and :attr:`sketch` for the first metric.
+    def products(self, accepted: Tensor | None = None) -> dict[str, Products]:
+        """For each metric the estimated products.
 
         Args:
-            accepted: bool (n,), of all candidates: the others get zeros; None: all.
+            accepted: bool (n,), of all candidates so far: the others get zeros; None: all.
         """
         found = {}
         for metric in self._metrics:
@@ -160,25 +158,23 @@ class SketchSums:
             if accepted is not None:
                 rows = torch.where(accepted.to(self._device)[:, None], rows, rows.new_zeros(()))
             both = torch.cat([rows, self._of_target[metric]], dim=1)
-            halves = (both @ both.mT).cpu().double()
-            whole = halves.mean(dim=0)
-            n = rows.shape[1]
+            halves = both @ both.mT
+            whole, n = halves.mean(dim=0), rows.shape[1]
             found[metric] = Products(
-                gram=whole[:n, :n].to(self._dtype),
-                cross_gram=whole[:n, n].to(self._dtype),
-                target_energy=whole[n, n].to(self._dtype),
+                gram=whole[:n, :n],
+                cross_gram=whole[:n, n],
+                target_energy=whole[n, n],
+                error=_relative_error(halves),
             )
-            if self.sketch is None:
-                self.sketch = SketchReport(dim=COPIES * self._size, error=_relative_error(halves))
         return found
 
 
-def _relative_error(halves: Tensor) -> float:
+def _relative_error(halves: Tensor) -> Tensor:
     """Standard error of an entry of the mean of two estimates (2, n, n), over the norms it is of: root mean square."""
     norms = halves.mean(dim=0).diagonal().sqrt()
     apart = (halves[0] - halves[1]) / 2 / (norms[:, None] * norms)
-    some = apart[apart.isfinite()]
-    return float(some.square().mean().sqrt()) if len(some) else 0.0
+    some = apart.isfinite()
+    return (torch.where(some, apart, 0.0).square().sum() / some.sum().clamp(min=1)).sqrt()
 
 
 def _side_of(metric: str, preconditioner: Preconditioner) -> Preconditioner:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ftw_optim._passes import Graph, parameter_gradients
 from ftw_optim._randomness import own_randomness
 
+LOOK = "look at the target batch."
+
 
 @final
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class TargetGradient:
         calls: int,
         scale: float,
         seed: int,
-    ) -> dict[str, Tensor] | None:
+    ) -> TargetNow:
         """The target gradient of this step, by parameter name; parameters that it does not depend on are left out.
 
         Args:
@@ -66,17 +68,20 @@ class TargetGradient:
             seed: of the random state the closure runs under.
 
         Returns:
-            Float32 at least. None where the scaled gradient overflowed.
+            Float32 at least. Whether it is finite is asked later: see :meth:`TargetNow.overflowed`.
 
         Raises:
             TypeError: the closure returned no tensor.
-            ValueError: its shape is not ``(m,)`` with m > 0, it is detached, or it or its gradient is not finite.
+            ValueError: its shape is not ``(m,)`` with m > 0, or it is detached.
         """
         # A gradient kept for other parameters than are scored now cannot serve.
         usable = kept is not None and kept.keys() == parameters.keys()
         if usable and calls % self.refresh_every:
             assert kept is not None
-            return {name: gradient.to(parameters[name].device) for name, gradient in kept.items()}
+            return TargetNow(
+                gradients={name: gradient.to(parameters[name].device) for name, gradient in kept.items()},
+                finite=torch.ones(0, dtype=torch.bool),
+            )
         with own_randomness(model.parameters(), seed), torch.enable_grad():
             losses: Any = self.closure()
             _check(losses)
@@ -88,19 +93,49 @@ class TargetGradient:
             else torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
             for name, parameter in parameters.items()
         }
-        finite = torch.stack([gradient.sum().isfinite().cpu() for gradient in new.values()])
-        if not finite.all():
-            if scale > 1.0:
-                return None
-            name = list(new)[int((~finite).nonzero()[0])]
-            raise ValueError(
-                f"Expected a finite target gradient, but that of {name} is not, while the losses are. Nothing was "
-                "changed; look at the target batch."
-            )
+        device = losses.device
+        finite = [losses.detach().isfinite().all(), *(gradient.sum().isfinite() for gradient in new.values())]
         if usable and self.decay:
             assert kept is not None
-            return {name: self.decay * kept[name] + (1 - self.decay) * gradient for name, gradient in new.items()}
-        return new
+            new = {name: self.decay * kept[name] + (1 - self.decay) * gradient for name, gradient in new.items()}
+        return TargetNow(gradients=new, finite=torch.stack([one.to(device) for one in finite]))
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TargetNow:
+    """The target gradient of one step.
+
+    Attributes:
+        gradients: by parameter name.
+        finite: bool: whether the losses are, and the gradient of each parameter in its turn; empty where they are known
+            to be. Looked at together with the Gram matrix, so that a device is waited for once.
+    """
+
+    gradients: Mapping[str, Tensor]
+    finite: Tensor
+
+    def overflowed(self, finite: Tensor, scale: float) -> bool:
+        """Whether the gradient of the scaled losses did.
+
+        Args:
+            finite: :attr:`finite`, on the CPU.
+            scale: of the losses.
+
+        Raises:
+            ValueError: the losses are not finite, or the gradient is not though nothing was scaled up.
+        """
+        if bool(finite.all()):
+            return False
+        if not finite[0]:
+            raise ValueError("Expected finite target losses, got NaN or infinity. Nothing was changed; " + LOOK)
+        if scale > 1.0:
+            return True
+        name = list(self.gradients)[int((~finite[1:]).nonzero()[0])]
+        raise ValueError(
+            f"Expected a finite target gradient, but that of {name} is not, while the losses are. Nothing was changed; "
+            + LOOK
+        )
 
 
 def _check(losses: Any) -> None:
@@ -113,8 +148,3 @@ def _check(losses: Any) -> None:
         )
     if not losses.requires_grad:
         raise ValueError("The target closure returned losses without a gradient; do not detach them.")
-    if not losses.isfinite().all():
-        raise ValueError(
-            f"Expected finite target losses, got {losses.detach().tolist()}. Nothing was changed; look at the target "
-            "batch."
-        )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ftw_optim import Diagonal, Factors, Kronecker, Preconditioner, RankOne, RotatedDiagonal, Scalar, _gram_ways
 from ftw_optim._gram import GramSums
-from ftw_optim._products import METRICS, inner
+from ftw_optim._products import METRICS, inner, on_host
 from tests.test_factors import gradients, random_factors
 
 ROWS, COLUMNS, N = 6, 4, 3
@@ -107,7 +107,7 @@ def test_products_are_those_of_whole_gradients(
         memory_limit=memory_limit,
     )
     sums.add("weight", found)
-    result = sums.on_host()
+    result = on_host(sums.products())[0]
     torch.testing.assert_close(seen, [whole[accepted].mean(0)])
     moved, moved_target = preconditioner.apply(whole), preconditioner.apply(target)
     for metric, left, left_target, right, right_target in (
@@ -137,7 +137,7 @@ def test_parameters_add_up_and_one_without_a_target_gradient_counts_in_the_gram_
         )
         for name in names:
             sums.add(name, uses)
-        results.append(sums.on_host()["euclidean"])
+        results.append(on_host(sums.products())[0]["euclidean"])
     one, both = results
     torch.testing.assert_close(both.gram, 2 * one.gram)
     torch.testing.assert_close(both.cross_gram, one.cross_gram)

@@ -726,7 +726,7 @@ def test_small_memory_limits_change_nothing_but_memory() -> None:
     [
         ({"metric": "manhattan"}, ValueError, "metric must be one of 'preconditioned'"),
         ({"update": "magic"}, ValueError, "update must be one of 'auto'"),
-        ({"gram": "guess"}, ValueError, "gram must be \"exact\" or a Sketch"),
+        ({"gram": "guess"}, ValueError, 'gram must be "exact" or a Sketch'),
         ({"memory_limit": 0}, ValueError, "memory_limit must be a positive number of bytes"),
         ({"filter": 3}, ValueError, "Expected a callable stage"),
         ({"scored": lambda name, p: False}, ValueError, "accepts none of the 6 updated"),

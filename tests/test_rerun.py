@@ -11,8 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ftw_optim import Diagonal as DiagonalMap
-from ftw_optim import Factors, GreedyFilter, Kronecker, Preconditioner, RankOne, RotatedDiagonal, SelectiveOptimizer
+from ftw_optim import (
+    Factors,
+    GreedyFilter,
+    Kronecker,
+    Preconditioner,
+    RankOne,
+    RotatedDiagonal,
+    SelectiveOptimizer,
+    Sketch,
+)
 from ftw_optim._gram import GramSums
+from ftw_optim._gram_ways import Buffer
+from ftw_optim._sketch import SketchSums
 from tests.models import CASES, SmallGPT, language_model, seeded
 from tests.test_optimizer import LateInfinity
 
@@ -154,7 +165,8 @@ MAPS: dict[str, Preconditioner] = {
 
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("limit", [2**18, 2**20])
-def test_the_memory_limit_bounds_what_is_multiplied_out(name: str, limit: int) -> None:
+@pytest.mark.parametrize("sketch", [None, Sketch(dim=256)], ids=["exact", "sketch"])
+def test_the_memory_limit_bounds_what_is_multiplied_out(name: str, limit: int, sketch: Sketch | None) -> None:
     """All gradients of this layer together would take 4 MiB; beside the limit there is what is as large as one."""
     n, positions, rows, columns = 32, 4, 256, 128
     one = rows * columns * 4
@@ -164,15 +176,24 @@ def test_the_memory_limit_bounds_what_is_multiplied_out(name: str, limit: int) -
         right=torch.randn(n, positions, columns, generator=generator),
     )
     folded = n * positions * (rows + columns) * 4  # factors with a map folded into them
-    sums = GramSums(
+    what: dict[str, Any] = {
+        "shapes": {"weight": torch.Size((rows, columns))},
+        "metrics": ["preconditioned" if sketch is None else "update"],  # for which a map needs no root
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "scale": 1.0,
+        "memory_limit": limit,
+        "buffer": Buffer(),
+    }
+    given = (
         torch.ones(n, dtype=torch.bool),
         {"weight": torch.randn(rows, columns, generator=generator)},
         lambda _, reference: MAPS[name],
-        shapes={"weight": torch.Size((rows, columns))},
-        metrics=["preconditioned"],
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        memory_limit=limit,
+    )
+    sums = (
+        GramSums(*given, **what)
+        if sketch is None
+        else SketchSums(*given, **what, sketch=sketch, seed=0, beside_target=False)
     )
     with LivePeak() as live:
         sums.add("weight", [factors])

@@ -17,7 +17,7 @@ from ftw_optim import GreedyFilter, Kronecker, Preconditioner, Scalar, Selective
 from ftw_optim._factors import Factors
 from ftw_optim._gram import GramSums
 from ftw_optim._gram_ways import Buffer
-from ftw_optim._products import METRICS
+from ftw_optim._products import METRICS, on_host
 from ftw_optim._sketch import SketchSums
 from tests.models import Case, SmallGPT, language_model, mlp, seeded, transformers_model
 from tests.oracles import candidate_gradients
@@ -83,14 +83,15 @@ def normed(products: Any) -> Tensor:
 def test_products_are_right_on_average_and_as_far_off_as_measured(name: str, uses: list[Factors]) -> None:
     """Over 200 draws: the mean within five standard errors, and the measured error within a third of the true one."""
     preconditioner = MAPS[name](torch.Generator().manual_seed(0))
-    exact = summed(uses, preconditioner, exact=True).on_host()
+    exact = summed(uses, preconditioner, exact=True).products()
     drawn: dict[str, list[Tensor]] = {metric: [] for metric in METRICS}
     measured = []
     for seed in range(200):
         sums = summed(uses, preconditioner, seed=seed)
-        for metric, products in sums.on_host().items():
+        problem, _ = on_host(sums.products())
+        for metric, products in problem.items():
             drawn[metric].append(flat(products))
-        measured.append(sums.sketch.error)
+        measured.append(float(problem[METRICS[0]].error))
     for metric, values in drawn.items():
         found, expected = torch.stack(values), flat(exact[metric])
         size = normed(exact[metric])
@@ -108,10 +109,10 @@ def test_the_error_is_that_of_random_signs(dim: int) -> None:
     """No more than (2 / dim) ** 0.5 of the norms, also for gradients of low rank, whose entries go together."""
     uses = [random_factors("dense", grid=(8, 1), rows=20, columns=24, seed=3)]
     shape = (20, 24)
-    exact = summed(uses, Scalar(1.0), shape=shape, metrics=("euclidean",), exact=True).on_host()["euclidean"]
+    exact = summed(uses, Scalar(1.0), shape=shape, metrics=("euclidean",), exact=True).products()["euclidean"]
     errors = []
     for seed in range(60):
-        found = summed(uses, Scalar(1.0), shape=shape, dim=dim, seed=seed, metrics=("euclidean",)).on_host()
+        found = summed(uses, Scalar(1.0), shape=shape, dim=dim, seed=seed, metrics=("euclidean",)).products()
         errors.append((flat(found["euclidean"]) - flat(exact)) / normed(exact))
     error = float(torch.stack(errors).square().mean().sqrt())
     assert error < 1.25 * (2 / dim) ** 0.5
@@ -130,7 +131,7 @@ def test_a_convolution_of_both_sides_is_the_sketch_of_the_product(
         monkeypatch.setattr(_sketch, "_convolving_is_cheaper", lambda block, size: convolved)  # noqa: B023
         for uses in (USES["dense"], USES["two uses"]):
             sums = summed(uses, preconditioner, metrics=(metric,), memory_limit=memory_limit, scale=1024.0)
-            found.append(flat(sums.on_host()[metric]))
+            found.append(flat(on_host(sums.products())[0][metric]))
     torch.testing.assert_close(found[:2], found[2:])
 
 
@@ -140,7 +141,7 @@ def test_the_memory_limit_changes_nothing(limit: int, kind: str, name: str) -> N
     preconditioner = MAPS[name](torch.Generator().manual_seed(0))
     metrics = ("update", "euclidean") if name == "of a kind of its own" else METRICS
     one, other = (
-        summed(USES[kind], preconditioner, memory_limit=bytes_, metrics=metrics).on_host() for bytes_ in (limit, 2**30)
+        summed(USES[kind], preconditioner, memory_limit=bytes_, metrics=metrics).products() for bytes_ in (limit, 2**30)
     )
     for metric in metrics:
         torch.testing.assert_close(flat(one[metric]), flat(other[metric]), rtol=1e-9, atol=1e-12)
@@ -161,9 +162,9 @@ def test_axes_between_the_first_and_the_last_are_mapped_too() -> None:
     preconditioner = Kronecker(positive(4, generator), positive(2, generator), (positive(3, generator),))
     uses = [random_factors("dense", grid=(N, 5), rows=4, columns=6, seed=1)]
     shape = (4, 3, 2)
-    exact = flat(summed(uses, preconditioner, shape=shape, exact=True).on_host()["preconditioned"])
+    exact = flat(summed(uses, preconditioner, shape=shape, exact=True).products()["preconditioned"])
     found = torch.stack(
-        [flat(summed(uses, preconditioner, shape=shape, seed=s).on_host()["preconditioned"]) for s in range(200)]
+        [flat(summed(uses, preconditioner, shape=shape, seed=s).products()["preconditioned"]) for s in range(200)]
     )
     assert bool(((found.mean(0) - exact).abs() <= 5 * found.std(0) / 200**0.5).all())
 
