@@ -91,9 +91,9 @@ class ActiveSet:
         self._given_up: list[int] = []
         self._open = torch.ones(n, dtype=torch.bool)  # neither active nor given up
         self._iterations = 0
-        self._slack = self._system[:, -1]  # where it can be used: see _measure
         self._schur = self._system.diagonal()  # of each candidate, against the active ones
-        self._eliminate()
+        self._slack = _ZERO  # where it can be used
+        self._measure(self._system[:, -1])
 
     def admit_all(self) -> None:
         """Let every candidate have weight, and refit."""
@@ -157,11 +157,11 @@ class ActiveSet:
             before = rows[: size + number]
             row = rows[size + number]
             torch.addmv(system[candidate], before.T, before[:, candidate], alpha=-1, out=row)
-            row /= schur[candidate].sqrt()
+            row /= float(schur[candidate]) ** 0.5
             coordinates = row[:-1]
             schur[candidate] = torch.inf
             schur.addcmul_(coordinates, coordinates, value=-1).clamp_(min=self._rounding)
-            torch.sub(slack, coordinates, alpha=float(row[-1]), out=history[number + 1])
+            torch.addcmul(slack, coordinates, row[-1:], value=-1, out=history[number + 1])
             found.append(candidate)
         length, refit = self._sound(found, history, accepted)
         found = found[:length]
