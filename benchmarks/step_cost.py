@@ -40,7 +40,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--grid", action="store_true", help="all ways over n, t, width, LoRA and scored share")
     parser.add_argument("--cases", action="store_true", help="the ways people train, all ways")
     parser.add_argument("--quick", action="store_true", help="small points in place of others")
-    parser.add_argument("--only", help="points whose name contains this, those of large models too")
+    parser.add_argument(
+        "--only", help="points whose name contains this; a large model has to be named, such as Qwen3-0.6B"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the points and stop")
     parser.add_argument("--repeats", type=int, default=5, help="rounds at most (%(default)s)")
     parser.add_argument(
@@ -64,7 +66,8 @@ def _points(options: argparse.Namespace) -> tuple[list[Point], list[Point]]:
         points = [*(GOALS if goals else []), *(GRID if options.grid else []), *(CASES if options.cases else [])]
         memory = [*MEMORY] if goals else []
     if options.only:
-        points = [point for point in [*points, *LARGE] if options.only in point.name]
+        large = [point for point in LARGE if point.shape in options.only]  # not what merely has a word in common
+        points = [point for point in [*points, *large] if options.only in point.name]
         memory = [point for point in memory if options.only in point.name]
     return points, memory
 

@@ -206,7 +206,7 @@ LARGE = [
     for lora in (0, 16)
     for checkpoint in (False, True)
 ]
-"""For an accelerator; measured only where ``--only`` names them."""
+"""For an accelerator; measured only where ``--only`` names the shape."""
 
 _SMALL = Point("quick", width=64, layers=2, t=32, n=4, k=1, m=1)
 QUICK = [
