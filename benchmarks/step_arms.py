@@ -121,6 +121,8 @@ def selective_arm(point: Point, way: str, device: str) -> tuple[Step, SelectiveO
             return losses_of(point, model, some, device)
 
         optimizer.step(losses)
+        if t is None and optimizer.selection is not None and optimizer.selection.skipped:
+            raise RuntimeError("Expected every step to apply something, but one was skipped: it would be too fast.")
 
     return step, optimizer
 

@@ -76,7 +76,7 @@ def _draw_n(series: list[Found], where: str) -> Figure:
 def _draw_over_floor(axes: Axes, series: list[Found], axis: str) -> None:
     """Medians of the ratio to the floor with their quartiles, and the same where pages are kept."""
     kept = [{**found["pages_kept"], "point": found["point"]} for found in series if "pages_kept" in found]
-    for label, some in (("as Python comes", series), ("pages kept by the allocator", kept)):
+    for label, some in (("default allocator settings", series), ("pages kept by the allocator", kept)):
         if not some:
             continue
         x = [found["point"][axis] for found in some]

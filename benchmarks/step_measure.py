@@ -23,14 +23,12 @@ from step_arms import TINY, Step, plain_arm, selective_arm, wait
 from step_phases import PhaseClock
 from step_points import Point
 
-from ftw_optim import SelectiveOptimizer
-
 KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 """Without these, glibc gives every large block back to the system, and the next step faults its pages in again."""
 FEWEST = 3
 """Rounds at least, however long they take."""
 CLOCKED = 3
-"""Steps whose phases are clocked, where a goal is about them."""
+"""Steps whose phases are clocked, where a goal is about them, if time allows."""
 
 
 def seconds(step: Step, numbers: Sequence[int], device: str) -> float:
@@ -49,6 +47,7 @@ def measure(
     repeats: int,
     limit: float,
     device: str,
+    phases: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Times of the plain step and of each way's, interleaved; ratios, floors, phases and memory.
@@ -58,6 +57,7 @@ def measure(
         repeats: rounds at most; in each a plain step, and of every way as many as from one target to the next.
         limit: seconds after which no round begins, once there were :data:`FEWEST`.
         device: of the model.
+        phases: whether steps are clocked phase by phase, before those that are timed.
         progress: told what is going on.
     """
     gc.collect()
@@ -73,23 +73,8 @@ def measure(
             step(0, TINY)  # makes the optimizer's state
             step(1)
         peaks[arm] = live.peak
-    phases = {}
-    chosen = {}
-    for way, optimizer in optimizers.items():
-        progress(f"phases of {way}")
-        cycles = []
-        for _ in range(CLOCKED if "chart n" in point.also else 1):
-            # These steps warm up too; a clock would disturb those that are timed, on a device.
-            with PhaseClock(device) as clock:
-                seconds(arms[way], range(2, 2 + point.r), device)
-            cycles.append(clock.spent)
-        labels = dict.fromkeys(label for spent in cycles for label in spent)
-        phases[way] = {
-            label: statistics.median(spent.get(label, 0.0) for spent in cycles) / point.r for label in labels
-        }
-        _applied(optimizer)
-        assert optimizer.selection is not None
-        chosen[way] = optimizer.selection.update
+    # Before the timed steps, as a second warm-up; a clock would disturb those, on a device.
+    clocked = {way: _clocked(point, arms[way], limit, device) for way in point.ways} if phases else {}
     names = list(arms)
     rounds: list[dict[str, float]] = []
     applied: dict[str, list[int]] = {way: [] for way in point.ways}
@@ -107,36 +92,43 @@ def measure(
             }
         )
         for way, optimizer in optimizers.items():
-            applied[way].append(_applied(optimizer))
+            assert optimizer.selection is not None
+            applied[way].append(int((optimizer.selection.weights > 0).sum()))
     found: dict[str, Any] = {
         "seconds": {arm: [one[arm] for one in rounds] for arm in names},
         "live_bytes": peaks,
         "ways": {},
     }
-    for way in point.ways:
+    for way, optimizer in optimizers.items():
+        assert optimizer.selection is not None
+        applied_by = optimizer.selection.update
         ratios = [one[way] / one["plain"] for one in rounds]
-        floor = point.floor(chosen[way])
+        floor = point.floor(applied_by)
         found["ways"][way] = {
-            "applied_by": chosen[way],
+            "applied_by": applied_by,
             "ratios": ratios,
             "ratio": statistics.median(ratios),
             "quartiles": quartiles(ratios),
             "floor": floor,
             "over_floor": statistics.median(ratios) / floor,
             "live_beside_plain": peaks[way] / peaks["plain"],
-            "phases": phases[way],
+            "phases": clocked.get(way, {}),
             "weights_above_zero": applied[way],
         }
     return found
 
 
-def _applied(optimizer: SelectiveOptimizer) -> int:
-    """How many candidates the last step applied."""
-    selection = optimizer.selection
-    assert selection is not None
-    if selection.skipped:
-        raise RuntimeError("Expected every step to apply something, but one was skipped: it would be too fast.")
-    return int((selection.weights > 0).sum())
+def _clocked(point: Point, step: Step, limit: float, device: str) -> dict[str, float]:
+    """Seconds of each phase of a step."""
+    most = CLOCKED if "chart n" in point.also else 1
+    cycles: list[dict[str, float]] = []
+    start = time.perf_counter()
+    while not cycles or (len(cycles) < most and time.perf_counter() - start < limit / 2):
+        with PhaseClock(device) as clock:
+            seconds(step, range(2, 2 + point.r), device)
+        cycles.append(clock.spent)
+    labels = dict.fromkeys(label for spent in cycles for label in spent)
+    return {label: statistics.median(spent.get(label, 0.0) for spent in cycles) / point.r for label in labels}
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -202,7 +194,8 @@ def main() -> None:
     if "peak" in request:
         found = peak(point, request["peak"], request["device"])
     else:
-        found = measure(point, repeats=request["repeats"], limit=request["limit"], device=request["device"])
+        how = {key: request[key] for key in ("repeats", "limit", "device")}
+        found = measure(point, **how, phases=False)
     print(json.dumps(found))
 
 
