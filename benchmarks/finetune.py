@@ -39,6 +39,7 @@ import datasets
 import transformers
 from arms import ARMS, Options, Run, Task
 from corpus import build_corpus
+from machine import hardware
 from models import load_model, small_gpt
 from records import (
     Records,
@@ -49,7 +50,7 @@ from records import (
     open_records,
     shuffled_examples,
 )
-from report import Report, hardware, print_table, write_picture, write_results
+from report import Report, print_table, write_picture, write_results
 from tqdm import tqdm
 
 LEARNING_RATES = {"small": [1e-4, 3e-4, 1e-3], "full": [1e-5, 3e-5, 1e-4], "lora": [1e-4, 3e-4, 1e-3]}

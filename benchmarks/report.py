@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
-import subprocess
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,8 +13,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
-import transformers
 from arms import ARMS, Options, Run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -58,33 +53,6 @@ class Report:
         """Whether the best learning rate of an arm is the least or the greatest of the grid."""
         grid = self.validation_losses[arm]
         return self.runs_of(arm)[0].lr in (min(grid), max(grid))
-
-
-def hardware(device: str) -> dict[str, Any]:
-    """Processor, cores, versions and commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    cpu_info = Path("/proc/cpuinfo")
-    names = (
-        [line for line in cpu_info.read_text().splitlines() if line.startswith("model name")]
-        if cpu_info.exists()
-        else []
-    )
-    return {
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
-        "cpu": names[0].partition(":")[2].strip() if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or None,
-    }
 
 
 def first_reached(x: list[float], losses: list[float], level: float) -> float:
