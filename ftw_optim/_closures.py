@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,3 +56,14 @@ def gradient_marks(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[in
         for name, parameter in parameters.items()
         if parameter.grad is not None
     }
+
+
+def released_first(closure: Callable[..., Any], captured: ExitStack) -> Callable[..., Any]:
+    """The closure, to be called once more when nothing is captured any longer."""
+
+    @functools.wraps(closure)
+    def again(*args: Any, **kwargs: Any) -> Any:
+        captured.close()
+        return closure(*args, **kwargs)
+
+    return again

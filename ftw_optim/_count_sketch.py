@@ -58,12 +58,14 @@ class Hash:
             size=size,
         )
 
-    def add_matrices(self, sums: Tensor, matrices: Tensor, start: int) -> None:
-        """Add rows ``start`` and on of matrices, shape ``(n, some, columns)``."""
-        stop = start + matrices.shape[1]
-        signed = matrices * (self.row_signs[start:stop, None] * self.column_signs)
-        bucket = (self.rows[start:stop, None] + self.columns) % self.size
-        sums.index_add_(1, bucket.flatten(), signed.flatten(1).to(sums))
+    def signs(self, start: int, stop: int) -> Tensor:
+        """Of the entries in rows ``start`` to ``stop``."""
+        return self.row_signs[start:stop, None] * self.column_signs
+
+    def add_signed(self, sums: Tensor, matrices: Tensor, start: int) -> None:
+        """Add rows ``start`` and on of matrices, shape ``(n, some, columns)``, that have their signs already."""
+        bucket = (self.rows[start : start + matrices.shape[1], None] + self.columns) % self.size
+        sums.index_add_(1, bucket.flatten(), matrices.flatten(1).to(sums))
 
     def add_rows(self, sums: Tensor, index: Tensor, values: Tensor) -> None:
         """Add rows ``values`` (n, t, columns) of matrices, each at its ``index`` (n, t)."""

@@ -104,7 +104,7 @@ class Decision:
         accepted = torch.ones(len(losses), dtype=torch.bool)
         while True:
             with full_precision(losses):
-                sums = self.sums(accepted, target.gradients, losses.device, streamed=False)
+                sums = self.sums(accepted, target.gradients, losses.device)
                 scored = [name for name in found if name in self.members.scored]
                 for name in scored:
                     sums.add(name, found[name])
@@ -164,9 +164,7 @@ class Decision:
         whole = {metric: one.among(len(values), rows).of(accepted) for metric, one in problem.items()}
         return self._combined("rerun", self._select(whole, values, accepted), found, {}, closure)
 
-    def sums(
-        self, accepted: Tensor, target: Mapping[str, Tensor], device: torch.device, *, streamed: bool
-    ) -> MatchingSums:
+    def sums(self, accepted: Tensor, target: Mapping[str, Tensor], device: torch.device) -> MatchingSums:
         """Of this step's Gram matrix, nothing added yet."""
         preconditioners = Preconditioners(self.optimizer, unknown_as_identity=self.metric == "euclidean")
         metrics = {self.metric, "preconditioned", *metrics_of(self.filter), *metrics_of(self.weight)}
@@ -184,7 +182,7 @@ class Decision:
             "buffer": self.buffer,
         }
 
-        def precondition(name: str, reference: Tensor | None) -> Preconditioner:
+        def precondition(name: str, reference: Tensor) -> Preconditioner:
             return preconditioners(parameters[name], groups[name], reference)
 
         if self.gram is None:
@@ -195,8 +193,6 @@ class Decision:
             precondition,
             sketch=self.gram,
             seed=self.generator("sketch").initial_seed(),
-            # What is dropped before the next micro-batch comes has no common mean.
-            beside_target=streamed,
             **what,
         )
 
@@ -278,9 +274,9 @@ class _Stream:
         self._clean.append(finite)
         everyone = torch.ones(len(losses), dtype=torch.bool)
         if isinstance(self._sums, SketchSums):
-            self._sums.more(everyone)
+            self._sums.more(len(losses))
         else:
-            self._sums = self._decision.sums(everyone, self._target.gradients, losses.device, streamed=True)
+            self._sums = self._decision.sums(everyone, self._target.gradients, losses.device)
         return self._take
 
     def _take(self, name: str, uses: list[Factors]) -> None:

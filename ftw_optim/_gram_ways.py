@@ -160,7 +160,7 @@ def add_parameter(
     else:
         reference = block.mean(mean)
     # Of a candidate that is not finite nothing will be kept; until that is known, no rule is to meet it.
-    preconditioner = precondition(reference.nan_to_num(0.0, 0.0, 0.0))
+    preconditioner = precondition(reference.nan_to_num_(0.0, 0.0, 0.0))
     target = None if target is None else target.to(block.dtype)
     if isinstance(preconditioner, Kronecker | RotatedDiagonal) and is_matrix(block):
         left, right = preconditioner.left, preconditioner.right

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftw_optim._candidates import Pass, Plain
+from ftw_optim._checkpoint import read_state, written_state
 from ftw_optim._checks import SelfChecks
-from ftw_optim._closures import gradient_marks, is_scalar, takes_rows
-from ftw_optim._combine import UPDATES
+from ftw_optim._closures import gradient_marks, is_scalar, released_first, takes_rows
 from ftw_optim._decision import Decision
 from ftw_optim._factors import Footprint
 from ftw_optim._filters import FilterStage, GreedyFilter
@@ -26,10 +25,9 @@ from ftw_optim._layers.coverage import Coverage, coverage
 from ftw_optim._layers.owners import Owner, owners
 from ftw_optim._matching import Selection
 from ftw_optim._members import Members, Scored, members_of
+from ftw_optim._options import check_options, refuse_more_than_one_process
 from ftw_optim._plan import plan, uncovered
 from ftw_optim._preconditioners.registry import registered_rule
-from ftw_optim._products import METRICS
-from ftw_optim._selection import NORMALIZATIONS, metrics_of
 from ftw_optim._sketch import Sketch
 from ftw_optim._target import TargetGradient
 from ftw_optim._weights import NonNegativeLeastSquares, WeightStage
@@ -100,33 +98,12 @@ class SelectiveOptimizer(OptimizerWrapper):
         self_check: bool = True,
         seed: int = 0,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"Expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}.")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Expected the model as an nn.Module, got {type(model).__name__}.")
+        filter = GreedyFilter(keep=0.25) if filter is None else filter
+        weight = NonNegativeLeastSquares() if weight is None else weight
+        check_options(optimizer, model, (filter, weight), metric, update, gram, memory_limit)
         registered = registered_rule(optimizer)
-        for name, value, known in (
-            ("metric", metric, METRICS),
-            ("update", update, UPDATES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
-        if gram != "exact" and not isinstance(gram, Sketch):
-            raise ValueError(f'gram must be "exact" or a Sketch(dim=...), got {gram!r}.')
-        if memory_limit is not None and memory_limit < 1:
-            raise ValueError(f"memory_limit must be a positive number of bytes, got {memory_limit!r}.")
         super().__init__(optimizer)
-        self.model = model
-        self.filter = GreedyFilter(keep=0.25) if filter is None else filter
-        self.weight = NonNegativeLeastSquares() if weight is None else weight
-        if (normalize := getattr(self.weight, "normalize", "sum")) not in NORMALIZATIONS:
-            raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}.")
-        for stage in (self.filter, self.weight):
-            if not callable(stage) or not set(metrics_of(stage)) <= set(METRICS):
-                raise ValueError(
-                    f"Expected a callable stage whose metrics are some of {METRICS}, got {stage!r} with metrics "
-                    f"{metrics_of(stage)!r}."
-                )
+        self.model, self.filter, self.weight = model, filter, weight
         self.metric, self.update, self.scored = metric, update, scored
         self.gram, self.memory_limit, self.self_check, self.seed = gram, memory_limit, self_check, seed
         self.target = target
@@ -279,7 +256,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         self, closure: Callable[..., Any], *, scale: float, sample_ids: Tensor | None, plain_allowed: bool
     ) -> _Outcome | Any:
         """One selection, applied to nothing; or the value of a closure after which the inner step is due."""
-        _refuse_more_than_one_process()
+        refuse_more_than_one_process()
         members = members_of(self.model, self.param_groups, self.scored)
         layers = owners(self.model)
         update = self._update(members, layers)
@@ -331,7 +308,7 @@ class SelectiveOptimizer(OptimizerWrapper):
                 passed = candidates.over(closure, is_plain, captured)
                 if isinstance(passed, Plain):
                     return passed.value
-                made = decision.made(update, passed, target, _released_first(closure, captured))
+                made = decision.made(update, passed, target, released_first(closure, captured))
         return _Outcome(
             loss=made.selection.weighted_loss().to(made.candidates.losses.device),
             selection=made.selection,
@@ -390,58 +367,12 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     def extra_state(self) -> dict[str, Any]:
         """Step count, seed and, where it must outlive a step, the target gradient."""
-        extra: dict[str, Any] = {
-            "backwards": torch.tensor(self._backwards),
-            "seed": torch.tensor(self.seed),
-        }
-        if self._kept_target is not None:
-            extra["target"] = dict(self._kept_target)
-        return extra
+        return written_state(self._backwards, self.seed, self._kept_target)
 
     def read_extra_state(self, extra: Mapping[str, Any] | None) -> dict[str, Any]:
         """See :meth:`extra_state`."""
-        if extra is not None and not (isinstance(extra, Mapping) and {"backwards", "seed"} <= extra.keys()):
-            raise ValueError(
-                f"Expected {self.EXTRA_KEY!r} of the state dict to hold 'backwards' and 'seed', got "
-                f"{sorted(extra) if isinstance(extra, Mapping) else extra!r}. Remove the key to load the inner "
-                "optimizer's state alone."
-            )
-        target = (extra or {}).get("target")
-        devices = {name: parameter.device for name, parameter in self.model.named_parameters()}
-        for name, parameter in self.model.named_parameters():
-            if target is not None and name in target and target[name].shape != parameter.shape:
-                raise ValueError(
-                    f"Expected the kept target gradient of {name} in the shape {tuple(parameter.shape)}, got "
-                    f"{tuple(target[name].shape)}: the checkpoint is of another model."
-                )
-        return {
-            "_backwards": int(extra["backwards"]) if extra else 0,
-            "seed": int(extra["seed"]) if extra else self.seed,
-            "_kept_target": None
-            if target is None
-            else {name: gradient.to(devices.get(name, gradient.device)) for name, gradient in target.items()},
-            "_pending": None,
-        }
+        backwards, seed, target = read_state(extra, self.EXTRA_KEY, self.model, seed=self.seed)
+        return {"_backwards": backwards, "seed": seed, "_kept_target": target, "_pending": None}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "_target"}
-
-
-def _released_first(closure: Callable[..., Any], captured: ExitStack) -> Callable[..., Any]:
-    """The closure, to be called once more when nothing is captured any longer."""
-
-    @functools.wraps(closure)
-    def again(*args: Any, **kwargs: Any) -> Any:
-        captured.close()
-        return closure(*args, **kwargs)
-
-    return again
-
-
-def _refuse_more_than_one_process() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise NotImplementedError(
-            f"Expected one process, got {distributed.get_world_size()}: each would select for itself, and the "
-            "parameters would drift apart. Select in a run of one process."
-        )

@@ -63,6 +63,9 @@ class Sketch:
 class SketchSums:
     """Sketches of all candidates and of the target, added up parameter by parameter; see :class:`GramSums`.
 
+    The target gradient stands for the gradient that the coming step is expected to see, in place of the candidates'
+    mean: so no candidate's sketch depends on another's, and they may come in any number of micro-batches.
+
     Args:
         accepted: bool (n,), on the CPU: candidates that are not rejected; the factors of the others are zero.
         target: target gradient of each scored parameter.
@@ -76,15 +79,13 @@ class SketchSums:
         buffer: memory for them that outlives the sums.
         sketch: its size.
         seed: of its random numbers.
-        beside_target: the target gradient is the reference, in place of the candidates' mean; then no candidate's
-            sketch depends on another's, and more candidates may follow in :meth:`more`.
     """
 
     def __init__(
         self,
         accepted: Tensor,
         target: Mapping[str, Tensor],
-        precondition: Callable[[str, Tensor | None], Preconditioner],
+        precondition: Callable[[str, Tensor], Preconditioner],
         *,
         shapes: Mapping[str, torch.Size],
         metrics: Sequence[str],
@@ -95,22 +96,22 @@ class SketchSums:
         buffer: Buffer,
         sketch: Sketch,
         seed: int,
-        beside_target: bool,
     ) -> None:
         self._metrics, self._dtype, self._device = tuple(metrics), dtype, device
         self._target, self._precondition, self._shapes, self._scale = target, precondition, shapes, scale
         self._limit, self._buffer = memory_limit, buffer
-        self._size, self._seed, self._beside_target = sketch.dim // COPIES, seed, beside_target
+        self._size, self._seed = sketch.dim // COPIES, seed
         self._of_target = self._zeros(1)
         self._counted: set[str] = set()
         self._batches: list[dict[str, Tensor]] = []
-        self._means: list[Tensor] = []
-        self.more(accepted)
+        norms = [torch.linalg.vector_norm(gradient).to(device, dtype) for gradient in target.values()]
+        count = sum(gradient.numel() for gradient in target.values())
+        self._usual = torch.linalg.vector_norm(torch.stack(norms)) / count**0.5 if norms else None
+        self.more(len(accepted))
 
-    def more(self, accepted: Tensor) -> None:
-        """Begin with further candidates, bool (n,); what is added from now on is theirs."""
-        self._batches.append(self._zeros(len(accepted)))
-        self._mean = accepted.to(torch.float64) / accepted.sum()
+    def more(self, n: int) -> None:
+        """Begin with ``n`` further candidates; what is added from now on is theirs."""
+        self._batches.append(self._zeros(n))
 
     def _zeros(self, n: int) -> dict[str, Tensor]:
         shape = (COPIES, n, self._size)
@@ -127,8 +128,7 @@ class SketchSums:
             buffer=self._buffer,
         )
         target = self._target.get(name)
-        reference = target if self._beside_target else block.mean(self._mean).nan_to_num(0.0, 0.0, 0.0)
-        preconditioner = self._precondition(name, reference)
+        preconditioner = self._precondition(name, self._reference(name, target))
         hashes = self._hashes(name, block)
         first, target = name not in self._counted, None if target is None else target.to(block.dtype)
         for metric in self._metrics:
@@ -137,6 +137,12 @@ class SketchSums:
             if target is not None and first:
                 _add_matrices(self._of_target[metric], _moved(target, block, side)[None], 0, hashes)
         self._counted.add(name)
+
+    def _reference(self, name: str, target: Tensor | None) -> Tensor:
+        """The target gradient, which the step is to match; its usual size where it has nothing of a parameter."""
+        if target is None:
+            target = torch.zeros(self._shapes[name], dtype=self._dtype, device=self._device)
+        return target if self._usual is None else torch.where(target.any(), target, self._usual.to(target))
 
     def _hashes(self, name: str, block: Block) -> list[Hash]:
         """The same for every micro-batch, in whatever order parameters come."""
@@ -234,8 +240,13 @@ def _convolving_is_cheaper(block: Block, size: int) -> bool:
 
 
 def _add_matrices(sums: Tensor, matrices: Tensor, start: int, hashes: Sequence[Hash]) -> None:
+    """Of rows ``start`` and on, shape ``(n, some, columns)``; they are overwritten."""
+    signs: Tensor | None = None
     for into, one in zip(sums, hashes, strict=True):
-        one.add_matrices(into, matrices, start)
+        new = one.signs(start, start + matrices.shape[1])
+        matrices.mul_(new if signs is None else new * signs)  # in place: fresh pages cost more than arithmetic
+        one.add_signed(into, matrices, start)
+        signs = new
 
 
 def _add_outer(sums: Tensor, block: Block, side: RankOne | Scalar, hashes: Sequence[Hash]) -> None:

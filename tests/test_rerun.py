@@ -190,11 +190,7 @@ def test_the_memory_limit_bounds_what_is_multiplied_out(name: str, limit: int, s
         {"weight": torch.randn(rows, columns, generator=generator)},
         lambda _, reference: MAPS[name],
     )
-    sums = (
-        GramSums(*given, **what)
-        if sketch is None
-        else SketchSums(*given, **what, sketch=sketch, seed=0, beside_target=False)
-    )
+    sums = GramSums(*given, **what) if sketch is None else SketchSums(*given, **what, sketch=sketch, seed=0)
     with LivePeak() as live:
         sums.add("weight", [factors])
     bound = limit + 8 * one + 2 * folded

@@ -21,6 +21,7 @@ def chosen(problem: Problem, *, stage: Any, normalize: Any = "sum") -> Selection
         gram=matching.gram,
         cross_gram=matching.cross_gram,
         target_energy=torch.tensor(matching.target_energy, dtype=torch.float64),
+        error=torch.tensor(0.0),
     )
     return select(
         {"preconditioned": products},

@@ -40,7 +40,8 @@ def adam(param: Tensor, group: State, state: State, reference: Tensor | None) ->
     if group.get("amsgrad") and "max_exp_avg_sq" in state:
         moment = torch.maximum(moment, plain(state["max_exp_avg_sq"], moment.dtype))
     share = number(group["lr"]) * (1 - beta1) / (1 - beta1**step)
-    return Diagonal(share / (moment.sqrt() / (1 - beta2**step) ** 0.5 + group["eps"]))
+    root = moment.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])  # in place: it is the large layers' time
+    return Diagonal(root.reciprocal_().mul_(share))
 
 
 @register_preconditioner("schedulefree.adamw_schedulefree.AdamWScheduleFree")

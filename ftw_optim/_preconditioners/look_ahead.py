@@ -20,10 +20,14 @@ NOISE = 64.0
 
 def expected_gradient(param: Tensor, group: dict[str, Any], reference: Tensor) -> Tensor:
     """The gradient as it enters the second moment: sign turned under ``maximize``, coupled decay added, floored."""
+    return floored(_with_decay(param, group, reference))
+
+
+def _with_decay(param: Tensor, group: dict[str, Any], reference: Tensor) -> Tensor:
     gradient = -reference if group.get("maximize") else reference
     if group.get("weight_decay") and not group.get("decoupled_weight_decay", False):
         gradient = gradient + param.detach().to(gradient.dtype) * group["weight_decay"]
-    return floored(gradient)
+    return gradient
 
 
 def undecayed_gradient(param: Tensor, group: dict[str, Any], reference: Tensor | None) -> Tensor:
@@ -36,13 +40,19 @@ def undecayed_gradient(param: Tensor, group: dict[str, Any], reference: Tensor |
 
 def floored(values: Tensor) -> Tensor:
     """``values``, the small ones raised in size to :data:`FLOOR` of the root mean square of those that are not zero."""
-    if not values.numel():
-        return values
+    size = _floored_size(values)
+    return torch.where(values < 0, -size, size)
+
+
+def _floored_size(values: Tensor) -> Tensor:
+    """The size of each entry of :func:`floored`; in place where it can be, for fresh memory is what takes time."""
     size = values.abs()
+    if not size.numel():
+        return size
     # What a cancelled sum leaves is as good as zero: whether it is so to the last bit is chance (a key's bias).
     count = (size > NOISE * torch.finfo(values.dtype).eps * size.amax()).count_nonzero().clamp(min=1)
     floor = FLOOR * torch.linalg.vector_norm(values) / count.to(values.dtype).sqrt()
-    return torch.where(values < 0, -1.0, 1.0).to(values) * size.clamp(min=floor)
+    return size.clamp_(min=floor)
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:
@@ -53,7 +63,7 @@ def moment_dtype(param: Tensor) -> torch.dtype:
 def second_moment(
     param: Tensor, group: dict[str, Any], stored: Tensor | None, reference: Tensor | None, *, decay: float, fresh: float
 ) -> Tensor:
-    """``decay * stored + fresh * reference^2``: the second moment in the coming step.
+    """``decay * stored + fresh * reference^2``: the second moment in the coming step, in memory of its own.
 
     Args:
         param: the parameter.
@@ -67,8 +77,8 @@ def second_moment(
     moment = torch.zeros_like(param, dtype=dtype) if stored is None else plain(stored, dtype) * decay
     if reference is None:
         return moment
-    expected = expected_gradient(param, group, reference.to(dtype))
-    return moment.addcmul(expected, expected, value=fresh)
+    size = _floored_size(_with_decay(param, group, reference.to(dtype)))
+    return moment.addcmul_(size, size, value=fresh)
 
 
 def plain(stored: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,52 @@
+"""What a checkpoint holds beside the inner optimizer's state: plain tensors and containers of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def written_state(backwards: int, seed: int, target: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    """Step count, seed and, where it must outlive a step, the target gradient."""
+    extra: dict[str, Any] = {"backwards": torch.tensor(backwards), "seed": torch.tensor(seed)}
+    if target is not None:
+        extra["target"] = dict(target)
+    return extra
+
+
+def read_state(extra: Any, key: str, model: nn.Module, *, seed: int) -> tuple[int, int, dict[str, Tensor] | None]:
+    """What :func:`written_state` was given; the target gradient is on the devices of the model's parameters.
+
+    Args:
+        extra: what it returned; None where a checkpoint holds none.
+        key: where it is in a state dict.
+        model: whose parameters the target gradient is of.
+        seed: where a checkpoint holds none.
+
+    Raises:
+        ValueError: it is something else, or of another model.
+    """
+    if extra is None:
+        return 0, seed, None
+    if not (isinstance(extra, Mapping) and {"backwards", "seed"} <= extra.keys()):
+        raise ValueError(
+            f"Expected {key!r} of the state dict to hold 'backwards' and 'seed', got "
+            f"{sorted(extra) if isinstance(extra, Mapping) else extra!r}. Remove the key to load the inner "
+            "optimizer's state alone."
+        )
+    target, parameters = extra.get("target"), dict(model.named_parameters())
+    for name, gradient in (target or {}).items():
+        if name in parameters and gradient.shape != parameters[name].shape:
+            raise ValueError(
+                f"Expected the kept target gradient of {name} in the shape {tuple(parameters[name].shape)}, got "
+                f"{tuple(gradient.shape)}: the checkpoint is of another model."
+            )
+    if target is not None:
+        target = {
+            name: gradient.to(parameters[name].device if name in parameters else gradient.device)
+            for name, gradient in target.items()
+        }
+    return int(extra["backwards"]), int(extra["seed"]), target
