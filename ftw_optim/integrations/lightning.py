@@ -99,7 +99,10 @@ class SelectiveModuleMixin(LightningModule):
         return {}
 
     def log_selection(self, selection: Selection, loss: Tensor) -> None:
-        """Log what a selection came to; all of it is on the CPU already but the loss, which is logged as it is."""
+        """Log what a selection came to; all of it is on the CPU already but the loss, which is logged as it is.
+
+        A logger repeats it for the batches that only wait for their window: ``log_every_n_steps`` counts batches.
+        """
         n = len(selection.losses)
         metrics: dict[str, Any] = {
             "loss": loss,
