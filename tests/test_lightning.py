@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -288,6 +290,19 @@ def test_a_grad_scaler_makes_the_unscaled_steps_and_an_overflow_skips_one() -> N
     skipped = logs[1].steps.pop(2)
     torch.testing.assert_close(skipped, logs[1].steps[1], rtol=0, atol=0)
     torch.testing.assert_close(logs[1].steps, logs[0].steps, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("update", ["factors", "graph"])
+def test_bfloat16_by_lightnings_autocast(update: str) -> None:
+    """Its own gradient, as exactly as the layers compute."""
+    logs = []
+    for wrapped in (False, True):
+        case = transformers_model("llama")(torch.float32, 14)
+        logs.append(Log(look=lambda module: [parameter.grad.clone() for parameter in module.parameters()]))
+        module = selective_of(case, options={**EVERYONE, "update": update}) if wrapped else Plain(case)
+        trainer_of(logs[-1], max_epochs=1, limit_train_batches=1, precision="bf16-mixed").fit(module, Loader(case))
+    for one, other in zip(*(log.seen[0] for log in logs), strict=True):
+        assert float((one - other).norm() / one.norm()) < (2e-2 if update == "factors" else 1e-6)
 
 
 # ---------------------------------------------------------------------- the oracle
@@ -589,7 +604,6 @@ def test_what_cannot_be_is_refused_before_anything_runs() -> None:
         with pytest.raises(error, match=match):
             trainer_of(**options).fit(module or Selective(case), Loader(case))
 
-    refused(NotImplementedError, "Expected one device, got 1 under DDPStrategy", strategy="ddp")
     refused(
         ValueError, "accumulate_grad_batches must be a positive integer", selective_of(case, accumulate_grad_batches=0)
     )
@@ -633,11 +647,16 @@ def test_what_cannot_be_is_refused_before_anything_runs() -> None:
 
 
 def test_several_devices_are_refused() -> None:
-    """Before they are set up."""
+    """And what Lightning does for several, on one."""
+    case = CASES["llama"]()
+    with mock.patch.dict(os.environ):  # in which it leaves the address of its process group
+        with pytest.raises(NotImplementedError, match="one process and SingleDeviceStrategy, got 1 and DDPStrategy"):
+            trainer_of(strategy="ddp").fit(Selective(case), Loader(case))
+        torch.distributed.destroy_process_group()
     trainer = trainer_of(devices=2, strategy="ddp")
     assert trainer.world_size == 2
-    module = Selective(CASES["llama"]())
+    module = Selective(case)
     (callback,) = module.configure_callbacks()
-    with pytest.raises(NotImplementedError, match="Expected one device, got 2 under DDPStrategy"):
+    with pytest.raises(NotImplementedError, match="Expected one process and SingleDeviceStrategy, got 2 and"):
         callback.setup(trainer, module, "fit")
     callback.setup(trainer, module, "validate")

@@ -123,14 +123,15 @@ def main(given: Sequence[str] | None = None) -> None:
     progress = tqdm(total=args.steps, initial=step, desc="fine-tuning", unit="step")
     while step < args.steps:
         window = list(islice(batches, args.accumulate))
-        loss = selective.backward(partial(window_losses, model, window), grad_scale=loss_scale(accelerator))
+        selective.backward(partial(window_losses, model, window), grad_scale=loss_scale(accelerator))
         accelerator.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         step += 1
         progress.update()
-        progress.set_postfix(loss=f"{loss:.3f}", cosine=f"{selective.selection.cosine:.2f}")
+        selection = selective.selection
+        progress.set_postfix(loss=f"{selection.losses.mean():.3f}", cosine=f"{selection.cosine:.2f}")
         if step % args.save_every == 0 and step < args.steps:
             accelerator.save_state(str(args.output / f"step-{step:06d}"))
     progress.close()

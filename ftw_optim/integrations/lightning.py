@@ -213,9 +213,9 @@ class Selecting(Callback):
         module = _mixed_in(pl_module)
         if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
             raise NotImplementedError(
-                f"Expected one device, got {trainer.world_size} under {type(trainer.strategy).__name__}: each process "
-                "would select for itself, and the parameters would drift apart. Use Trainer(devices=1) with its "
-                "default strategy."
+                f"Expected one process and SingleDeviceStrategy, got {trainer.world_size} and "
+                f"{type(trainer.strategy).__name__}: each process would select for itself, and the parameters would "
+                "drift apart. Use Trainer(devices=1) with its default strategy."
             )
         if module.automatic_optimization:
             raise ValueError(
