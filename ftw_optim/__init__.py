@@ -10,6 +10,7 @@ from ftw_optim._layers.coverage import Coverage as Coverage
 from ftw_optim._layers.coverage import coverage as coverage
 from ftw_optim._layers.registry import register_layer as register_layer
 from ftw_optim._linalg import solve_nnls as solve_nnls
+from ftw_optim._losses import count_label_tokens as count_label_tokens
 from ftw_optim._losses import token_losses as token_losses
 from ftw_optim._matching import Matching as Matching
 from ftw_optim._matching import Selection as Selection

@@ -13,42 +13,85 @@ IGNORED = -100
 """The label of positions that do not count, as everywhere in PyTorch and Transformers."""
 
 
-def token_losses(model: nn.Module, batch: Mapping[str, Any], *, reduction: str = "token_mean") -> Tensor:
+def token_losses(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    reduction: str = "token_mean",
+    label_tokens: int | Tensor | None = None,
+    candidates: int | None = None,
+) -> Tensor:
     """Each row's own next-token loss, shape ``(n,)``, ready to be returned by a closure.
+
+    The two reductions differ in what a token counts. ``"token_mean"``: every candidate counts the same, however long;
+    the mean over candidates is a mean of means. ``"token_sum"``: every token counts the same; the mean over candidates
+    is the model's own loss, the mean over all label tokens, so that uniform weights make a trainer's ordinary step.
 
     Args:
         model: a causal language model. Called with everything in ``batch`` but the labels, as keywords; returns logits
-            ``(n, t, vocabulary)``, alone, first in a tuple, or as ``.logits``.
+            ``(n, t, vocabulary)``, alone, first in a tuple, or as ``logits`` (an attribute or a key).
         batch: ``labels`` (n, t) int64, with -100 where a position does not count, and the model's inputs. Position
             ``t`` predicts label ``t + 1``, as in Transformers.
-        reduction: ``"token_mean"`` divides a row's sum by the number of its labels, ``"token_sum"`` does not.
+        reduction: ``"token_mean"`` divides a row's sum by the number of its own labels, ``"token_sum"`` by
+            ``label_tokens / candidates``, the mean number of labels of a candidate.
+        label_tokens: with ``"token_sum"``: labels of the whole accumulation window, see :func:`count_label_tokens`;
+            None: of this batch.
+        candidates: with ``"token_sum"``: how many candidates a selection is made among, all of the window or those of
+            this micro-batch; None: the rows of this batch.
 
     Returns:
         Losses in nats, float32 or the model's dtype if wider. A row without labels has loss and gradient zero.
 
     Raises:
-        ValueError: no labels, an unknown reduction, or logits of another shape.
+        ValueError: no labels, an unknown reduction, counts without ``"token_sum"``, or logits of another shape.
     """
     if reduction not in ("token_mean", "token_sum"):
         raise ValueError(f'reduction must be "token_mean" or "token_sum", got {reduction!r}.')
-    labels = batch.get("labels")
-    if labels is None:
+    if reduction == "token_mean" and (label_tokens is not None or candidates is not None):
         raise ValueError(
-            f"Expected a batch with labels (-100 where a position does not count), got the keys {sorted(batch)}."
+            'label_tokens and candidates are those of a window for reduction="token_sum"; "token_mean" divides each '
+            "row by its own labels. Leave them out, or ask for the sum."
         )
+    shifted = _shifted_labels(batch)
     output = model(**{key: value for key, value in batch.items() if key != "labels"})
-    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape:
+    logits = _logits_of(output)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != shifted.shape:
         raise ValueError(
-            f"Expected logits (n, t, vocabulary) for labels of shape {tuple(labels.shape)}, got "
+            f"Expected logits (n, t, vocabulary) for labels of shape {tuple(shifted.shape)}, got "
             f"{tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}."
         )
     # float32: the sum over a large vocabulary loses digits in half precision.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # The labels are shifted, not the logits: no copy of the larger of the two.
-    shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     losses = functional.cross_entropy(
         logits.flatten(0, 1), shifted.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(shifted)
-    total = losses.sum(dim=1)
-    return total / (shifted != IGNORED).sum(dim=1).clamp(min=1) if reduction == "token_mean" else total
+    total, counts = losses.sum(dim=1), (shifted != IGNORED).sum(dim=1)
+    if reduction == "token_mean":
+        return total / counts.clamp(min=1)
+    window = counts.sum() if label_tokens is None else torch.as_tensor(label_tokens, device=total.device)
+    return total * (len(total) if candidates is None else candidates) / window.clamp(min=1)
+
+
+def count_label_tokens(*batches: Mapping[str, Any]) -> int:
+    """How many labels of some batches :func:`token_losses` counts: those a position before them predicts.
+
+    Raises:
+        ValueError: a batch without labels.
+    """
+    return sum(int((_shifted_labels(batch) != IGNORED).sum()) for batch in batches)
+
+
+def _shifted_labels(batch: Mapping[str, Any]) -> Tensor:
+    """What each position predicts, shape ``(n, t)``; the labels are shifted, not the logits, which are the larger."""
+    labels: Tensor | None = batch.get("labels")
+    if labels is None:
+        raise ValueError(
+            f"Expected a batch with labels (-100 where a position does not count), got the keys {sorted(batch)}."
+        )
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _logits_of(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return getattr(output, "logits", output[0])
+    return output["logits"] if isinstance(output, Mapping) and "logits" in output else getattr(output, "logits", output)

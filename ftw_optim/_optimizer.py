@@ -153,7 +153,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         scored, uses, multiplications, sizes = self._last_capture
         return table.after(scored.__contains__, uses, multiplications, sizes)
 
-    def step(self, closure: Callable[..., Any] | None = None) -> Any:
+    def step(self, closure: Callable[..., Any] | None = None, *, select: bool = True) -> Any:
         """Select among the closure's candidates and apply the inner optimizer's step to their combined gradient.
 
         Args:
@@ -161,10 +161,13 @@ class SelectiveOptimizer(OptimizerWrapper):
                 micro-batch (a generator function will do); run once, with gradients enabled. What ``.grad`` held
                 before is discarded. None, or a closure that returns None: the inner optimizer's step on whatever
                 ``.grad`` holds, or nothing if every :meth:`backward` since the last step was skipped.
+            select: False: a closure is only run, and then it is as if there had been none. For frameworks that pass one
+                of their own to the second half of a step, as Lightning does; without this, the target is evaluated
+                before the closure turns out to have no candidates.
 
         Returns:
             The weighted loss, detached (weights summing to one; skipped: the mean of the finite losses; all rejected:
-            NaN). Without a closure None.
+            NaN). Without a closure None; without selecting whatever it returned.
 
         Raises:
             TypeError: the closure returned no tensor.
@@ -173,20 +176,29 @@ class SelectiveOptimizer(OptimizerWrapper):
             RuntimeError: a captured parameter was used outside its layers, or the self-check failed.
         """
         if closure is None:
-            skipped, self._pending = self._pending is False, None
-            if not skipped:
-                self.optimizer.step()
+            self._plain_step()
             return None
+        if not select:
+            with torch.enable_grad():
+                value = closure()
+            self._plain_step()
+            return value
         if torch.compiler.is_compiling():
             return torch._dynamo.disable(self._selective_step)(closure)  # type: ignore[no-untyped-call]
         return self._selective_step(closure)
 
+    def _plain_step(self) -> None:
+        skipped, self._pending = self._pending is False, None
+        if not skipped:
+            self.optimizer.step()
+
     def _selective_step(self, closure: Callable[..., Any]) -> Any:
         outcome = self._select(closure, scale=1.0, sample_ids=None, plain_allowed=True)
-        self._pending = None
         if not isinstance(outcome, _Outcome):
-            self.optimizer.step()
+            self._pending = self._pending if outcome is None else None  # it ran a backward of its own
+            self._plain_step()
             return outcome
+        self._pending = None
         # Frozen ones too: what they hold from before they were would still move them.
         held = [(p, p.grad) for group in self.param_groups for p in group["params"]]
         before = dict(self.__dict__)
@@ -230,6 +242,11 @@ class SelectiveOptimizer(OptimizerWrapper):
         Raises:
             As :meth:`step`; on any exception ``.grad`` is as before.
         """
+        if "optimizer" not in self.__dict__:
+            raise RuntimeError(
+                f"Expected backward to be called on the SelectiveOptimizer, got {type(self).__name__}, a stand-in that "
+                "would keep half of its state to itself. In Lightning: self.optimizers(use_pl_optimizer=False)."
+            )
         if not grad_scale > 0.0:
             raise ValueError(f"grad_scale must be positive, got {grad_scale!r}.")
         outcome = self._select(closure, scale=float(grad_scale), sample_ids=sample_ids, plain_allowed=False)

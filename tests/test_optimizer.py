@@ -949,6 +949,43 @@ def test_a_new_target_is_evaluated_at_once() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("select", [True, False])
+def test_a_closure_without_candidates_does_not_apply_what_was_skipped(select: bool) -> None:
+    """Not even a gradient of zero, which would decay momentum and parameters."""
+    case, optimizer = build()
+    optimizer.step(case.losses)
+    optimizer.target = lambda: -case.losses()  # type: ignore[assignment]
+    for tensor in case.candidates.values():
+        tensor[:] = tensor[:1].clone()
+    before = copy.deepcopy(list(case.model.parameters()))
+    optimizer.backward(case.losses, grad_scale=2.0)
+    assert optimizer.selection is not None
+    assert optimizer.selection.skipped
+    optimizer.step(lambda: None, select=select)
+    torch.testing.assert_close(list(case.model.parameters()), before, rtol=0, atol=0)
+
+
+def test_without_selecting_a_closure_is_run_and_the_gradient_applied() -> None:
+    """As if there were no closure: once, gradients enabled, its value returned, the target left alone."""
+    calls: list[bool] = []
+
+    def closure() -> str:
+        calls.append(torch.is_grad_enabled())
+        return "value"
+
+    results = []
+    for given in (None, closure):
+        case, optimizer = build()
+        optimizer.backward(case.losses)
+        optimizer.target = lambda: pytest.fail("the target was evaluated")  # type: ignore[assignment]
+        with torch.no_grad():
+            value = optimizer.step(given, select=False)
+        assert value == (given and "value")
+        results.append(list(case.model.parameters()))
+    assert calls == [True]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_clearing_gradients_forgets_backwards_that_were_never_stepped() -> None:
     case, optimizer = build()
     for tensor in case.candidates.values():
