@@ -162,9 +162,10 @@ class Capture:
         # Of what is not finite nothing can be compared: then the check waits for the next step.
         if checks is not None and checks.due(map(self._key, reached)) and bool(finite_candidates(found, losses).all()):
             weights, gradients = self._to_check_against(losses, graph, scale, generator, keep_graph=keep_graph)
-            verify_weighted_sums(found, gradients, weights, self._layers(), computed_in=self.computed_in)
-            for use in reached:
-                checks.passed(self._key(use), conclusive=use.has_gradient())
+            if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):  # the scaled sum may overflow
+                verify_weighted_sums(found, gradients, weights, self._layers(), computed_in=self.computed_in)
+                for use in reached:
+                    checks.passed(self._key(use), conclusive=use.has_gradient())
         return found
 
     def stream(
@@ -197,6 +198,8 @@ class Capture:
         gradients: dict[str, Tensor] = {}
         if due and bool(losses.isfinite().all()):
             weights, gradients = self._to_check_against(losses, graph, scale, generator, keep_graph=True)
+            if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+                weights = None
         waiting = {name: len(uses) for name, uses in self._of.items()}
         found: dict[str, list[Factors]] = {}
         seen: set[str] = set()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ftw_optim import Factors, coverage
+from ftw_optim import Factors, SelectiveOptimizer, coverage
 from ftw_optim._capture import Capture
 from ftw_optim._checks import SelfChecks
 from ftw_optim._factors import weighted_sum
@@ -452,3 +452,22 @@ def test_a_weight_that_a_hook_makes_before_the_call_is_refused_with_the_way_out(
         model = nn.utils.weight_norm(nn.Linear(3, 2))
     with pytest.raises(NotImplementedError, match=r"weight_g: .*torch\.nn\.utils\.parametrizations\.weight_norm"):
         plan(model, {"weight_g", "weight_v", "bias"})
+
+
+@pytest.mark.parametrize("update", ["factors", "rerun"])
+def test_a_self_check_whose_own_sum_overflows_waits_for_the_next_step(update: str) -> None:
+    """Every candidate's gradient is finite in its scale; that of a randomly weighted sum of all is not."""
+    model = seeded(lambda: nn.Linear(3, 1))
+    x = torch.full((8, 3), 2.0**126)
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, lambda: model(torch.ones(2, 3))[:, 0], update=update
+    )
+
+    def losses(rows: Tensor | None = None) -> Tensor:
+        return (model(x if rows is None else x[rows]) * 2.0**-126)[:, 0] * 2.0**126
+
+    optimizer.backward(losses)  # nothing raised; the squares are out of range, so all are rejected
+    assert optimizer.selection is not None
+    assert optimizer.selection.skipped
+    x.fill_(1.0)
+    optimizer.backward(losses)
