@@ -175,8 +175,8 @@ class Parquet(Store):
             raise ValueError(
                 f"Expected {self.directory} to hold the {self._parts} parts it held at the checkpoint, but "
                 f"{self._path('steps', self._parts - 1).name} is missing: it is the log of another run, or was "
-                "removed. Resume with the directory that the checkpoint's run logged to, or start a new log in an empty "
-                "one."
+                "removed. Resume with the directory that the checkpoint's run logged to, or start a new log in an "
+                "empty one."
             )
         for path in log_files(self.directory, self.format):
             if int(path.stem.rpartition("-")[2]) >= self._parts:
