@@ -64,7 +64,7 @@ def _range(values: Sequence[float], *, zero: bool) -> tuple[float, float, bool]:
     cut = False
     low, high = ranked[0], ranked[-1]
     if len(ranked) >= 20:  # the first steps of an optimizer can be a hundred times the later ones
-        trim = max(1, len(ranked) // 50)
+        trim = max(2, len(ranked) // 40)
         rest = ranked[trim:-trim]
         spread = rest[-1] - rest[0] or abs(rest[-1]) or 1.0
         cut = low < rest[0] - 2 * spread or high > rest[-1] + 2 * spread
@@ -141,15 +141,14 @@ class Chart:
         scale = f" ({TIMES} 10{superscript(exponent)})" if exponent else ""
         parts = [f'<text class="unit" x="2" y="14">{escape(self.unit + scale)}</text>']
         for tick in ticks(low, high):
+            if self.kind == "bars" and tick != int(tick):
+                continue  # they count
             label = f"{100 * tick:g} %" if self.percent else f"{tick / 10.0**exponent:,.4g}"
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(tick)}" y2="{y(tick)}"/>')
             parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y(tick) + 4}" text-anchor="end">{label}</text>')
         for tick in ticks(x.low, x.high):
             if tick == int(tick) and first <= tick <= last:
-                # A label at the right edge would be cut there.
-                anchor = "end" if x(tick) > WIDTH - _RIGHT - 16 else "middle"
-                place = f'x="{x(tick)}" y="{HEIGHT - 20}" text-anchor="{anchor}"'
-                parts.append(f'<text class="tick" {place}>{tick:,.0f}</text>')
+                parts.append(below(x(tick), f"{tick:,.0f}"))
         parts.append(f'<text class="unit" x="{WIDTH - _RIGHT}" y="{HEIGHT - 4}" text-anchor="end">step</text>')
         draw = {"lines": self._line, "stack": self._area, "bars": self._bars}[self.kind]
         parts += [draw(i % 8, bottom, top, x, y) for i, (bottom, top) in enumerate(stacked)]
@@ -232,6 +231,12 @@ class Chart:
             for index in range(len(self.edges))
         ]
         return as_table(["step", *series], rows, caption=self.title)
+
+
+def below(x: float, text: str) -> str:
+    """The label of a tick of the horizontal axis, which at the right edge must not be cut."""
+    anchor = "end" if x > WIDTH - _RIGHT - 16 else "middle"
+    return f'<text class="tick" x="{x}" y="{HEIGHT - 20}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def as_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str) -> str:

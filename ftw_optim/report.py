@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from ftw_optim._report_charts import HEIGHT, MISSING, WIDTH, Axis, Chart, as_table, number, table, ticks
+from ftw_optim._report_charts import HEIGHT, MISSING, WIDTH, Axis, Chart, as_table, below, number, table, ticks
 from ftw_optim._report_data import EXAMPLES_SHOWN, Digest, Example, digest, histogram, only_numbers
 from ftw_optim.selection_log import LoggedRun, read_log
 
@@ -164,10 +164,7 @@ def _weights(found: Digest) -> str:
         for tick in ticks(0.0, y.high)
         if tick == int(tick)
     ]
-    parts += [
-        f'<text class="tick" x="{x(tick)}" y="{HEIGHT - 20}" text-anchor="middle">{100 * tick:g} %</text>'
-        for tick in ticks(0.0, edges[-1])
-    ]
+    parts += [below(x(tick), f"{100 * tick:g} %") for tick in ticks(0.0, edges[-1])]
     parts.append(
         f'<text class="unit" x="{WIDTH - 12}" y="{HEIGHT - 4}" text-anchor="end">share of its step\'s weight</text>'
     )
