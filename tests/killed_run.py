@@ -1,14 +1,15 @@
 """A training run that can be killed at any moment and started again: python killed_run.py DIRECTORY STEPS EVERY.
 
-Candidates come from damaged JSON lines, a list and a ``datasets`` stream, shuffled; each step is logged, and the whole
-state is saved every few steps. ``weights.pt`` and ``order.txt`` are there when it has ended.
+Candidates come from damaged JSON lines, a list and a ``datasets`` stream, shuffled; each step is logged in both formats,
+and the whole state is saved every few steps. Once DIRECTORY holds a file ``may_end``, it ends, and leaves ``weights.pt``
+and ``order.txt`` there.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from ftw_optim.integrations.streaming import CandidateStream, TargetCycle, pad
 from ftw_optim.selection_log import SelectionLog
 
 VOCABULARY = 12
+FORMATS = ("jsonl", "parquet")
 
 
 def records(name: str, count: int) -> list[dict[str, Any]]:
@@ -74,7 +76,7 @@ def main(directory: Path, steps: int, every: int) -> None:
         filter=GreedyFilter(keep=3),
     )
     checkpoint = directory / "checkpoint.pt"
-    log = SelectionLog(directory / "log", format=log_format(), overwrite=not checkpoint.exists())
+    logs = [SelectionLog(directory / name, format=name, overwrite=not checkpoint.exists()) for name in FORMATS]
     order: list[str] = []
     step = 0
     if checkpoint.exists():
@@ -83,7 +85,8 @@ def main(directory: Path, steps: int, every: int) -> None:
         optimizer.load_state_dict(state["optimizer"])
         stream.load_state_dict(state["stream"])
         targets.load_state_dict(state["targets"])
-        log.load_state_dict(state["log"])
+        for log, state_of_log in zip(logs, state["logs"], strict=True):
+            log.load_state_dict(state_of_log)
         torch.set_rng_state(state["random"])
         order, step = state["order"], state["step"]
     for samples in stream:
@@ -94,13 +97,9 @@ def main(directory: Path, steps: int, every: int) -> None:
         optimizer.step(lambda batch=batch: token_losses(network, batch))
         assert optimizer.selection is not None
         ids = [sample["sample_id"] for sample in samples]
-        log.record(
-            step,
-            optimizer.selection,
-            ids=ids,
-            sources=[sample["source"] for sample in samples],
-            texts=[sample["text"] for sample in samples],
-        )
+        sources, texts = ([sample[key] for sample in samples] for key in ("source", "text"))
+        for log in logs:
+            log.record(step, optimizer.selection, ids=ids, sources=sources, texts=texts)
         order += ids
         (directory / "progress").write_text(str(step))
         if step % every == 0:
@@ -109,21 +108,20 @@ def main(directory: Path, steps: int, every: int) -> None:
                 "optimizer": optimizer.state_dict(),
                 "stream": stream.state_dict(),
                 "targets": targets.state_dict(),
-                "log": log.state_dict(),
+                "logs": [log.state_dict() for log in logs],
                 "random": torch.get_rng_state(),
                 "order": order,
                 "step": step,
             }
             torch.save(state, directory / "unfinished.pt")
             (directory / "unfinished.pt").replace(checkpoint)
-    log.close()
+    for log in logs:
+        log.close()
+    while not (directory / "may_end").exists():  # a run that is to be killed must not end before
+        time.sleep(0.01)
     torch.save(network.state_dict(), directory / "weights.pt")
     (directory / "order.txt").write_text("\n".join(order))
     (directory / "skipped.json").write_text(json.dumps(stream.skipped))
-
-
-def log_format() -> str:
-    return os.environ.get("LOG_FORMAT", "jsonl")
 
 
 if __name__ == "__main__":
