@@ -21,7 +21,7 @@ def number(value: float | None, *, percent: bool = False) -> str:
     if value is None:
         return MISSING
     if percent:
-        return f"{100 * value:.1f} %"
+        return f"{100 * value:.1f}\N{NO-BREAK SPACE}%"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.3g}"
     mantissa, exponent = f"{value:.2e}".split("e")

@@ -133,7 +133,7 @@ def _charts(found: Digest) -> str:
                 "Skipped and rejected",
                 "Steps at which nothing was applied; candidates whose loss or gradient was not finite.",
                 "count",
-                {name: list(values) for name, values in lost.items()},
+                {name: list(values) for name, values in lost.items() if any(values)},
                 kind="bars",
             )
         )

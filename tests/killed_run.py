@@ -1,8 +1,8 @@
 """A training run that can be killed at any moment and started again: python killed_run.py DIRECTORY STEPS EVERY.
 
-Candidates come from damaged JSON lines, a list and a ``datasets`` stream, shuffled; each step is logged in both formats,
-and the whole state is saved every few steps. Once DIRECTORY holds a file ``may_end``, it ends, and leaves ``weights.pt``
-and ``order.txt`` there.
+Candidates come from damaged JSON lines, a list and a ``datasets`` stream, shuffled; each step is logged in both
+formats, and the whole state is saved every few steps. Once DIRECTORY holds a file ``may_end``, it ends, and leaves
+``weights.pt`` and ``order.txt`` there.
 """
 
 from __future__ import annotations

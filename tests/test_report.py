@@ -277,7 +277,7 @@ def test_numbers_for_people() -> None:
         "-2.25 × 10⁷",  # noqa: RUF001
         "–",  # noqa: RUF001
     ]
-    assert number(0.25, percent=True) == "25.0 %"
+    assert number(0.25, percent=True) == "25.0\N{NO-BREAK SPACE}%"
 
 
 # ---------------------------------------------------------------------- the command

@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -433,6 +434,26 @@ def test_a_data_loader_passes_batches_on_and_workers_are_refused() -> None:
         assert all((batch[key] == expected[key]).all() for key in batch)
     with pytest.raises(NotImplementedError, match="Expected num_workers=0"):
         next(iter(loader(1)))
+
+
+def test_a_loader_that_reads_ahead_resumes_behind_what_was_consumed() -> None:
+    """accelerate fetches one batch more than it has given out."""
+
+    def prepared() -> tuple[CandidateStream, Any]:
+        stream = CandidateStream({"a": numbers(0, 60)}, encode, batch_size=3, shuffle_buffer=8, lookahead=2)
+        loader = DataLoader(stream, batch_size=None, collate_fn=pad)
+        return stream, Accelerator(cpu=True).prepare(loader)
+
+    def rows(batches: Any) -> list[Any]:
+        return [batch["input_ids"].tolist() for batch in batches]
+
+    expected = rows(prepared()[1])
+    stream, loader = prepared()
+    consumed = rows(islice(loader, 4))
+    assert stream.state_dict()["position"]["items"] > 4
+    resumed, loader = prepared()
+    resumed.load_state_dict(stream.state_dict(4))
+    assert consumed + rows(loader) == expected
 
 
 class Bigram(nn.Module):
