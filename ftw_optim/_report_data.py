@@ -1,0 +1,281 @@
+"""From the rows of a selection log to what its page shows: one pass, in memory that the bins and the ids bound."""
+
+from __future__ import annotations
+
+import re
+import sys
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import final
+
+from ftw_optim._log_store import Row
+from ftw_optim.selection_log import LoggedRun
+
+MOST_BINS = 120
+SOURCES_SHOWN = 8
+EXAMPLES_SHOWN = 10
+UNNAMED = "(no source)"
+_REALISED = re.compile(r"(^|[/._ ])reali[sz]ed_decrease$")
+_PHASE = re.compile(r"(^|[/._ ])ms(?=[/._ ]|$)")
+
+Series = list[float | None]  # one value for each bin; None where there was nothing to average
+
+
+@final
+class _Mean:
+    """A mean for each bin of what was finite."""
+
+    def __init__(self, bins: int) -> None:
+        self._sums, self._counts = [0.0] * bins, [0] * bins
+
+    def add(self, at: int, value: float | None) -> None:
+        if value is not None:
+            self._sums[at] += value
+            self._counts[at] += 1
+
+    def series(self) -> Series:
+        return [total / count if count else None for total, count in zip(self._sums, self._counts, strict=True)]
+
+
+@final
+@dataclass(kw_only=True)
+class SourceTotals:
+    """What one source gave and got over the whole run."""
+
+    offered: int = 0
+    kept: int = 0
+    weight: float = 0.0
+    utility: float = 0.0
+    utilities: int = 0
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One sample, over all the steps at which it was offered.
+
+    Attributes:
+        score: mean of its utility over the mean size of its step's utilities, with one offer of zero added, so that
+            those seen once do not take all places.
+        share: mean share of its step's weight.
+    """
+
+    id: str
+    source: str
+    score: float
+    share: float
+    offered: int
+    kept: int
+    text: str | None
+
+
+@final
+@dataclass(kw_only=True)
+class Digest:
+    """What a page shows.
+
+    Attributes:
+        edges: first and last step of each bin.
+        offered, weight: by source, share of the candidates and of the weight in each bin; they sum to one.
+        utility: by source, mean in each bin.
+        curves: by name, mean over the steps of each bin; of a metric the name is the user's.
+        phases: by phase, mean milliseconds of a step.
+        skipped, rejected: counts in each bin.
+        shares: of the weight of their step, all kept candidates.
+        totals: by source, those of "other" sources apart.
+    """
+
+    steps: int
+    candidates: int
+    edges: list[tuple[int, int]]
+    offered: dict[str, Series] = field(default_factory=dict)
+    weight: dict[str, Series] = field(default_factory=dict)
+    utility: dict[str, Series] = field(default_factory=dict)
+    curves: dict[str, Series] = field(default_factory=dict)
+    metrics: dict[str, Series] = field(default_factory=dict)
+    phases: dict[str, Series] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
+    rejected: list[int] = field(default_factory=list)
+    shares: array[float] = field(default_factory=lambda: array("d"))
+    totals: dict[str, SourceTotals] = field(default_factory=dict)
+    most: list[Example] = field(default_factory=list)
+    least: list[Example] = field(default_factory=list)
+    has_texts: bool = False
+
+
+def digest(run: LoggedRun, *, progress: Callable[[float], None] = lambda share: None) -> Digest:
+    """What a page shows of a run.
+
+    Args:
+        run: as read by :func:`read_log`.
+        progress: is told the share that is done, now and then.
+    """
+    steps = run.steps
+    bins = min(MOST_BINS, len(steps))
+    of_step = {row["step"]: index * bins // len(steps) for index, row in enumerate(steps)}
+    edges: list[tuple[int, int]] = []
+    for _, binned in groupby(steps, key=lambda row: of_step[row["step"]]):
+        several = [row["step"] for row in binned]
+        edges.append((several[0], several[-1]))
+    found = Digest(steps=len(steps), candidates=sum(row["offered"] for row in steps), edges=edges)
+    _step_curves(found, steps, of_step)
+    samples = _Samples()
+    offered: dict[str, list[int]] = defaultdict(lambda: [0] * bins)
+    weight: dict[str, list[float]] = defaultdict(lambda: [0.0] * bins)
+    utility: dict[str, _Mean] = defaultdict(lambda: _Mean(bins))
+    losses = {name: _Mean(bins) for name in ("loss, offered", "loss, by weight")}
+    for done, (step, rows) in enumerate(_by_step(run)):
+        if step not in of_step:
+            continue
+        if done % 1000 == 0:
+            progress(done / len(steps))
+        at = of_step[step]
+        total = sum(row["weight"] or 0.0 for row in rows)
+        sizes = [abs(row["utility"]) for row in rows if row["utility"] is not None]
+        size = sum(sizes) / len(sizes) if sizes else 0.0
+        finite = [row for row in rows if row["loss"] is not None]
+        if finite:
+            losses["loss, offered"].add(at, sum(row["loss"] for row in finite) / len(finite))
+        if total and all(row["loss"] is not None for row in rows if row["weight"]):
+            losses["loss, by weight"].add(at, sum(row["loss"] * row["weight"] for row in rows if row["weight"]) / total)
+        for row in rows:
+            source = row["source"] or UNNAMED
+            share = (row["weight"] or 0.0) / total if total else 0.0
+            offered[source][at] += 1
+            weight[source][at] += share
+            utility[source].add(at, row["utility"])
+            of_source = found.totals.setdefault(source, SourceTotals())
+            of_source.offered += 1
+            of_source.weight += share
+            if row["utility"] is not None:
+                of_source.utility += row["utility"]
+                of_source.utilities += 1
+            if share:
+                of_source.kept += 1
+                found.shares.append(share)
+            samples.add(row, share, row["utility"] / size if size and row["utility"] is not None else None)
+    found.curves |= {name: mean.series() for name, mean in losses.items()}
+    found.totals = dict(sorted(found.totals.items(), key=lambda item: -item[1].offered))
+    _share_out(found, offered, weight, utility)
+    found.most, found.least, found.has_texts = samples.extremes(run)
+    return found
+
+
+def _by_step(run: LoggedRun) -> Iterator[tuple[int, list[Row]]]:
+    return ((step, list(rows)) for step, rows in groupby(run.candidates(), key=lambda row: row["step"]))
+
+
+def _step_curves(found: Digest, steps: Sequence[Row], of_step: dict[int, int]) -> None:
+    bins = len(found.edges)
+    curves: dict[str, _Mean] = defaultdict(lambda: _Mean(bins))
+    metrics: dict[str, _Mean] = defaultdict(lambda: _Mean(bins))
+    phases: dict[str, _Mean] = defaultdict(lambda: _Mean(bins))
+    found.skipped, found.rejected = [0] * bins, [0] * bins
+    for row in steps:
+        at = of_step[row["step"]]
+        for name in ("kept", "offered", "effective_size", "residual", "cosine", "predicted_decrease"):
+            curves[name].add(at, row[name])
+        for name, value in row["metrics"].items():
+            (curves["realised_decrease"] if _REALISED.search(name) else metrics[name]).add(at, value)
+        for name, value in row["ms"].items():
+            phases[_PHASE.sub("", name).strip("/._ ") or name].add(at, value)
+        found.skipped[at] += row["skipped"]
+        found.rejected[at] += len(row["rejected"])
+    found.curves = {name: mean.series() for name, mean in curves.items()}
+    found.metrics = {name: mean.series() for name, mean in metrics.items()}
+    found.phases = {name: mean.series() for name, mean in phases.items()}
+
+
+def _share_out(
+    found: Digest, offered: dict[str, list[int]], weight: dict[str, list[float]], utility: dict[str, _Mean]
+) -> None:
+    """Shares by bin of the largest sources, and of the others together."""
+    totals = found.totals
+    everything = max(1.0, sum(one.weight for one in totals.values()))
+    ranked = sorted(
+        totals, key=lambda name: -(totals[name].offered / found.candidates + totals[name].weight / everything)
+    )
+    shown = ranked if len(ranked) <= SOURCES_SHOWN else ranked[: SOURCES_SHOWN - 1]
+    others = [name for name in ranked if name not in shown]
+    groups = {name: [name] for name in shown}
+    if others:
+        groups[f"{len(others)} other sources"] = others
+    counts: list[float] = [sum(bins) for bins in zip(*offered.values(), strict=True)]
+    weights = [sum(bins) for bins in zip(*weight.values(), strict=True)]
+    for label, names in groups.items():
+        found.offered[label] = _shares([offered[name] for name in names], counts)
+        found.weight[label] = _shares([weight[name] for name in names], weights)
+        if len(names) == 1:
+            found.utility[label] = utility[names[0]].series()
+
+
+def _shares(parts: Sequence[Sequence[float]], totals: Sequence[float]) -> Series:
+    return [
+        sum(values) / total if total else None for values, total in zip(zip(*parts, strict=True), totals, strict=True)
+    ]
+
+
+@final
+class _Samples:
+    """Sums by id, in arrays: a run may see millions."""
+
+    def __init__(self) -> None:
+        self._index: dict[str, int] = {}
+        self._sources: list[str] = []
+        self._scores, self._shares = array("d"), array("d")
+        self._scored, self._offered, self._kept = array("l"), array("l"), array("l")
+
+    def add(self, row: Row, share: float, score: float | None) -> None:
+        at = self._index.setdefault(row["id"], len(self._index))
+        if at == len(self._sources):
+            self._sources.append(sys.intern(row["source"] or UNNAMED))
+            for sums in (self._scores, self._shares, self._scored, self._offered, self._kept):
+                sums.append(0)
+        self._scores[at] += score or 0.0
+        self._scored[at] += score is not None
+        self._shares[at] += share
+        self._offered[at] += 1
+        self._kept[at] += share > 0.0
+
+    def extremes(self, run: LoggedRun) -> tuple[list[Example], list[Example], bool]:
+        """The most and the least useful, and whether there are texts."""
+        ids = list(self._index)
+        scores = [score / (count + 1) for score, count in zip(self._scores, self._scored, strict=True)]
+        ranked = sorted((at for at, count in enumerate(self._scored) if count), key=lambda at: (-scores[at], at))
+        most = [at for at in ranked[:EXAMPLES_SHOWN] if scores[at] > 0]
+        least = [at for at in reversed(ranked[-EXAMPLES_SHOWN:]) if scores[at] < 0]
+        wanted = {ids[at] for at in (*most, *least)}
+        texts: dict[str, str] = {}
+        any_text = False
+        for name, text in run.texts():
+            any_text = True
+            if name in wanted:
+                texts[name] = text
+
+        def example(at: int) -> Example:
+            return Example(
+                id=ids[at],
+                source=self._sources[at],
+                score=scores[at],
+                share=self._shares[at] / self._offered[at],
+                offered=self._offered[at],
+                kept=self._kept[at],
+                text=texts.get(ids[at]),
+            )
+
+        return [example(at) for at in most], [example(at) for at in least], any_text
+
+
+def histogram(values: array[float], *, bins: int = 24) -> tuple[list[float], Counter[int]]:
+    """Edges (``bins + 1``) from zero to the largest value, and how many values lie from each to the next."""
+    top = max(values, default=0.0) or 1.0
+    counts = Counter(min(bins - 1, int(value / top * bins)) for value in values)
+    return [top * i / bins for i in range(bins + 1)], counts
+
+
+def only_numbers(series: Series) -> list[float]:
+    """Those values that there are."""
+    return [value for value in series if value is not None]
