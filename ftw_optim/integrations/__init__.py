@@ -1,1 +1,1 @@
-"""At home in training frameworks; each module needs the extra it is named after, and nothing here is imported by itself."""
+"""At home in training frameworks; each module needs the extra it is named after."""
