@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftw_optim._candidates import Candidates, Pass, Plain, full_precision
+from ftw_optim._clock import Clock
 from ftw_optim._combine import combined_gradients, usable_updates
 from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._filters import FilterStage
@@ -67,6 +68,7 @@ class Decision:
         buffer: memory for those gradients, kept from step to step.
         scale: what the losses were multiplied by.
         generator: ``purpose -> generator`` of this step.
+        clock: of the phases of this step.
     """
 
     optimizer: Optimizer
@@ -80,6 +82,7 @@ class Decision:
     buffer: Buffer
     scale: float
     generator: Callable[[str], torch.Generator]
+    clock: Clock
 
     def made(
         self,
@@ -103,13 +106,16 @@ class Decision:
         masks = finite_candidates(found, losses)
         accepted = torch.ones(len(losses), dtype=torch.bool)
         while True:
-            with full_precision(losses):
+            with full_precision(losses), self.clock.phase("gram"):
                 sums = self.sums(accepted, target.gradients, losses.device)
                 scored = [name for name in found if name in self.members.scored]
                 for name in scored:
                     sums.add(name, found[name])
             # That all are finite is taken for granted until here: a device is waited for once.
-            problem, (values, (finite, clean), flags) = on_host(sums.products(), losses.detach(), masks, target.finite)
+            with self.clock.phase("solve"):
+                problem, (values, (finite, clean), flags) = on_host(
+                    sums.products(), losses.detach(), masks, target.finite
+                )
             overflowed = target.overflowed(flags, self.scale)
             left = accepted & clean
             if overflowed or self._overflows(finite, left):
@@ -140,12 +146,13 @@ class Decision:
         values = accepted = torch.empty(0)
         while True:
             sums = _Stream(self, target)
-            with ExitStack() as captured:
+            with ExitStack() as captured, self.clock.phase("candidates"):
                 given = closure if rows is None else partial(closure, rows=rows)
                 found = candidates.over(given, is_plain, captured, sums.begin)
             if isinstance(found, Plain):
                 return found
-            problem, (some, finite, clean, flags) = sums.on_host(found.losses)
+            with self.clock.phase("solve"):
+                problem, (some, finite, clean, flags) = sums.on_host(found.losses)
             if rows is None:
                 values, rows = some, torch.arange(len(some))
                 accepted = torch.ones(len(some), dtype=torch.bool)
@@ -205,16 +212,17 @@ class Decision:
 
     def _select(self, problem: Mapping[str, Products], losses: Tensor, accepted: Tensor) -> Selection:
         """Filter and weights."""
-        selection = select(
-            problem,
-            losses,
-            accepted,
-            metric=self.metric,
-            filter_stage=self.filter,
-            weight_stage=self.weight,
-            generator=self.generator("stages"),
-            learning_rate_is_zero=learning_rate_is_zero(self.optimizer),
-        )
+        with self.clock.phase("solve"):
+            selection = select(
+                problem,
+                losses,
+                accepted,
+                metric=self.metric,
+                filter_stage=self.filter,
+                weight_stage=self.weight,
+                generator=self.generator("stages"),
+                learning_rate_is_zero=learning_rate_is_zero(self.optimizer),
+            )
         if self.gram is None:
             return selection
         return replace(selection, sketch=SketchReport(dim=self.gram.dim, error=float(problem[self.metric].error)))
@@ -237,7 +245,8 @@ class Decision:
         """What the selection makes, and how it was formed."""
         losses = candidates.losses
         for way in [] if selection.skipped else usable_updates(update, selection, self.members, closure):
-            with torch.enable_grad(), nullcontext() if way == "rerun" else full_precision(losses):
+            precision = nullcontext() if way == "rerun" else full_precision(losses)
+            with torch.enable_grad(), precision, self.clock.phase("combine"):
                 gradients, finite = combined_gradients(
                     way,
                     selection,
@@ -284,7 +293,8 @@ class _Stream:
             self._clean[-1] = self._clean[-1] & use.finite().to(self._clean[-1].device)
         if name in self._decision.members.scored:
             assert self._sums is not None
-            self._sums.add(name, uses)
+            with self._decision.clock.phase("gram"):
+                self._sums.add(name, uses)
             self._added = True
 
     def on_host(self, losses: Tensor) -> tuple[dict[str, Products], list[Tensor]]:

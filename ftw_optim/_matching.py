@@ -6,7 +6,8 @@ else. A :class:`Selection` is what a step reports to its user.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
@@ -98,6 +99,8 @@ class Selection:
         converged: the weight stage reached its tolerance.
         update: where the applied gradient came from: ``"factors"``, ``"graph"``, ``"rerun"`` or ``"skipped"``.
         sketch: how the products above were estimated; None where they are exact.
+        milliseconds: by phase, as the host sees them: ``target``, ``candidates`` (their forward and backward pass),
+            ``gram``, ``solve`` (filter and weights, and waiting for the Gram system on an accelerator), ``combine``.
     """
 
     losses: Tensor
@@ -116,6 +119,7 @@ class Selection:
     converged: bool
     update: str
     sketch: SketchReport | None = None
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def nothing(cls, losses: Tensor, accepted: Tensor) -> Selection:

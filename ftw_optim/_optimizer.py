@@ -6,7 +6,7 @@ import random
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ftw_optim._candidates import Pass, Plain
 from ftw_optim._checkpoint import read_state, written_state
 from ftw_optim._checks import SelfChecks
+from ftw_optim._clock import Clock
 from ftw_optim._closures import gradient_marks, is_scalar, released_first, takes_rows
 from ftw_optim._decision import Decision
 from ftw_optim._factors import Footprint
@@ -280,14 +281,16 @@ class SelectiveOptimizer(OptimizerWrapper):
         if update == "rerun" and not takes_rows(closure):
             raise TypeError('update="rerun" needs a closure that accepts rows: closure(rows=kept) -> losses (k,).')
         what = plan(self.model, members.parameters if update == "factors" else members.scored, layers)
-        target = self.target.gradients(
-            members.scored,
-            self._kept_target,
-            self.model,
-            calls=self._backwards,
-            scale=scale,
-            seed=self._seed("target"),
-        )
+        clock = Clock()
+        with clock.phase("target"):
+            target = self.target.gradients(
+                members.scored,
+                self._kept_target,
+                self.model,
+                calls=self._backwards,
+                scale=scale,
+                seed=self._seed("target"),
+            )
         marks = gradient_marks(members.parameters)
         candidates = Pass(
             model=self.model,
@@ -311,6 +314,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             buffer=self._buffer,
             scale=scale,
             generator=self._generator,
+            clock=clock,
         )
 
         def is_plain(value: Any) -> bool:
@@ -322,13 +326,14 @@ class SelectiveOptimizer(OptimizerWrapper):
                 return made.value
         else:
             with ExitStack() as captured:
-                passed = candidates.over(closure, is_plain, captured)
+                with clock.phase("candidates"):
+                    passed = candidates.over(closure, is_plain, captured)
                 if isinstance(passed, Plain):
                     return passed.value
                 made = decision.made(update, passed, target, released_first(closure, captured))
         return _Outcome(
             loss=made.selection.weighted_loss().to(made.candidates.losses.device),
-            selection=made.selection,
+            selection=replace(made.selection, milliseconds=clock.milliseconds),
             gradients=made.gradients,
             members=members,
             # The average of target gradients survives one that overflowed.
