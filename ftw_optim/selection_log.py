@@ -30,8 +30,8 @@ class SelectionLog:
       candidate's inner product with the target gradient in the optimizer's metric);
     - ``steps``: ``step``, ``offered``, ``kept``, ``kept_share``, ``effective_size``, ``residual``, ``cosine``,
       ``predicted_decrease``, ``fitted_scale``, ``rejected`` (ids), ``skipped``, ``converged``, ``update``, ``metrics``;
-    - ``times``: ``step``, ``ms``: what is measured by a clock, apart from the others, so that these are the same in
-      every repetition of a run;
+    - ``times``: ``step``, ``ms``: the selection's milliseconds by phase, and whatever else is measured by a clock, apart
+      from the others, so that these are the same in every repetition of a run;
     - ``texts``: ``id``, ``text``, once for each id.
 
     Numbers that are not finite are written as null. JSON lines are handed to the system step by step: a killed process
@@ -130,7 +130,8 @@ class SelectionLog:
             "update": selection.update,
             "metrics": {name: value for name, value in numbers.items() if not _MILLISECONDS.search(name)},
         }
-        times = {name: value for name, value in numbers.items() if _MILLISECONDS.search(name)}
+        times = {f"ms_{phase}": _finite(spent) for phase, spent in selection.milliseconds.items()}
+        times |= {name: value for name, value in numbers.items() if _MILLISECONDS.search(name)}
         new_texts = {} if texts is None else dict(zip(reversed(names), reversed(texts), strict=True))
         fresh = [name for name in dict.fromkeys(names) if name in new_texts and name not in self._ids_with_text]
         self._store.append(

@@ -538,7 +538,7 @@ def test_what_a_selection_came_to_is_logged_and_its_target_evaluated_once() -> N
     trainer = trainer_of(max_epochs=1)
     trainer.fit(module, Loader(case))
     assert len(calls) == trainer.global_step == 4
-    logged = {name.removeprefix("selective/"): float(value) for name, value in trainer.logged_metrics.items()}
+    logged = {name.removeprefix("selection/"): float(value) for name, value in trainer.logged_metrics.items()}
     selection = trainer.optimizers[0].selection
     assert logged.pop("loss") == pytest.approx(float(selection.weighted_loss()))
     assert logged == pytest.approx(
@@ -550,6 +550,7 @@ def test_what_a_selection_came_to_is_logged_and_its_target_evaluated_once() -> N
             "predicted_decrease": selection.predicted_decrease,
             "rejected": 0.0,
             "skipped": 0.0,
+            **{f"ms_{phase}": spent for phase, spent in selection.milliseconds.items()},
         }
     )
 
@@ -626,7 +627,7 @@ def test_what_cannot_be_is_refused_before_anything_runs() -> None:
     refused(ValueError, "set lr_monitor to its name", Unmonitored(case))
     unknown = Unmonitored(case)
     unknown.lr_monitor = "unknown"
-    refused(RuntimeError, r"Expected the metric 'unknown' to be logged.*selective/cosine", unknown)
+    refused(RuntimeError, r"Expected the metric 'unknown' to be logged.*selection/cosine", unknown)
 
     class Hidden(Selective):
         def configure_callbacks(self) -> list[Any]:

@@ -104,12 +104,12 @@ def test_the_module_of_lightning_trains_and_resumes(example: Callable[..., Path]
     output = example("lightning_module", "whole", epochs=1)
     assert all(bool(value.any()) for value in adapters(here, output).values())
     with (output / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["selective/kept_share"]]
-    shares = [float(row["selective/kept_share"]) for row in rows]
+        rows = [row for row in csv.DictReader(file) if row["selection/kept_share"]]
+    shares = [float(row["selection/kept_share"]) for row in rows]
     assert shares == pytest.approx([2 / 6] * 6), (
         "of 20 micro-batches, three at a step; the shorter last step is not logged"
     )
-    assert all(-1.0 <= float(row["selective/cosine"]) <= 1.0 for row in rows)
+    assert all(-1.0 <= float(row["selection/cosine"]) <= 1.0 for row in rows)
     again = example("lightning_module", "resumed", epochs=2, resume=output / "last.ckpt")
     with (again / "metrics.csv").open() as file:
         assert {row["epoch"] for row in csv.DictReader(file)} == {"1"}, "the second one alone"

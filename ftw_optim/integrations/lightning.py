@@ -113,8 +113,9 @@ class SelectiveModuleMixin(LightningModule):
             "predicted_decrease": selection.predicted_decrease,
             "rejected": float(len(selection.rejected)),
             "skipped": float(selection.skipped),
+            **{f"ms_{phase}": spent for phase, spent in selection.milliseconds.items()},
         }
-        self.log_dict({f"selective/{name}": value for name, value in metrics.items()}, batch_size=n)
+        self.log_dict({f"selection/{name}": value for name, value in metrics.items()}, batch_size=n)
 
     # ------------------------------------------------------------------ what Lightning calls
 
