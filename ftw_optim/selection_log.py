@@ -30,8 +30,8 @@ class SelectionLog:
       candidate's inner product with the target gradient in the optimizer's metric);
     - ``steps``: ``step``, ``offered``, ``kept``, ``kept_share``, ``effective_size``, ``residual``, ``cosine``,
       ``predicted_decrease``, ``fitted_scale``, ``rejected`` (ids), ``skipped``, ``converged``, ``update``, ``metrics``;
-    - ``times``: ``step``, ``ms``: the selection's milliseconds by phase, and whatever else is measured by a clock, apart
-      from the others, so that these are the same in every repetition of a run;
+    - ``times``: ``step``, ``ms``: the selection's milliseconds by phase, and whatever else a clock measured, apart from
+      the others, so that these are the same in every repetition of a run;
     - ``texts``: ``id``, ``text``, once for each id.
 
     Numbers that are not finite are written as null. JSON lines are handed to the system step by step: a killed process
