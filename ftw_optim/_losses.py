@@ -43,12 +43,27 @@ def token_losses(model: nn.Module, batch: Mapping[str, Any], *, reduction: str =
             f"Expected logits (n, t, vocabulary) for labels of shape {tuple(labels.shape)}, got "
             f"{tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}."
         )
+    losses, counted = position_losses(logits, shifted_labels(labels))
+    total = losses.sum(dim=1)
+    return total / counted.sum(dim=1).clamp(min=1) if reduction == "token_mean" else total
+
+
+def shifted_labels(labels: Tensor) -> Tensor:
+    """The label that each position predicts, shape ``(n, t)``: the next one; none at the last."""
+    # The labels are shifted, not the logits: no copy of the larger of the two.
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def position_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each position, zero where it has no target, and which have one; both of shape ``(n, t)``.
+
+    Args:
+        logits: shape ``(n, t, vocabulary)``.
+        targets: shape ``(n, t)``, the token that each position should predict, -100 for none.
+    """
     # float32: the sum over a large vocabulary loses digits in half precision.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # The labels are shifted, not the logits: no copy of the larger of the two.
-    shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     losses = functional.cross_entropy(
-        logits.flatten(0, 1), shifted.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(shifted)
-    total = losses.sum(dim=1)
-    return total / (shifted != IGNORED).sum(dim=1).clamp(min=1) if reduction == "token_mean" else total
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view_as(targets), targets != IGNORED

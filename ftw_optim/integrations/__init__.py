@@ -1,0 +1,1 @@
+"""Trainers and loops of other libraries, one module each, which imports what it is for."""
