@@ -63,7 +63,5 @@ def position_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """
     # float32: the sum over a large vocabulary loses digits in half precision.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view_as(targets), targets != IGNORED

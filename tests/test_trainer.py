@@ -60,7 +60,7 @@ def logged(trainer: Trainer, *names: str) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(
-    "build, settings, selective",
+    ("build", "settings", "selective"),
     [
         (model, {}, {}),
         (lambda: model("llama", tie_word_embeddings=True), {}, {"update": "graph"}),
@@ -103,7 +103,7 @@ def test_bfloat16_autocast_is_the_trainers_own_run(tmp_path: Path) -> None:
     )
     # Adam's first steps turn a rounding error of a small gradient into a full step: the norms are compared.
     torch.testing.assert_close(logged(ours, "loss", "grad_norm"), logged(own, "loss", "grad_norm"), rtol=1e-2, atol=0)
-    first = {name: p for name, p in model().named_parameters()}
+    first = dict(model().named_parameters())
     for one, other in zip(seen.parameters, watch.parameters, strict=True):
         for name, value in one.items():
             assert (value - other[name]).norm() <= 0.1 * (other[name] - first[name]).norm() + 1e-7, name
@@ -153,7 +153,7 @@ def test_decay_groups_and_a_given_optimizer_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weighting", ["token_sum", "token_mean"])
 @pytest.mark.parametrize(
-    "build, selective",
+    ("build", "selective"),
     [
         (lambda: model(), {"update": "factors"}),
         (lambda: model("llama", tie_word_embeddings=True), {}),
@@ -334,7 +334,7 @@ def test_the_realised_decrease_is_that_beside_an_idle_step(tmp_path: Path) -> No
             **options,
         )
 
-    bare, watch = run()
+    _bare, watch = run()
     measured, seen = run(realised_every=2)
     torch.testing.assert_close(seen.parameters, watch.parameters, rtol=0, atol=0)
     steps = [row["step"] for row in measured.state.log_history if "selection/realised_decrease" in row]
@@ -383,7 +383,7 @@ def refused(tmp_path: Path, *, net: nn.Module | None = None, args: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"selective": {"keep": 3}}, r"selective takes filter, weight, .*; got keep"),
         ({"selective": {"target": print}}, r"The target is target_dataset"),
@@ -405,7 +405,7 @@ def test_a_stream_of_targets_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "args, options, message",
+    ("args", "options", "message"),
     [
         ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor is not known"),
         ({}, {"compute_loss_func": lambda *_, **__: None}, "compute_loss_func reduces"),
@@ -420,7 +420,7 @@ def test_losses_that_are_not_known_for_single_candidates(
 
 
 @pytest.mark.parametrize(
-    "attribute, value, message",
+    ("attribute", "value", "message"),
     [
         ("is_deepspeed_enabled", True, "DeepSpeed builds its own optimizer"),
         ("is_fsdp_enabled", True, "FSDP keeps only shards"),

@@ -23,9 +23,7 @@ class WithColumns:
     columns: Mapping[str, str]
 
     @classmethod
-    def named(
-        cls, collator: Callable[[list[Any]], Any], *, ids: str | None, sources: str | None
-    ) -> WithColumns | None:
+    def named(cls, collator: Callable[[list[Any]], Any], *, ids: str | None, sources: str | None) -> WithColumns | None:
         """With columns of these names; None where there is none."""
         columns = {key: name for key, name in ((IDS, ids), (SOURCES, sources)) if name is not None}
         return cls(collator, columns) if columns else None
@@ -40,5 +38,7 @@ class WithColumns:
             if any(name not in example for example in examples):
                 raise KeyError(f"Expected a column {name!r} in the training data, got {sorted(examples[0])}.")
         names = set(self.columns.values())
-        batch = self.collator([{key: value for key, value in example.items() if key not in names} for example in examples])
+        batch = self.collator(
+            [{key: value for key, value in example.items() if key not in names} for example in examples]
+        )
         return {**batch, **{key: [example[name] for example in examples] for key, name in self.columns.items()}}

@@ -37,17 +37,21 @@ def checked_options(selective: Mapping[str, Any] | None, weighting: str, realise
     return options
 
 
-def refuse_unbounded_packing(args: Any) -> None:
-    """Refuse rows whose documents nobody can tell apart any more.
+def refuse_settings(args: Any) -> None:
+    """Refuse what would already be acted upon while the trainer is constructed.
 
     Raises:
-        NotImplementedError: the packing strategy is ``"wrapped"``.
+        NotImplementedError: rows are packed in a way that leaves no documents, or activations are offloaded.
     """
     if getattr(args, "packing", False) and getattr(args, "packing_strategy", None) == "wrapped":
         raise NotImplementedError(
             'packing_strategy="wrapped" cuts documents and lets them attend across their ends, so that none has a '
             'gradient of its own: use packing_strategy="bfd", whose batches tell where documents begin, or '
             "packing=False."
+        )
+    if getattr(args, "activation_offloading", False):
+        raise NotImplementedError(
+            "activation_offloading does not know of the inputs that are captured for selection: leave it out."
         )
 
 
@@ -97,9 +101,7 @@ def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -
         yield "label_smoothing_factor is not known for single candidates: leave it 0"
     if args.use_liger_kernel:
         yield "use_liger_kernel puts layers and a fused loss in place that cannot be captured: leave it out"
-    if getattr(args, "activation_offloading", False):
-        yield "activation_offloading does not know of the captured inputs: leave it out"
-    config = getattr(trainer.model, "config", None)
+    config: Any = getattr(trainer.model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):
         yield (

@@ -109,16 +109,16 @@ def _of_candidates(values: Any, documents: Documents | None, key: str) -> list[A
     """The values of a column that belong to candidates."""
     if values is None:
         return None
-    values = values.tolist() if isinstance(values, Tensor) else list(values)
+    column: list[Any] = values.tolist() if isinstance(values, Tensor) else list(values)
     if documents is None:
-        return values
-    if len(values) <= max(documents.origins, default=-1):
+        return column
+    if len(column) <= max(documents.origins, default=-1):
         raise ValueError(
-            f"Expected one value of {key} for each of the packed documents, got {len(values)} for document "
+            f"Expected one value of {key} for each of the packed documents, got {len(column)} for document "
             f"{max(documents.origins)}: packed datasets keep no columns beside the tokens; leave sample_id_column and "
             "source_column out, or train without packing."
         )
-    return [values[origin] for origin in documents.origins]
+    return [column[origin] for origin in documents.origins]
 
 
 @final
@@ -130,17 +130,26 @@ class Window:
         batches: its micro-batches; those without any candidate are left out.
         weighting: of their token losses.
         positions: the losses of positions.
+        passed: called after each micro-batch, but not where some rows are run again.
         timed: seconds, written as the closures run.
     """
 
     batches: Sequence[MicroBatch]
     weighting: Weighting
     positions: Positions
+    passed: Callable[[], None] | None = None
     timed: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, given: Sequence[Mapping[str, Any]], positions: Positions, weighting: str, *, over_window: bool, joined: bool
+        cls,
+        given: Sequence[Mapping[str, Any]],
+        positions: Positions,
+        weighting: str,
+        *,
+        over_window: bool,
+        joined: bool = False,
+        passed: Callable[[], None] | None = None,
     ) -> Window:
         """A window of collated batches.
 
@@ -150,6 +159,7 @@ class Window:
             weighting: ``"token_sum"`` or ``"token_mean"``.
             over_window: see :meth:`Weighting.of`.
             joined: pad them to one batch.
+            passed: see :class:`Window`.
         """
         batches = [MicroBatch.of(batch) for batch in given]
         batches = [batch for batch in batches if len(batch)]
@@ -161,7 +171,7 @@ class Window:
             [batch.documents for batch in batches],
             over_window=over_window,
         )
-        return cls(batches=batches, weighting=how, positions=positions)
+        return cls(batches=batches, weighting=how, positions=positions, passed=passed)
 
     def closure(self) -> Callable[..., Any]:
         """What :meth:`SelectiveOptimizer.backward` runs."""
@@ -192,26 +202,32 @@ class Window:
 
     def _one_batch(self, rows: Tensor | None = None) -> Tensor:
         (batch,) = self.batches
-        if rows is None or batch.documents is not None:
-            losses = self._of(0, batch.inputs, batch.counted, batch.documents)
-            return losses if rows is None else losses[rows.to(losses.device)]
+        if rows is None:
+            return self._first_pass(0, batch)
+        if batch.documents is not None:
+            return self._of(0, batch.inputs, batch.counted, batch.documents)[rows.to(batch.counted.device)]
         return self._of(0, batch.rows(rows), batch.counted[rows.to(batch.counted.device)], None)
 
     def _in_turn(self) -> Iterator[Tensor]:
         for number, batch in enumerate(self.batches):
-            yield self._of(number, batch.inputs, batch.counted, batch.documents)
+            yield self._first_pass(number, batch)
 
-    def _of(self, number: int, inputs: dict[str, Any], counted: Tensor, documents: Documents | None) -> Tensor:
+    def _first_pass(self, number: int, batch: MicroBatch) -> Tensor:
         begun = time.perf_counter()
         self.timed.setdefault("begun", begun)
+        losses = self._of(number, batch.inputs, batch.counted, batch.documents)
+        if self.passed is not None:
+            self.passed()
+        self.timed["forward"] = self.timed.get("forward", 0.0) + time.perf_counter() - begun
+        return losses
+
+    def _of(self, number: int, inputs: dict[str, Any], counted: Tensor, documents: Documents | None) -> Tensor:
         values, found = self.positions(dict(inputs))
         if found.shape != counted.shape:
             raise ValueError(
                 f"Expected losses of positions of the labels' shape {tuple(counted.shape)}, got {tuple(found.shape)}."
             )
-        losses = self.weighting.losses(number, values, counted, documents)
-        self.timed["forward"] = self.timed.get("forward", 0.0) + time.perf_counter() - begun
-        return losses
+        return self.weighting.losses(number, values, counted, documents)
 
 
 def _column(parts: Sequence[list[Any] | None]) -> list[Any] | None:

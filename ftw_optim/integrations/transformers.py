@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils.memory import clear_device_cache
+from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
+from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -29,7 +29,7 @@ from ftw_optim._randomness import own_randomness
 from ftw_optim._target import TargetGradient
 from ftw_optim.integrations._columns import WithColumns
 from ftw_optim.integrations._realised import RealisedDecrease
-from ftw_optim.integrations._refusals import checked_options, refuse, refuse_unbounded_packing
+from ftw_optim.integrations._refusals import checked_options, refuse, refuse_settings
 from ftw_optim.integrations._targets import TargetBatches
 from ftw_optim.integrations._window import MicroBatch, Recorder, Window
 
@@ -94,7 +94,7 @@ class SelectiveTrainerMixin(_Base):
         **kwargs: Any,
     ) -> None:
         self._options = checked_options(selective, sample_weighting, realised_every)
-        refuse_unbounded_packing(kwargs.get("args", args[1] if len(args) > 1 else None))
+        refuse_settings(kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
         own = type(self).position_losses is not SelectiveTrainerMixin.position_losses
         refuse(self, self._options, own_losses=own)
@@ -130,20 +130,19 @@ class SelectiveTrainerMixin(_Base):
             return torch.zeros((), device=self.args.device)
         batches = [self._prepare_inputs(dict(batch)) for batch in self._micro_batches]
         self._micro_batches = []
+        assert self.selective_optimizer is not None
         model.train()
-        self.optimizer.train()
-        loss = self._select(model, batches)
+        self.selective_optimizer.train()
+        loss = self._select(self.selective_optimizer, model, batches)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return loss.to(self.args.device)
 
-    def _select(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
-        optimizer = self.selective_optimizer
-        assert optimizer is not None
+    def _select(self, optimizer: SelectiveOptimizer, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
         if not self._losses_compared:
             self._compare_losses(model, batches[0])
-        window = self._window(model, batches, joined=optimizer.update == "rerun")
+        window = self._window(model, batches, joined=optimizer.update == "rerun", passed=self._note_batch)
         if not window.batches:
             return torch.zeros(())
         scaler = self.accelerator.scaler  # float16 on a GPU
@@ -173,14 +172,17 @@ class SelectiveTrainerMixin(_Base):
             shifted_labels(labels) if targets is None else targets,
         )
 
-    def _window(self, model: nn.Module, batches: Sequence[Mapping[str, Any]], *, joined: bool = False) -> Window:
+    def _window(self, model: nn.Module, batches: Sequence[Mapping[str, Any]], **options: Any) -> Window:
         return Window.of(
             batches,
             lambda inputs: self.position_losses(model, inputs),
             self.sample_weighting,
             over_window=bool(self.model_accepts_loss_kwargs),
-            joined=joined,
+            **options,
         )
+
+    def _note_batch(self) -> None:
+        """Called when the candidates of a micro-batch have passed through the model."""
 
     def _compare_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """Compare the losses of positions with the trainer's own loss, once.
@@ -258,6 +260,7 @@ class SelectiveTrainerMixin(_Base):
                 "Expected an optimizer as it was constructed, got one that accelerate has prepared: the trainer "
                 "prepares it."
             )
+        assert self.model is not None
         self.selective_optimizer = SelectiveOptimizer(
             optimizer,
             self.model,
@@ -280,9 +283,10 @@ class SelectiveTrainerMixin(_Base):
             return super().get_train_dataloader()
         collator, signature = self.data_collator, self._signature_columns
         self._set_signature_columns_if_needed()
+        known: list[str] = self._signature_columns or []
         try:
             self.data_collator = columns
-            self._signature_columns = [*self._signature_columns, *columns.columns.values()]
+            self._signature_columns = [*known, *columns.columns.values()]
             return super().get_train_dataloader()
         finally:
             self.data_collator, self._signature_columns = collator, signature

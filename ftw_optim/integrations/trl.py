@@ -14,7 +14,7 @@ import copy
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional
 from trl.trainer.sft_trainer import SFTTrainer
@@ -32,17 +32,16 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
     """
 
     def position_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """See :meth:`SelectiveTrainerMixin.position_losses`; notes the metrics of TRL on the way."""
+        """See :meth:`SelectiveTrainerMixin.position_losses`."""
         inputs["use_cache"] = False
         tokens = inputs.get("attention_mask")
         seen = inputs["input_ids"].numel() if tokens is None else tokens.sum()
-        head = self.model.get_output_embeddings()
+        head = self.model.get_output_embeddings()  # type: ignore[operator, union-attr]
         forward = self._by_logits if any(p.requires_grad for p in head.parameters()) else self._fused
         losses, counted, entropy, correct = forward(model, inputs)
-        if self.args.loss_type == "dft":
+        if self.args.loss_type == "dft":  # type: ignore[attr-defined]
             losses = losses * (-losses).exp().detach()
-        if torch.is_grad_enabled() and not self._of_target:
-            self._note_tokens(counted, entropy, correct, seen)
+        self._last_tokens = (counted.sum(), entropy, correct, seen)
         return losses, counted
 
     def _fused(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -65,10 +64,11 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
             entropy, correct = _entropy_and_hits(logits.detach(), targets)
         return losses, counted, entropy, correct
 
-    def _note_tokens(self, counted: Tensor, entropy: Tensor, correct: Tensor, seen: Tensor | int) -> None:
-        """What the trainer of TRL logs, with as many synchronisations as it has."""
+    def _note_batch(self) -> None:
+        """Note what the trainer of TRL logs of a micro-batch, with as many synchronisations as it has."""
+        *sums, seen = self._last_tokens
         metrics = self._metrics["train"]
-        valid, bits, hits = torch.stack([counted.sum().double(), entropy.double(), correct.double()]).tolist()
+        valid, bits, hits = torch.stack([one.double() for one in sums]).tolist()
         metrics["entropy"].append(bits / valid if valid else 0.0)
         metrics["mean_token_accuracy"].append(hits / valid if valid else 0.0)
         self._total_train_tokens += int(seen)
@@ -81,24 +81,12 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
         finally:
             self._metrics, self._total_train_tokens = metrics, total
 
-    # ------------------------------------------------------------------ the target
-
-    _of_target = False
-
-    def _target_losses(self) -> Tensor:
-        self._of_target = True
-        try:
-            return super()._target_losses()
-        finally:
-            self._of_target = False
-
     def _prepared_targets(self, dataset: Any) -> Any:
         if isinstance(dataset, list):
             dataset = Dataset.from_list(dataset)
         if not self._skip_prepare_dataset:
-            dataset = self._prepare_dataset(
-                dataset, self.processing_class, self.args, False, self._formatting_func, "target"
-            )
+            given: Any = (dataset, self.processing_class, self.args, False, self._formatting_func, "target")
+            dataset = self._prepare_dataset(*given)
         return super()._prepared_targets(dataset)
 
 
