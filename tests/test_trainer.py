@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -503,11 +502,3 @@ def test_batches_without_labels_are_an_error(tmp_path: Path) -> None:
 def test_a_column_for_the_log_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="Expected a column 'number'"):
         refused(tmp_path, selection_log=Recording(), sample_id_column="number").train()
-
-
-@pytest.fixture(autouse=True)
-def _own_warnings() -> Any:
-    """Those of the trainers themselves: what they say of their own code and settings."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*use_cpu.*")
-        yield

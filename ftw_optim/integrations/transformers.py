@@ -286,7 +286,7 @@ class SelectiveTrainerMixin(_Base):
         known: list[str] = self._signature_columns or []
         try:
             self.data_collator = columns
-            self._signature_columns = [*known, *columns.columns.values()]
+            self._signature_columns = [*known, *columns.columns.values()]  # type: ignore[assignment]
             return super().get_train_dataloader()
         finally:
             self.data_collator, self._signature_columns = collator, signature
