@@ -45,7 +45,7 @@ class Weighting:
         """
         labels = [part.sum() for part in counted]
         if over_window:
-            tokens = [torch.stack(labels).sum().clamp(min=1)] * len(labels)
+            tokens = [torch.stack(labels).sum().clamp(min=1)] * len(labels) if labels else []
         else:
             tokens = [one.clamp(min=1) * len(labels) for one in labels]
         pairs = zip(counted, documents, strict=True)

@@ -190,6 +190,29 @@ class Window:
         """Of all candidates at once; for a single batch."""
         return self._one_batch()
 
+    def token_loss(self, selection: Selection) -> Tensor:
+        """The mean loss of a token under the weights, a scalar on the device.
+
+        Under equal weights this is what a trainer without selection reports; the weighted mean of the candidates' own
+        losses is not in the unit of a token where they have different numbers of them. Skipped: under equal weights.
+        """
+        units = torch.cat(
+            [
+                self.weighting.losses(number, batch.counted.to(torch.float32), batch.counted, batch.documents)
+                for number, batch in enumerate(self.batches)
+            ]
+        )
+        share = torch.zeros(len(selection.losses), dtype=torch.float64)
+        if selection.skipped:
+            share.fill_(1.0)[selection.rejected] = 0.0
+        else:
+            share[selection.kept] = selection.weights.to(share)
+        if not bool(share.any()):
+            return units.new_full((), torch.nan)
+        counts = share > 0  # of the others, a loss that is not finite would stay so when multiplied by zero
+        total = (share[counts] * selection.losses[counts].to(share)).sum().to(units)
+        return total / (share.to(units) * units).sum().clamp(min=torch.finfo(units.dtype).tiny)
+
     @property
     def ids(self) -> list[Any] | None:
         """Of all candidates; None if the data has none."""

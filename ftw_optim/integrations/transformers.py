@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from ftw_optim._losses import position_losses, shifted_labels
+from ftw_optim._matching import Selection
 from ftw_optim._optimizer import SelectiveOptimizer
 from ftw_optim._randomness import own_randomness
 from ftw_optim._target import TargetGradient
@@ -75,7 +76,7 @@ class SelectiveTrainerMixin(_Base):
     The log of the trainer gets, averaged over the steps since it was last written: ``selection/kept_share``,
     ``effective_size``, ``residual``, ``cosine``, ``predicted_decrease``, ``realised_decrease``, ``rejected`` and
     ``skipped`` (see :class:`Selection`), and the milliseconds on the host, ``selection/ms``, of which ``ms_target`` for
-    the target gradient and ``ms_forward`` for the candidates' forward passes. The loss is that of the window under the
+    the target gradient and ``ms_forward`` for the candidates' forward passes. The loss is the mean of a token under the
     weights.
     """
 
@@ -122,8 +123,8 @@ class SelectiveTrainerMixin(_Base):
         """Wait for the last micro-batch of the window, then select among all of them.
 
         Returns:
-            The weighted loss of the window; zero before its last micro-batch, so that what the trainer adds up is the
-            loss.
+            The mean loss of a token of the window under the weights; zero before its last micro-batch, so that what
+            the trainer adds up is the loss.
         """
         self._micro_batches.append(inputs)
         if not self.accelerator.sync_gradients:
@@ -149,9 +150,11 @@ class SelectiveTrainerMixin(_Base):
         # A fresh scaler makes its scale at its first call.
         scale = 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=self.args.device)))
         begun = time.perf_counter()
-        loss = optimizer.backward(window.closure(), grad_scale=scale, sample_ids=window.sample_ids())
-        self._note(optimizer, window, begun, time.perf_counter())
-        return loss
+        optimizer.backward(window.closure(), grad_scale=scale, sample_ids=window.sample_ids())
+        selection = optimizer.selection
+        assert selection is not None
+        self._note(selection, window, begun, time.perf_counter())
+        return window.token_loss(selection)
 
     def position_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The loss of each position, and which have one; override it for another loss than that of the next token.
@@ -293,9 +296,7 @@ class SelectiveTrainerMixin(_Base):
 
     # ------------------------------------------------------------------ what it tells
 
-    def _note(self, optimizer: SelectiveOptimizer, window: Window, begun: float, ended: float) -> None:
-        selection = optimizer.selection
-        assert selection is not None
+    def _note(self, selection: Selection, window: Window, begun: float, ended: float) -> None:
         n = len(selection.losses)
         metrics = {
             "kept_share": 0.0 if selection.skipped else len(selection.kept) / n,
