@@ -109,6 +109,8 @@ class Pass:
                     value = next(iterator, _END)
                     if value is _END:
                         break
+                    if self._several_ids and ids is None:
+                        raise self._other_ids(f"at least {len(batches) + 1}")
                 losses = checked_losses(value, capture.count)
                 with full_precision(losses):
                     found, footprints = self._differentiated(capture, losses, taker)
@@ -129,10 +131,8 @@ class Pass:
                 return batches[0]
         if not batches:
             raise ValueError("Expected an iterator that yields losses (n,) of micro-batches, but it yielded nothing.")
-        if self.sample_ids is not None and len(self.sample_ids) != len(batches):
-            raise ValueError(
-                f"Expected sample_ids for each of the {len(batches)} micro-batches, got {len(self.sample_ids)}."
-            )
+        if self._ids(len(batches)) is not None:
+            raise self._other_ids(str(len(batches)))
         return _together(batches)
 
     @property
@@ -144,6 +144,12 @@ class Pass:
         if self.sample_ids is None or isinstance(self.sample_ids, Tensor):
             return self.sample_ids
         return self.sample_ids[batch] if batch < len(self.sample_ids) else None
+
+    def _other_ids(self, batches: str) -> ValueError:
+        assert self.sample_ids is not None
+        return ValueError(
+            f"Expected a list of sample_ids, one for each micro-batch, got {len(self.sample_ids)} for {batches}."
+        )
 
     def _differentiated(
         self, capture: Capture, losses: Tensor, taker: Taker | None

@@ -30,6 +30,7 @@ from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from ftw_optim import GreedyFilter, KeepAll, UniformWeights
+from ftw_optim.integrations._window import IDS, SOURCES
 from ftw_optim.integrations.trl import SelectiveSFTTrainer
 
 pytestmark = pytest.mark.filterwarnings(
@@ -175,7 +176,9 @@ def test_each_packed_document_is_a_candidate(
         for epoch in epochs
         for at in range(0, len(epoch), size)
     ]
-    rows = {f"{step}.{number}": row for step, window in enumerate(windows) for number, row in enumerate(window)}
+    rows = {
+        f"{step}.{number}": row for step, window in enumerate(windows, start=1) for number, row in enumerate(window)
+    }
     assert [len(step["ids"]) for step in recording.steps] == list(map(len, windows))
     assert max(map(len, windows)) > 3
 
@@ -221,9 +224,9 @@ def test_texts_and_columns_for_the_log(tmp_path: Path) -> None:
         assert len(step["selection"].losses) == 6
     # Beside the end of the sequence, the completion alone: 2 to 5 words.
     batch = next(iter(trainer.get_train_dataloader()))
-    assert set(batch) == {"input_ids", "labels", "attention_mask", "selection_sample_ids", "selection_sources"}
+    assert set(batch) == {"input_ids", "labels", "attention_mask", IDS, SOURCES}
     counted = (batch["labels"] != -100).sum(dim=1).tolist()
-    assert counted == [2 + number % 4 + 1 for number in batch["selection_sample_ids"]]
+    assert counted == [2 + number % 4 + 1 for number in batch[IDS]]
 
 
 # ---------------------------------------------------------------------- resumed

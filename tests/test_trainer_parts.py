@@ -196,13 +196,11 @@ def test_columns_pass_the_collator_by() -> None:
         return {"labels": torch.tensor([row["labels"] for row in rows])}
 
     rows = [{"labels": [1, 2, 3], "name": "a", "from": "x"}, {"labels": [1, 2, 3], "name": "b", "from": "y"}]
-    columns = WithColumns.named(collator, ids="name", sources="from")
-    assert columns is not None
+    columns = WithColumns(collator, {IDS: "name", SOURCES: "from"})
     batch = MicroBatch.of(columns(rows))
     assert all(set(row) == {"labels"} for row in seen)
-    assert (batch.ids, batch.sources) == (["a", "b"], ["x", "y"])
+    assert batch.columns == {IDS: ["a", "b"], SOURCES: ["x", "y"]}
     assert set(batch.inputs) == {"labels"}
-    assert WithColumns.named(collator, ids=None, sources=None) is None
 
 
 def test_columns_of_packed_rows_belong_to_documents() -> None:
@@ -211,7 +209,7 @@ def test_columns_of_packed_rows_belong_to_documents() -> None:
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0]]),  # the last is padding
         IDS: ["a", "b"],
     }
-    assert MicroBatch.of(batch).ids == ["a", "b"]
+    assert MicroBatch.of(batch).columns == {IDS: ["a", "b"]}
     with pytest.raises(ValueError, match=f"one value of {SOURCES} for each of the packed documents, got 1"):
         MicroBatch.of({**batch, SOURCES: ["x"]})
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from ftw_optim.integrations._window import IDS, SOURCES
-
 
 @final
 @dataclass(frozen=True)
@@ -21,12 +19,6 @@ class WithColumns:
 
     collator: Callable[[list[Any]], Any]
     columns: Mapping[str, str]
-
-    @classmethod
-    def named(cls, collator: Callable[[list[Any]], Any], *, ids: str | None, sources: str | None) -> WithColumns | None:
-        """With columns of these names; None where there is none."""
-        columns = {key: name for key, name in ((IDS, ids), (SOURCES, sources)) if name is not None}
-        return cls(collator, columns) if columns else None
 
     def __call__(self, examples: list[Any]) -> Any:
         """The batch.

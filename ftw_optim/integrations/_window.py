@@ -15,7 +15,7 @@ from ftw_optim._matching import Selection
 from ftw_optim.integrations._packing import BOUNDARIES, Documents, documents_of
 from ftw_optim.integrations._weighting import Weighting
 
-IDS, SOURCES = "selection_sample_ids", "selection_sources"
+IDS, SOURCES, TEXTS = COLUMNS = ("selection_sample_ids", "selection_sources", "selection_texts")
 """Keys under which a collator hands over what is meant for the log, and never reaches the model."""
 
 Positions = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]
@@ -33,8 +33,9 @@ class Recorder(Protocol):
         ids: Sequence[Any],
         sources: Sequence[str] | None = None,
         metrics: Mapping[str, float] | None = None,
+        texts: Sequence[str] | None = None,
     ) -> None:
-        """Take one step's selection, with the id and source of each of its candidates."""
+        """Take one step's selection, with the id, source and text of each of its candidates."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold to go on from here; JSON can write it."""
@@ -52,24 +53,22 @@ class MicroBatch:
         inputs: of the model, with labels.
         counted: bool ``(b, t)``, the positions that have a label to predict.
         documents: where rows are packed of several candidates; else None.
-        ids: of each candidate; None if the data has none.
-        sources: of each candidate; None if the data has none.
+        columns: for the log, a value of each candidate; by the keys above.
     """
 
     inputs: dict[str, Any]
     counted: Tensor
     documents: Documents | None
-    ids: list[Any] | None = None
-    sources: list[Any] | None = None
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batch: Mapping[str, Any]) -> MicroBatch:
         """What a collator made.
 
         Raises:
-            ValueError: no labels, or ids or sources of another number than the documents.
+            ValueError: no labels, or a column with another number of values than there are documents.
         """
-        inputs = {key: value for key, value in batch.items() if key not in (IDS, SOURCES)}
+        inputs = {key: value for key, value in batch.items() if key not in COLUMNS}
         labels = inputs.get("shift_labels")
         if labels is None and isinstance(inputs.get("labels"), Tensor):
             labels = shifted_labels(inputs["labels"])
@@ -81,8 +80,8 @@ class MicroBatch:
             )
         counted = labels != -100
         documents = documents_of(inputs, counted)
-        ids, sources = (_of_candidates(batch.get(key), documents, key) for key in (IDS, SOURCES))
-        return cls(inputs=inputs, counted=counted, documents=documents, ids=ids, sources=sources)
+        columns = {key: _of_candidates(batch[key], documents, key) for key in COLUMNS if key in batch}
+        return cls(inputs=inputs, counted=counted, documents=documents, columns=columns)
 
     def __len__(self) -> int:
         return len(self.counted) if self.documents is None else len(self.documents.origins)
@@ -105,18 +104,16 @@ class MicroBatch:
         }
 
 
-def _of_candidates(values: Any, documents: Documents | None, key: str) -> list[Any] | None:
+def _of_candidates(values: Any, documents: Documents | None, key: str) -> list[Any]:
     """The values of a column that belong to candidates."""
-    if values is None:
-        return None
     column: list[Any] = values.tolist() if isinstance(values, Tensor) else list(values)
     if documents is None:
         return column
     if len(column) <= max(documents.origins, default=-1):
         raise ValueError(
             f"Expected one value of {key} for each of the packed documents, got {len(column)} for document "
-            f"{max(documents.origins)}: packed datasets keep no columns beside the tokens; leave sample_id_column and "
-            "source_column out, or train without packing."
+            f"{max(documents.origins)}: packed datasets keep no columns beside the tokens; leave the names of columns "
+            "out, or train without packing."
         )
     return [column[origin] for origin in documents.origins]
 
@@ -213,15 +210,9 @@ class Window:
         total = (share[counts] * selection.losses[counts].to(share)).sum().to(units)
         return total / (share.to(units) * units).sum().clamp(min=torch.finfo(units.dtype).tiny)
 
-    @property
-    def ids(self) -> list[Any] | None:
-        """Of all candidates; None if the data has none."""
-        return _column([batch.ids for batch in self.batches])
-
-    @property
-    def sources(self) -> list[Any] | None:
-        """Of all candidates; None if the data has none."""
-        return _column([batch.sources for batch in self.batches])
+    def column(self, key: str) -> list[Any] | None:
+        """A column of all candidates; None if the data has none."""
+        return _columns(self.batches).get(key)
 
     def _one_batch(self, rows: Tensor | None = None) -> Tensor:
         (batch,) = self.batches
@@ -253,9 +244,10 @@ class Window:
         return self.weighting.losses(number, values, counted, documents)
 
 
-def _column(parts: Sequence[list[Any] | None]) -> list[Any] | None:
-    found = [value for part in parts if part is not None for value in part]
-    return found if found and all(part is not None for part in parts) else None
+def _columns(batches: Sequence[MicroBatch]) -> dict[str, list[Any]]:
+    """Those that all micro-batches have, of the candidates of all."""
+    keys = [key for key in COLUMNS if all(key in batch.columns for batch in batches)]
+    return {key: [value for batch in batches for value in batch.columns[key]] for key in keys}
 
 
 _PADDING = {"labels": -100, "shift_labels": -100}
@@ -296,8 +288,7 @@ def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
         inputs=inputs,
         counted=torch.cat([_padded(batch.counted, longest, False) for batch in batches]),
         documents=None,
-        ids=_column([batch.ids for batch in batches]),
-        sources=_column([batch.sources for batch in batches]),
+        columns=_columns(batches),
     )
 
 

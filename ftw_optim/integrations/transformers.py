@@ -21,7 +21,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ftw_optim._losses import position_losses, shifted_labels
 from ftw_optim._matching import Selection
@@ -32,7 +32,7 @@ from ftw_optim.integrations._columns import WithColumns
 from ftw_optim.integrations._realised import RealisedDecrease
 from ftw_optim.integrations._refusals import checked_options, refuse, refuse_settings
 from ftw_optim.integrations._targets import TargetBatches
-from ftw_optim.integrations._window import MicroBatch, Recorder, Window
+from ftw_optim.integrations._window import COLUMNS, MicroBatch, Recorder, Window
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -64,9 +64,11 @@ class SelectiveTrainerMixin(_Base):
         target_refresh_every: steps from one evaluation of the target gradient to the next.
         realised_every: measure the realised decrease of the target loss every so many steps (two evaluations of the
             target batch, a copy of parameters and optimizer state); 0: never.
-        selection_log: takes every step's selection.
+        selection_log: takes every step's selection, under the step's number in the trainer's log; it is saved and
+            resumed with checkpoints, and yours to close.
         sample_id_column: column of the training data with the ids of samples for the log; None: step and number.
         source_column: column of the training data with their sources for the log.
+        text_column: column of the training data with their texts for the log.
         **kwargs: of the trainer.
 
     Raises:
@@ -92,6 +94,7 @@ class SelectiveTrainerMixin(_Base):
         selection_log: Recorder | None = None,
         sample_id_column: str | None = None,
         source_column: str | None = None,
+        text_column: str | None = None,
         **kwargs: Any,
     ) -> None:
         self._options = checked_options(selective, sample_weighting, realised_every)
@@ -102,7 +105,8 @@ class SelectiveTrainerMixin(_Base):
         self._options.setdefault("seed", self.args.seed)
         self.sample_weighting, self.realised_every = sample_weighting, realised_every
         self.selection_log = selection_log
-        self.sample_id_column, self.source_column = sample_id_column, source_column
+        names = zip(COLUMNS, (sample_id_column, source_column, text_column), strict=True)
+        self._log_columns = {key: name for key, name in names if name is not None}
         self.target_batches = TargetBatches(
             dataset=self._prepared_targets(target_dataset),
             collate=self._target_collator(target_dataset),
@@ -112,8 +116,10 @@ class SelectiveTrainerMixin(_Base):
         )
         self.selective_optimizer: SelectiveOptimizer | None = None
         self._micro_batches: list[Mapping[str, Any]] = []
-        self._selection_metrics: dict[str, list[float | Tensor]] = defaultdict(list)
+        self._selection_metrics: dict[str, list[float]] = defaultdict(list)
+        self._unrecorded: tuple[Selection, Window, dict[str, float]] | None = None
         self._losses_compared = not self._options.get("self_check", True)
+        self.add_callback(_AfterStep(self._record))
 
     # ------------------------------------------------------------------ one step
 
@@ -273,23 +279,22 @@ class SelectiveTrainerMixin(_Base):
         RealisedDecrease(
             self.selective_optimizer,
             self._target_losses,
-            due=lambda: bool(self.realised_every) and self.state.global_step % self.realised_every == 0,
-            note=lambda found: self._selection_metrics["realised_decrease"].append(found),
+            due=lambda: bool(self.realised_every) and (self.state.global_step + 1) % self.realised_every == 0,
+            note=self._note_realised,
         )
         self.optimizer = self.selective_optimizer
         return self.optimizer
 
     def get_train_dataloader(self) -> Any:
         """The trainer's, whose batches also carry what the log asks for."""
-        columns = WithColumns.named(self.data_collator, ids=self.sample_id_column, sources=self.source_column)
-        if columns is None or self.selection_log is None:
+        if self.selection_log is None or not self._log_columns:
             return super().get_train_dataloader()
         collator, signature = self.data_collator, self._signature_columns
         self._set_signature_columns_if_needed()
         known: list[str] = self._signature_columns or []
         try:
-            self.data_collator = columns
-            self._signature_columns = [*known, *columns.columns.values()]  # type: ignore[assignment]
+            self.data_collator = WithColumns(collator, self._log_columns)
+            self._signature_columns = [*known, *self._log_columns.values()]  # type: ignore[assignment]
             return super().get_train_dataloader()
         finally:
             self.data_collator, self._signature_columns = collator, signature
@@ -312,21 +317,34 @@ class SelectiveTrainerMixin(_Base):
         }
         for name, value in metrics.items():
             self._selection_metrics[name].append(value)
-        if self.selection_log is not None:
-            step = self.state.global_step
+        self._unrecorded = selection, window, metrics
+
+    def _note_realised(self, decrease: Tensor) -> None:
+        self._selection_metrics["realised_decrease"].append(float(decrease))
+        if self._unrecorded is not None:
+            self._unrecorded[-1]["realised_decrease"] = float(decrease)
+
+    def _record(self) -> None:
+        """Hand the step that was just made over to the log."""
+        if self.selection_log is not None and self._unrecorded is not None:
+            selection, window, metrics = self._unrecorded
+            step = self.state.global_step + 1
+            ids, sources, texts = map(window.column, COLUMNS)
             self.selection_log.record(
                 step,
                 selection,
-                ids=[f"{step}.{number}" for number in range(n)] if window.ids is None else window.ids,
-                sources=None if window.sources is None else [str(source) for source in window.sources],
+                ids=[f"{step}.{number}" for number in range(len(selection.losses))] if ids is None else ids,
+                sources=None if sources is None else list(map(str, sources)),
+                texts=None if texts is None else list(map(str, texts)),
                 metrics=metrics,
             )
+        self._unrecorded = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the selections since the last training log, averaged over them."""
         if "loss" in logs:
             for name, values in self._selection_metrics.items():
-                logs[f"selection/{name}"] = sum(map(float, values)) / len(values)
+                logs[f"selection/{name}"] = sum(values) / len(values)
             self._selection_metrics.clear()
         super().log(logs, start_time)
 
@@ -345,6 +363,17 @@ class SelectiveTrainerMixin(_Base):
         if os.path.isfile(path := os.path.join(checkpoint, LOG_STATE)):
             with open(path, encoding="utf-8") as file:
                 self.selection_log.load_state_dict(json.load(file))
+
+
+class _AfterStep(TrainerCallback):
+    """Calls a function when the optimizer has made its step, before anything is saved."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See :class:`TrainerCallback`."""
+        self._function()
 
 
 class SelectiveTrainer(SelectiveTrainerMixin, Trainer):
