@@ -62,8 +62,12 @@ class MicroBatch:
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> MicroBatch:
+    def of(cls, batch: Mapping[str, Any], *, shifts: bool = True) -> MicroBatch:
         """What a collator made.
+
+        Args:
+            batch: inputs and labels ``(b, t)``, or ``(b,)`` where rows have one label each.
+            shifts: the label of a position is what the position before predicts.
 
         Raises:
             ValueError: no labels, or a column with another number of values than there are documents.
@@ -71,14 +75,14 @@ class MicroBatch:
         inputs = {key: value for key, value in batch.items() if key not in COLUMNS}
         labels = inputs.get("shift_labels")
         if labels is None and isinstance(inputs.get("labels"), Tensor):
-            labels = shifted_labels(inputs["labels"])
+            labels = shifted_labels(inputs["labels"]) if shifts else inputs["labels"]
         if labels is None:
             raise ValueError(
                 "Expected batches with labels (-100 where a position does not count), got the keys "
                 f"{sorted(inputs)}: use a data collator that makes them, such as DataCollatorForSeq2Seq or "
                 "DataCollatorForLanguageModeling(mlm=False)."
             )
-        counted = labels != -100
+        counted = (labels != -100).view(len(labels), -1)
         documents = documents_of(inputs, counted)
         columns = {key: _of_candidates(batch[key], documents, key) for key in COLUMNS if key in batch}
         return cls(inputs=inputs, counted=counted, documents=documents, columns=columns)
@@ -145,6 +149,7 @@ class Window:
         weighting: str,
         *,
         over_window: bool,
+        shifts: bool = True,
         joined: bool = False,
         passed: Callable[[], None] | None = None,
     ) -> Window:
@@ -155,10 +160,11 @@ class Window:
             positions: see :class:`Window`.
             weighting: ``"token_sum"`` or ``"token_mean"``.
             over_window: see :meth:`Weighting.of`.
+            shifts: see :meth:`MicroBatch.of`.
             joined: pad them to one batch.
             passed: see :class:`Window`.
         """
-        batches = [MicroBatch.of(batch) for batch in given]
+        batches = [MicroBatch.of(batch, shifts=shifts) for batch in given]
         batches = [batch for batch in batches if len(batch)]
         if joined and len(batches) > 1:
             batches = [_joined(batches)]

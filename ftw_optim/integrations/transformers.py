@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +23,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from ftw_optim._losses import position_losses, shifted_labels
-from ftw_optim._matching import Selection
 from ftw_optim._optimizer import SelectiveOptimizer
 from ftw_optim._randomness import own_randomness
 from ftw_optim._target import TargetGradient
 from ftw_optim.integrations._columns import WithColumns
+from ftw_optim.integrations._metrics import Metrics
 from ftw_optim.integrations._realised import RealisedDecrease
 from ftw_optim.integrations._refusals import checked_options, refuse, refuse_settings
 from ftw_optim.integrations._targets import TargetBatches
@@ -116,10 +115,9 @@ class SelectiveTrainerMixin(_Base):
         )
         self.selective_optimizer: SelectiveOptimizer | None = None
         self._micro_batches: list[Mapping[str, Any]] = []
-        self._selection_metrics: dict[str, list[float]] = defaultdict(list)
-        self._unrecorded: tuple[Selection, Window, dict[str, float]] | None = None
+        self._metrics_of_selection = Metrics(selection_log)  # TRL has a _metrics of its own
         self._losses_compared = not self._options.get("self_check", True)
-        self.add_callback(_AfterStep(self._record))
+        self.add_callback(_AfterStep(self._metrics_of_selection.record))
 
     # ------------------------------------------------------------------ one step
 
@@ -159,7 +157,7 @@ class SelectiveTrainerMixin(_Base):
         optimizer.backward(window.closure(), grad_scale=scale, sample_ids=window.sample_ids())
         selection = optimizer.selection
         assert selection is not None
-        self._note(selection, window, begun, time.perf_counter())
+        self._metrics_of_selection.note(selection, window, begun=begun, ended=time.perf_counter())
         return window.token_loss(selection)
 
     def position_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -170,7 +168,8 @@ class SelectiveTrainerMixin(_Base):
             inputs: a batch with labels, on the device, without what is meant for the log.
 
         Returns:
-            Losses, zero where nothing counts, and bool, where something does; both ``(b, t)``, as the labels.
+            Losses, zero where nothing counts, and bool, where something does; both ``(b, t)``, as the labels, or
+            ``(b, 1)`` where rows have one label each.
         """
         labels = inputs.pop("labels", None)
         targets = inputs.pop("shift_labels", None)
@@ -187,6 +186,7 @@ class SelectiveTrainerMixin(_Base):
             lambda inputs: self.position_losses(model, inputs),
             self.sample_weighting,
             over_window=bool(self.model_accepts_loss_kwargs),
+            shifts=bool(self._loss_shifts_labels),
             **options,
         )
 
@@ -199,7 +199,7 @@ class SelectiveTrainerMixin(_Base):
         Raises:
             RuntimeError: they are not its parts.
         """
-        one = MicroBatch.of(batch)
+        one = MicroBatch.of(batch, shifts=bool(self._loss_shifts_labels))
         labels = one.counted.sum()
         if not bool(labels):
             return
@@ -280,7 +280,7 @@ class SelectiveTrainerMixin(_Base):
             self.selective_optimizer,
             self._target_losses,
             due=lambda: bool(self.realised_every) and (self.state.global_step + 1) % self.realised_every == 0,
-            note=self._note_realised,
+            note=self._metrics_of_selection.note_realised,
         )
         self.optimizer = self.selective_optimizer
         return self.optimizer
@@ -301,51 +301,10 @@ class SelectiveTrainerMixin(_Base):
 
     # ------------------------------------------------------------------ what it tells
 
-    def _note(self, selection: Selection, window: Window, begun: float, ended: float) -> None:
-        n = len(selection.losses)
-        metrics = {
-            "kept_share": 0.0 if selection.skipped else len(selection.kept) / n,
-            "effective_size": selection.effective_size,
-            "residual": selection.residual,
-            "cosine": selection.cosine,
-            "predicted_decrease": selection.predicted_decrease,
-            "rejected": float(len(selection.rejected)),
-            "skipped": float(selection.skipped),
-            "ms": 1e3 * (ended - begun),
-            "ms_target": 1e3 * (window.timed["begun"] - begun),
-            "ms_forward": 1e3 * window.timed["forward"],
-        }
-        for name, value in metrics.items():
-            self._selection_metrics[name].append(value)
-        self._unrecorded = selection, window, metrics
-
-    def _note_realised(self, decrease: Tensor) -> None:
-        self._selection_metrics["realised_decrease"].append(float(decrease))
-        if self._unrecorded is not None:
-            self._unrecorded[-1]["realised_decrease"] = float(decrease)
-
-    def _record(self) -> None:
-        """Hand the step that was just made over to the log."""
-        if self.selection_log is not None and self._unrecorded is not None:
-            selection, window, metrics = self._unrecorded
-            step = self.state.global_step + 1
-            ids, sources, texts = map(window.column, COLUMNS)
-            self.selection_log.record(
-                step,
-                selection,
-                ids=[f"{step}.{number}" for number in range(len(selection.losses))] if ids is None else ids,
-                sources=None if sources is None else list(map(str, sources)),
-                texts=None if texts is None else list(map(str, texts)),
-                metrics=metrics,
-            )
-        self._unrecorded = None
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics of the selections since the last training log, averaged over them."""
         if "loss" in logs:
-            for name, values in self._selection_metrics.items():
-                logs[f"selection/{name}"] = sum(values) / len(values)
-            self._selection_metrics.clear()
+            logs.update(self._metrics_of_selection.averages())
         super().log(logs, start_time)
 
     # ------------------------------------------------------------------ checkpoints
@@ -366,14 +325,14 @@ class SelectiveTrainerMixin(_Base):
 
 
 class _AfterStep(TrainerCallback):
-    """Calls a function when the optimizer has made its step, before anything is saved."""
+    """Calls a function with the step's number when the optimizer has made it, before anything is saved."""
 
-    def __init__(self, function: Callable[[], None]) -> None:
+    def __init__(self, function: Callable[[int], None]) -> None:
         self._function = function
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See :class:`TrainerCallback`."""
-        self._function()
+        """See :class:`TrainerCallback`; the step is counted only afterwards."""
+        self._function(state.global_step + 1)
 
 
 class SelectiveTrainer(SelectiveTrainerMixin, Trainer):
