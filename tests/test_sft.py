@@ -290,6 +290,17 @@ def test_offloaded_activations_are_refused(tmp_path: Path) -> None:
         )
 
 
+def test_packed_rows_are_not_run_again_together(tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError, match="packed rows cannot be put together"):
+        trained(
+            SelectiveSFTTrainer,
+            tmp_path,
+            PACKED,
+            target_dataset=Dataset.from_list(examples(2)),
+            selective={"update": "rerun"},
+        )
+
+
 def test_columns_of_packed_data_that_are_gone(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="Expected a column 'number'"):
         trained(

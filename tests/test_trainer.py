@@ -309,6 +309,40 @@ def test_a_stream_of_candidates_with_columns(tmp_path: Path) -> None:
     assert ["realised_decrease" in step["metrics"] for step in recording.steps] == [False, True, False, True, False]
 
 
+def test_evaluation_within_a_run_is_the_trainers_own(tmp_path: Path) -> None:
+    """Columns for the log and metrics of selections keep out of it; the best model is loaded at the end."""
+    rows = numbered(examples(15))
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "logging_steps": 3,
+    }
+
+    def run(kind: Callable[..., Trainer], **options: Any) -> Trainer:
+        args = arguments(tmp_path / kind.__name__, **settings)  # type: ignore[attr-defined]
+        return trained(kind, model(), args, rows=rows, eval_dataset=rows[:4], **options)[0]
+
+    own = run(Trainer)
+    ours = run(
+        SelectiveTrainer,
+        target_dataset=rows[:3],
+        selective=ALL,
+        selection_log=Recording(),
+        sample_id_column="number",
+        source_column="origin",
+    )
+    evaluated = [[row["eval_loss"] for row in one.state.log_history if "eval_loss" in row] for one in (own, ours)]
+    assert len(evaluated[0]) == 3
+    assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-5)
+    assert not any(key.startswith("selection") for row in ours.state.log_history if "eval_loss" in row for key in row)
+    for name, value in own.model.state_dict().items():
+        torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=1e-5, atol=2e-6)
+
+
 def test_ids_of_data_that_has_none_are_step_and_number(tmp_path: Path) -> None:
     recording = Recording()
     trained(
@@ -544,6 +578,23 @@ def test_a_load_balancing_loss(tmp_path: Path) -> None:
     net = model("mixtral", num_local_experts=2, output_router_logits=True)
     with pytest.raises(NotImplementedError, match="load-balancing loss"):
         refused(tmp_path, net=net)
+
+
+def test_micro_batches_that_are_averaged_cannot_be_put_together(tmp_path: Path) -> None:
+    net = model()
+    net.accepts_loss_kwargs = False  # type: ignore[assignment]
+    with pytest.raises(NotImplementedError, match="divides its loss by each micro-batch's own labels"):
+        refused(tmp_path, net=net, selective={"update": "rerun"})
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by PEFT
+def test_models_with_positions_of_their_own(tmp_path: Path) -> None:
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    net = peft.get_peft_model(model(), config)
+    with pytest.raises(ValueError, match="such as virtual tokens, are not known"):
+        refused(tmp_path, net=net).train()
 
 
 def test_another_loss_than_that_of_the_next_token(tmp_path: Path) -> None:

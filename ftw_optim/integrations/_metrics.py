@@ -29,7 +29,7 @@ class Metrics:
     def note(self, selection: Selection, window: Window, *, begun: float, ended: float) -> None:
         """A selection among a window, between two moments in seconds."""
         found = {
-            "kept_share": 0.0 if selection.skipped else len(selection.kept) / len(selection.losses),
+            "kept_share": int((selection.weights > 0).sum()) / len(selection.losses),
             "effective_size": selection.effective_size,
             "residual": selection.residual,
             "cosine": selection.cosine,

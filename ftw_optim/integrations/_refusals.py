@@ -101,6 +101,8 @@ def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -
         yield "label_smoothing_factor is not known for single candidates: leave it 0"
     if args.use_liger_kernel:
         yield "use_liger_kernel puts layers and a fused loss in place that cannot be captured: leave it out"
+    if getattr(trainer, "_is_vision_dataset", False):
+        yield "images are not known to belong to single candidates: train on text"
     config: Any = getattr(trainer.model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):
@@ -113,12 +115,15 @@ def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -
             f"{type(trainer.model).__name__} is not trained by the next-token loss of Transformers: override "
             "position_losses, which returns the losses of its positions"
         )
-    if options.get("update") == "rerun" and args.gradient_accumulation_steps > 1 and not _over_window(trainer):
+    if options.get("update") != "rerun" or args.gradient_accumulation_steps == 1:
+        return
+    if getattr(trainer, "padding_free", False):
+        yield (
+            'update="rerun" takes one batch, and packed rows cannot be put together: use "factors" or "graph", or '
+            "gradient_accumulation_steps=1"
+        )
+    if not trainer.model_accepts_loss_kwargs:
         yield (
             "the model divides its loss by each micro-batch's own labels, which cannot be told apart in the one batch "
             'of update="rerun": use "factors" or "graph"'
         )
-
-
-def _over_window(trainer: Trainer) -> bool:
-    return bool(trainer.model_accepts_loss_kwargs)

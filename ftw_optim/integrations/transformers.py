@@ -171,14 +171,17 @@ class SelectiveTrainerMixin(_Base):
             Losses, zero where nothing counts, and bool, where something does; both ``(b, t)``, as the labels, or
             ``(b, 1)`` where rows have one label each.
         """
-        labels = inputs.pop("labels", None)
-        targets = inputs.pop("shift_labels", None)
+        labels, targets = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+        targets = shifted_labels(labels) if targets is None else targets
         with self.compute_loss_context_manager():
             output = model(**inputs)
-        return position_losses(
-            output["logits"] if isinstance(output, dict) else output[0],
-            shifted_labels(labels) if targets is None else targets,
-        )
+        logits = output["logits"] if isinstance(output, dict) else output[0]
+        if logits.shape[:-1] != targets.shape:
+            raise ValueError(
+                f"Expected logits (n, t, vocabulary) for labels of shape {tuple(targets.shape)}, got "
+                f"{tuple(logits.shape)}; models that add positions of their own, such as virtual tokens, are not known."
+            )
+        return position_losses(logits, targets)
 
     def _window(self, model: nn.Module, batches: Sequence[Mapping[str, Any]], **options: Any) -> Window:
         return Window.of(
