@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
-from tests.trainers import model, tokenizer  # first: it tells the hub's client to stay offline
-
-# isort: split
-import safetensors.torch
+from tests.trainers import model, tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "benchmarks" / "examples"
 NAMES = ("trainer_lora", "sft_lora", "plain_loop")

@@ -7,10 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from datasets import Dataset
+from torch import nn
+from trl import SFTConfig, SFTTrainer
 
-from tests.trainers import (  # first: it tells the hub's client to stay offline
+from ftw_optim import GreedyFilter, KeepAll, UniformWeights
+from ftw_optim.integrations._window import IDS, SOURCES
+from ftw_optim.integrations.trl import SelectiveSFTTrainer
+from tests.trainers import (
     ARGUMENTS,
     HARD,
     Recording,
@@ -22,16 +29,6 @@ from tests.trainers import (  # first: it tells the hub's client to stay offline
     numbered,
     tokenizer,
 )
-
-# isort: split
-import peft
-from datasets import Dataset
-from torch import nn
-from trl import SFTConfig, SFTTrainer
-
-from ftw_optim import GreedyFilter, KeepAll, UniformWeights
-from ftw_optim.integrations._window import IDS, SOURCES
-from ftw_optim.integrations.trl import SelectiveSFTTrainer
 
 pytestmark = pytest.mark.filterwarnings(
     # What TRL sets by default and PEFT asks of a model, under names that Transformers has changed.
