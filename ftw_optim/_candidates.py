@@ -64,7 +64,7 @@ class Pass:
 
     model: nn.Module
     plan: CapturePlan
-    sample_ids: Tensor | None
+    sample_ids: Tensor | Sequence[Tensor] | None
     scale: float
     keep_graph: bool
     one_batch: bool
@@ -87,22 +87,28 @@ class Pass:
             taker: takes the factors layer by layer, as they come; then none are returned.
 
         Raises:
-            ValueError: an iterator without any losses, or together with ``sample_ids`` or ``update="rerun"``.
+            ValueError: an iterator without any losses, or together with ``update="rerun"`` or ``sample_ids`` that are
+                not one for each micro-batch.
         """
         batches: list[Candidates] = []
         iterator: Iterator[Any] | None = None
         while True:
-            capture = captured.enter_context(Capture(self.model, self.plan, sample_ids=self.sample_ids))
+            ids = self._ids(len(batches))
+            capture = captured.enter_context(Capture(self.model, self.plan, sample_ids=ids))
             with torch.enable_grad():
                 if iterator is None:
                     value = closure()
                     if is_plain(value):
                         return Plain(value=value)
                     iterator = self._checked(value) if isinstance(value, Iterator) else None
+                    if iterator is None and self._several_ids:
+                        raise ValueError("Expected one tensor of sample_ids for one batch of candidates, got a list.")
                 if iterator is not None:
                     value = next(iterator, _END)
                     if value is _END:
                         break
+                    if self._several_ids and ids is None:
+                        raise self._other_ids(f"at least {len(batches) + 1}")
                 losses = checked_losses(value, capture.count)
                 with full_precision(losses):
                     found, footprints = self._differentiated(capture, losses, taker)
@@ -122,7 +128,25 @@ class Pass:
                 return batches[0]
         if not batches:
             raise ValueError("Expected an iterator that yields losses (n,) of micro-batches, but it yielded nothing.")
+        if self._ids(len(batches)) is not None:
+            raise self._other_ids(str(len(batches)))
         return _together(batches)
+
+    @property
+    def _several_ids(self) -> bool:
+        return self.sample_ids is not None and not isinstance(self.sample_ids, Tensor)
+
+    def _ids(self, batch: int) -> Tensor | None:
+        """Those of a micro-batch; None where there are none, or none left."""
+        if self.sample_ids is None or isinstance(self.sample_ids, Tensor):
+            return self.sample_ids
+        return self.sample_ids[batch] if batch < len(self.sample_ids) else None
+
+    def _other_ids(self, batches: str) -> ValueError:
+        assert self.sample_ids is not None
+        return ValueError(
+            f"Expected a list of sample_ids, one for each micro-batch, got {len(self.sample_ids)} for {batches}."
+        )
 
     def _differentiated(
         self, capture: Capture, losses: Tensor, taker: Taker | None
@@ -148,9 +172,10 @@ class Pass:
                 'update="rerun" takes the losses of one batch: several micro-batches need their factors or graphs '
                 'alive together, or gram=Sketch(). Use these, update="factors" or "graph", or return one tensor.'
             )
-        if self.sample_ids is not None:
+        if self.sample_ids is not None and not self._several_ids:
             raise ValueError(
-                "sample_ids tells the candidates of one batch apart; with an iterator of micro-batches each row is one."
+                "sample_ids tells the candidates of one batch apart; with an iterator of micro-batches give a list of "
+                "one tensor for each, in which the numbers start at 0 anew."
             )
         return iterator
 

@@ -52,7 +52,7 @@ def token_losses(
             'label_tokens and candidates are those of a window for reduction="token_sum"; "token_mean" divides each '
             "row by its own labels. Leave them out, or ask for the sum."
         )
-    shifted = _shifted_labels(batch)
+    shifted = shifted_labels(_labels_of(batch))
     output = model(**{key: value for key, value in batch.items() if key != "labels"})
     logits = _logits_of(output)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != shifted.shape:
@@ -60,12 +60,8 @@ def token_losses(
             f"Expected logits (n, t, vocabulary) for labels of shape {tuple(shifted.shape)}, got "
             f"{tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}."
         )
-    # float32: the sum over a large vocabulary loses digits in half precision.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = functional.cross_entropy(
-        logits.flatten(0, 1), shifted.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(shifted)
-    total, counts = losses.sum(dim=1), (shifted != IGNORED).sum(dim=1)
+    losses, counted = position_losses(logits, shifted)
+    total, counts = losses.sum(dim=1), counted.sum(dim=1)
     if reduction == "token_mean":
         return total / counts.clamp(min=1)
     window = counts.sum() if label_tokens is None else torch.as_tensor(label_tokens, device=total.device)
@@ -78,17 +74,35 @@ def count_label_tokens(*batches: Mapping[str, Any]) -> int:
     Raises:
         ValueError: a batch without labels.
     """
-    return sum(int((_shifted_labels(batch) != IGNORED).sum()) for batch in batches)
+    return sum(int((shifted_labels(_labels_of(batch)) != IGNORED).sum()) for batch in batches)
 
 
-def _shifted_labels(batch: Mapping[str, Any]) -> Tensor:
-    """What each position predicts, shape ``(n, t)``; the labels are shifted, not the logits, which are the larger."""
+def shifted_labels(labels: Tensor) -> Tensor:
+    """The label that each position predicts, shape ``(n, t)``: the next one; none at the last."""
+    # The labels are shifted, not the logits: no copy of the larger of the two.
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def position_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each position, zero where it has no target, and which have one; both of shape ``(n, t)``.
+
+    Args:
+        logits: shape ``(n, t, vocabulary)``.
+        targets: shape ``(n, t)``, the token that each position should predict, -100 for none.
+    """
+    # float32: the sum over a large vocabulary loses digits in half precision.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(targets), targets != IGNORED
+
+
+def _labels_of(batch: Mapping[str, Any]) -> Tensor:
     labels: Tensor | None = batch.get("labels")
     if labels is None:
         raise ValueError(
             f"Expected a batch with labels (-100 where a position does not count), got the keys {sorted(batch)}."
         )
-    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return labels
 
 
 def _logits_of(output: Any) -> Any:

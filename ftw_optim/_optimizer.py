@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -223,7 +223,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         closure: Callable[..., Any],
         *,
         grad_scale: float | Tensor = 1.0,
-        sample_ids: Tensor | None = None,
+        sample_ids: Tensor | Sequence[Tensor] | None = None,
     ) -> Tensor:
         """The first half of a step: select, and add the combined gradient to ``.grad`` as ``loss.backward()`` does.
 
@@ -235,7 +235,8 @@ class SelectiveOptimizer(OptimizerWrapper):
             grad_scale: multiplies the losses for the pass, and so ``.grad``: ``scaler.get_scale()``, over the number of
                 accumulated calls.
             sample_ids: int64, the shape of the token grid: the candidate of each position, -1 for none, where rows are
-                packed from several candidates.
+                packed from several candidates. Where the closure yields micro-batches, a list of one for each, with
+                numbers that start at 0 in each.
 
         Returns:
             The weighted loss, as :meth:`step` does.
@@ -271,7 +272,12 @@ class SelectiveOptimizer(OptimizerWrapper):
     # ------------------------------------------------------------------ one selection
 
     def _select(
-        self, closure: Callable[..., Any], *, scale: float, sample_ids: Tensor | None, plain_allowed: bool
+        self,
+        closure: Callable[..., Any],
+        *,
+        scale: float,
+        sample_ids: Tensor | Sequence[Tensor] | None,
+        plain_allowed: bool,
     ) -> _Outcome | Any:
         """One selection, applied to nothing; or the value of a closure after which the inner step is due."""
         refuse_more_than_one_process()

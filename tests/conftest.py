@@ -1,5 +1,10 @@
 """Settings that all tests share."""
 
+import os
+
+# Before the hub's client is imported: trainers would ask a hub for models, and tell it what they are used for.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import torch
 from hypothesis import settings
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ftw_optim import KeepAll, SelectiveOptimizer, register_layer
+from ftw_optim import GreedyFilter, KeepAll, SelectiveOptimizer, register_layer
 from ftw_optim._factors import weighted_sum
 from ftw_optim._layers import registry
 from ftw_optim._layouts import Grid
@@ -246,6 +246,46 @@ def test_packed_rows_have_one_gram_row_for_each_document() -> None:
     expected = torch.stack(gradients) @ torch.stack(gradients).T
     assert optimizer.selection is not None
     torch.testing.assert_close(optimizer.selection.gram, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("update", ["factors", "graph"])
+def test_packed_rows_of_several_micro_batches_make_one_selection(update: str) -> None:
+    """Gram matrix and gradient of documents that lie in rows of different lengths."""
+    model = seeded(Packed).double()
+    batches = [torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([[6, 5, 4, 3], [1, 1, 2, 6]])]
+    documents = [torch.tensor([[0, 0, 0, 2, 1, -1]]), torch.tensor([[1, 0, 1, 1], [-1, 2, 2, 2]])]
+
+    def losses() -> Iterator[Tensor]:
+        for ids, owners in zip(batches, documents, strict=True):
+            values = model(ids).square().sum(-1)
+            yield torch.stack([(values * (owners == document)).sum() for document in range(3)])
+
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        lambda: next(losses())[:2],
+        metric="euclidean",
+        update=update,
+        filter=GreedyFilter(keep=3),
+    )
+    optimizer.backward(losses, sample_ids=documents)
+    gradients = []
+    for loss in torch.cat(list(losses())):
+        found = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    every = torch.stack(gradients)
+    selection = optimizer.selection
+    assert selection is not None
+    torch.testing.assert_close(selection.gram, every @ every.T, rtol=1e-10, atol=1e-10)
+    combined = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(combined, selection.weights @ every[selection.kept], rtol=1e-10, atol=1e-10)
+
+    with pytest.raises(ValueError, match="one for each micro-batch, got 1 for at least 2"):
+        optimizer.backward(losses, sample_ids=documents[:1])
+    with pytest.raises(ValueError, match="one for each micro-batch, got 3 for 2"):
+        optimizer.backward(losses, sample_ids=[*documents, documents[0]])
+    with pytest.raises(ValueError, match="one tensor of sample_ids for one batch"):
+        optimizer.backward(lambda: next(losses()), sample_ids=documents)
 
 
 def test_packed_rows_through_a_layer_whose_positions_are_others_are_refused() -> None:

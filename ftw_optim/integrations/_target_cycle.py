@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any, cast, final
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from ftw_optim._losses import IGNORED
 from ftw_optim.integrations._records import Source, reader_of
 from ftw_optim.integrations._screening import Encode, Sample, Screening
+from ftw_optim.integrations._targets import shuffled
 
 
 @final
@@ -59,9 +59,7 @@ class TargetCycle:
     def _index(self, place: int) -> int:
         turn, at = divmod(place, len(self.samples))
         if turn not in self._orders:
-            order = list(range(len(self.samples)))
-            random.Random(f"{self.seed}/target/{turn}").shuffle(order)
-            self._orders = {turn: order}
+            self._orders = {turn: shuffled(len(self.samples), f"{self.seed}/target/{turn}")}
         return self._orders[turn][at]
 
     def __iter__(self) -> TargetCycle:

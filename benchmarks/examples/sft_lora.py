@@ -1,0 +1,64 @@
+"""Fine-tune a causal language model with LoRA on JSON lines of {"prompt", "response"}, by the SFT trainer of TRL.
+
+Run: python benchmarks/examples/sft_lora.py --model Qwen/Qwen3-0.6B --data pool.jsonl.gz --target target.jsonl.gz
+"""
+
+import argparse
+import gzip
+import json
+
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig
+
+from ftw_optim import GreedyFilter
+from ftw_optim.integrations.trl import SelectiveSFTTrainer
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", required=True, help="path or name of a causal language model with its tokenizer")
+parser.add_argument("--data", required=True, help="JSON lines to train on, may be gzipped")
+parser.add_argument("--target", required=True, help="JSON lines of what to train for")
+parser.add_argument("--output", default="runs/sft_lora")
+parser.add_argument("--steps", type=int, default=200)
+parser.add_argument("--limit", type=int, default=10_000, help="records read of a file")
+parser.add_argument("--packing", action="store_true", help="several documents in one row")
+parser.add_argument("--cpu", action="store_true", help="train on the CPU even where there is a GPU")
+options = parser.parse_args()
+
+
+def read(path):
+    with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:
+        records = [json.loads(line) for line, _ in zip(file, range(options.limit), strict=False)]
+    return Dataset.from_list(
+        [
+            {"prompt": record["prompt"] + "\n", "completion": record["response"], "source": record["source"]}
+            for record in records
+        ]
+    )
+
+
+trainer = SelectiveSFTTrainer(
+    options.model,
+    SFTConfig(
+        options.output,
+        max_steps=options.steps,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+        max_length=1024,
+        packing=options.packing,
+        learning_rate=2e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=10,
+        weight_decay=0.01,
+        logging_steps=5,
+        save_steps=50,
+        report_to="none",
+        use_cpu=options.cpu,
+    ),
+    train_dataset=read(options.data),
+    target_dataset=read(options.target),
+    selective={"filter": GreedyFilter(keep=0.25)},
+    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+)
+trainer.train()
+trainer.save_model()

@@ -1,0 +1,342 @@
+"""Selection in the trainer of Transformers.
+
+::
+
+    -trainer = Trainer(model, args, train_dataset=mixed, data_collator=collator)
+    +trainer = SelectiveTrainer(model, args, train_dataset=mixed, data_collator=collator, target_dataset=task,
+    +                           selective={"filter": GreedyFilter(keep=0.25)})
+     trainer.train()
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
+from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from ftw_optim._losses import position_losses, shifted_labels
+from ftw_optim._optimizer import SelectiveOptimizer
+from ftw_optim._randomness import own_randomness
+from ftw_optim._target import TargetGradient
+from ftw_optim.integrations._columns import WithColumns
+from ftw_optim.integrations._metrics import Metrics
+from ftw_optim.integrations._realised import RealisedDecrease
+from ftw_optim.integrations._refusals import checked_options, refuse, refuse_settings
+from ftw_optim.integrations._targets import TargetBatches
+from ftw_optim.integrations._window import COLUMNS, MicroBatch, Recorder, Window
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+LOG_STATE = "selection_log.json"
+"""The file of a checkpoint that holds the state of the selection log."""
+
+
+class SelectiveTrainerMixin(_Base):
+    """Makes each accumulation window of a trainer the candidates of one selection.
+
+    Put before a trainer class: ``class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer)``. All that
+    ``per_device_train_batch_size * gradient_accumulation_steps`` samples of a window are compared with the target; the
+    combined gradient of the kept ones is in ``.grad`` when the trainer clips it, logs its norm and steps. The optimizer
+    is the one that the training arguments ask for, or the one given as ``optimizers``.
+
+    Args:
+        *args: of the trainer.
+        target_dataset: examples of what to train for, prepared as the training data are; with a length, found by
+            number.
+        selective: options of :class:`SelectiveOptimizer`: ``filter``, ``weight``, ``metric``, ``update``, ``scored``,
+            ``gram``, ``memory_limit``, ``self_check``, ``seed`` (by default that of the training arguments).
+        sample_weighting: what a candidate's own loss is. ``"token_sum"``: ``n`` times the sum over its labels, divided
+            by all labels of the window, so that equal weights make the trainer's own step and long answers count more;
+            ``"token_mean"``: the mean over its labels. The target's likewise.
+        target_batch_size: target examples in a step; None: ``per_device_train_batch_size``.
+        target_refresh_every: steps from one evaluation of the target gradient to the next.
+        realised_every: measure the realised decrease of the target loss every so many steps (two evaluations of the
+            target batch, a copy of parameters and optimizer state); 0: never.
+        selection_log: takes every step's selection, under the step's number in the trainer's log; it is saved and
+            resumed with checkpoints, and yours to close.
+        sample_id_column: column of the training data with the ids of samples for the log; None: step and number.
+        source_column: column of the training data with their sources for the log.
+        text_column: column of the training data with their texts for the log.
+        **kwargs: of the trainer.
+
+    Raises:
+        ValueError: an option is not one of those above.
+        NotImplementedError: the trainer is set to something that selection cannot do.
+
+    The log of the trainer gets, averaged over the steps since it was last written: ``selection/kept_share``,
+    ``effective_size``, ``residual``, ``cosine``, ``predicted_decrease``, ``realised_decrease``, ``rejected`` and
+    ``skipped`` (see :class:`Selection`), and the milliseconds on the host, ``selection/ms``, of which ``ms_target`` for
+    the target gradient and ``ms_forward`` for the candidates' forward passes. The loss is the mean of a token under the
+    weights.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        target_dataset: Any,
+        selective: Mapping[str, Any] | None = None,
+        sample_weighting: str = "token_sum",
+        target_batch_size: int | None = None,
+        target_refresh_every: int = 1,
+        realised_every: int = 0,
+        selection_log: Recorder | None = None,
+        sample_id_column: str | None = None,
+        source_column: str | None = None,
+        text_column: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._options = checked_options(selective, sample_weighting, realised_every)
+        refuse_settings(kwargs.get("args", args[1] if len(args) > 1 else None))
+        super().__init__(*args, **kwargs)
+        own = type(self).position_losses is not SelectiveTrainerMixin.position_losses
+        refuse(self, self._options, own_losses=own)
+        self._options.setdefault("seed", self.args.seed)
+        self.sample_weighting, self.realised_every = sample_weighting, realised_every
+        self.selection_log = selection_log
+        names = zip(COLUMNS, (sample_id_column, source_column, text_column), strict=True)
+        self._log_columns = {key: name for key, name in names if name is not None}
+        self.target_batches = TargetBatches(
+            dataset=self._prepared_targets(target_dataset),
+            collate=self._target_collator(target_dataset),
+            size=self.args.per_device_train_batch_size if target_batch_size is None else target_batch_size,
+            seed=self._options["seed"],
+            refresh_every=target_refresh_every,
+        )
+        self.selective_optimizer: SelectiveOptimizer | None = None
+        self._micro_batches: list[Mapping[str, Any]] = []
+        self._metrics_of_selection = Metrics(selection_log)  # TRL has a _metrics of its own
+        self._losses_compared = not self._options.get("self_check", True)
+        self.add_callback(_AfterStep(self._metrics_of_selection.record))
+
+    # ------------------------------------------------------------------ one step
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Wait for the last micro-batch of the window, then select among all of them.
+
+        Returns:
+            The mean loss of a token of the window under the weights; zero before its last micro-batch, so that what
+            the trainer adds up is the loss.
+        """
+        self._micro_batches.append(inputs)
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches = [self._prepare_inputs(dict(batch)) for batch in self._micro_batches]
+        self._micro_batches = []
+        assert self.selective_optimizer is not None
+        model.train()
+        self.selective_optimizer.train()
+        loss = self._select(self.selective_optimizer, model, batches)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        return loss.to(self.args.device)
+
+    def _select(self, optimizer: SelectiveOptimizer, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
+        if not self._losses_compared:
+            self._compare_losses(model, batches[0])
+        window = self._window(model, batches, joined=optimizer.update == "rerun", passed=self._note_batch)
+        if not window.batches:
+            return torch.zeros(())
+        scaler = self.accelerator.scaler  # float16 on a GPU
+        # A fresh scaler makes its scale at its first call.
+        scale = 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=self.args.device)))
+        begun = time.perf_counter()
+        optimizer.backward(window.closure(), grad_scale=scale, sample_ids=window.sample_ids())
+        selection = optimizer.selection
+        assert selection is not None
+        self._metrics_of_selection.note(selection, window, begun=begun, ended=time.perf_counter())
+        return window.token_loss(selection)
+
+    def position_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The loss of each position, and which have one; override it for another loss than that of the next token.
+
+        Args:
+            model: to call.
+            inputs: a batch with labels, on the device, without what is meant for the log.
+
+        Returns:
+            Losses, zero where nothing counts, and bool, where something does; both ``(b, t)``, as the labels, or
+            ``(b, 1)`` where rows have one label each.
+        """
+        labels, targets = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+        targets = shifted_labels(labels) if targets is None else targets
+        with self.compute_loss_context_manager():
+            output = model(**inputs)
+        logits = output["logits"] if isinstance(output, dict) else output[0]
+        if logits.shape[:-1] != targets.shape:
+            raise ValueError(
+                f"Expected logits (n, t, vocabulary) for labels of shape {tuple(targets.shape)}, got "
+                f"{tuple(logits.shape)}; models that add positions of their own, such as virtual tokens, are not known."
+            )
+        return position_losses(logits, targets)
+
+    def _window(self, model: nn.Module, batches: Sequence[Mapping[str, Any]], **options: Any) -> Window:
+        return Window.of(
+            batches,
+            lambda inputs: self.position_losses(model, inputs),
+            self.sample_weighting,
+            over_window=bool(self.model_accepts_loss_kwargs),
+            shifts=bool(self._loss_shifts_labels),
+            **options,
+        )
+
+    def _note_batch(self) -> None:
+        """Called when the candidates of a micro-batch have passed through the model."""
+
+    def _compare_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Compare the losses of positions with the trainer's own loss, once.
+
+        Raises:
+            RuntimeError: they are not its parts.
+        """
+        one = MicroBatch.of(batch, shifts=bool(self._loss_shifts_labels))
+        labels = one.counted.sum()
+        if not bool(labels):
+            return
+        with torch.no_grad(), own_randomness(model.parameters(), 0):
+            model.eval()  # for dropout would draw anew
+            own = self._trainers_loss(model, dict(one.inputs), labels if self.model_accepts_loss_kwargs else None)
+            values, _ = self.position_losses(model, dict(one.inputs))
+            model.train()
+        found, expected = float(values.sum() / labels), float(own)
+        low = self.accelerator.mixed_precision != "no" or any(
+            p.is_floating_point() and p.itemsize < 4 for p in model.parameters()
+        )
+        if abs(found - expected) > (2e-2 if low else 1e-4) * max(1.0, abs(expected)):
+            raise RuntimeError(
+                f"Expected the losses of positions to have the trainer's own loss as their mean, {expected:.6g} on the "
+                f"first micro-batch, got {found:.6g}: compute_loss or the model adds something else. Override "
+                'position_losses to return what is trained on, or switch this check off by selective={"self_check": '
+                "False}."
+            )
+        self._losses_compared = True
+
+    def _trainers_loss(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | None) -> Tensor:
+        """The trainer's own loss of one batch, and nothing noted of it."""
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=tokens)
+        assert isinstance(loss, Tensor)
+        return loss
+
+    # ------------------------------------------------------------------ the target
+
+    def _target_losses(self) -> Tensor:
+        """Of this step's target batch, shape ``(m,)``."""
+        batch = self._prepare_inputs(self.target_batches.at(self.state.global_step))
+        window = self._window(self.model_wrapped, [batch])
+        if not any(bool(one.counted.any()) for one in window.batches):
+            raise ValueError(
+                f"Expected target examples with labels, but none of the batch of step {self.state.global_step} has any "
+                "(all are -100): look at the labels of target_dataset."
+            )
+        return window.losses()
+
+    def _prepared_targets(self, dataset: Any) -> Any:
+        """The target examples, ready to be collated."""
+        if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns") and hasattr(dataset, "__len__"):
+            return self._remove_unused_columns(dataset, description="target")
+        return dataset
+
+    def _target_collator(self, dataset: Any) -> Callable[[list[Any]], Any]:
+        return self._get_collator_with_removed_columns(self.data_collator, description="target")
+
+    # ------------------------------------------------------------------ what the trainer asks for
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The trainer's optimizer, inside of a :class:`SelectiveOptimizer`."""
+        self._micro_batches = []  # of a run that was stopped within a window
+        optimizer = super().create_optimizer(model)
+        bare = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+        if isinstance(bare, SelectiveOptimizer):
+            if bare is not self.selective_optimizer:
+                raise ValueError(
+                    "Expected the optimizer that should take the steps, got a SelectiveOptimizer: pass the one inside "
+                    "of it, its options as selective and its target as target_dataset."
+                )
+            return optimizer
+        if bare is not optimizer:
+            raise ValueError(
+                "Expected an optimizer as it was constructed, got one that accelerate has prepared: the trainer "
+                "prepares it."
+            )
+        assert self.model is not None
+        self.selective_optimizer = SelectiveOptimizer(
+            optimizer,
+            self.model,
+            TargetGradient(self._target_losses, refresh_every=self.target_batches.refresh_every),
+            **self._options,
+        )
+        RealisedDecrease(
+            self.selective_optimizer,
+            self._target_losses,
+            due=lambda: bool(self.realised_every) and (self.state.global_step + 1) % self.realised_every == 0,
+            note=self._metrics_of_selection.note_realised,
+        )
+        self.optimizer = self.selective_optimizer
+        return self.optimizer
+
+    def get_train_dataloader(self) -> Any:
+        """The trainer's, whose batches also carry what the log asks for."""
+        if self.selection_log is None or not self._log_columns:
+            return super().get_train_dataloader()
+        collator, signature = self.data_collator, self._signature_columns
+        self._set_signature_columns_if_needed()
+        known: list[str] = self._signature_columns or []
+        try:
+            self.data_collator = WithColumns(collator, self._log_columns)
+            self._signature_columns = [*known, *self._log_columns.values()]  # type: ignore[assignment]
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator, self._signature_columns = collator, signature
+
+    # ------------------------------------------------------------------ what it tells
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics of the selections since the last training log, averaged over them."""
+        if "loss" in logs:
+            logs.update(self._metrics_of_selection.averages())
+        super().log(logs, start_time)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.selection_log is not None and self.args.should_save:
+            with open(os.path.join(output_dir, LOG_STATE), "w", encoding="utf-8") as file:
+                json.dump(self.selection_log.state_dict(), file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.selection_log is None or checkpoint is None:
+            return
+        if os.path.isfile(path := os.path.join(checkpoint, LOG_STATE)):
+            with open(path, encoding="utf-8") as file:
+                self.selection_log.load_state_dict(json.load(file))
+
+
+class _AfterStep(TrainerCallback):
+    """Calls a function with the step's number when the optimizer has made it, before anything is saved."""
+
+    def __init__(self, function: Callable[[int], None]) -> None:
+        self._function = function
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See :class:`TrainerCallback`; the step is counted only afterwards."""
+        self._function(state.global_step + 1)
+
+
+class SelectiveTrainer(SelectiveTrainerMixin, Trainer):
+    """The trainer of Transformers with selection, for causal language models; see :class:`SelectiveTrainerMixin`."""

@@ -1,0 +1,101 @@
+"""Selection in the supervised fine-tuning of TRL.
+
+::
+
+    -trainer = SFTTrainer(model, args, train_dataset=mixed)
+    +trainer = SelectiveSFTTrainer(model, args, train_dataset=mixed, target_dataset=task,
+    +                              selective={"filter": GreedyFilter(keep=0.25)})
+     trainer.train()
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from datasets import Dataset  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.nn import functional
+from trl.trainer.sft_trainer import SFTTrainer
+
+from ftw_optim._losses import position_losses, shifted_labels
+from ftw_optim.integrations.transformers import SelectiveTrainerMixin
+
+
+class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
+    """The SFT trainer of TRL with selection; see :class:`SelectiveTrainerMixin`.
+
+    ``target_dataset`` is prepared like ``train_dataset``, but never packed. With ``packing=True`` (``"bfd"``) or
+    ``padding_free=True`` each document is a candidate. The output layer runs fused with the loss where it is not
+    trained, as under LoRA; where it is, it must be captured, and the logits of a micro-batch are formed.
+    """
+
+    def position_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """See :meth:`SelectiveTrainerMixin.position_losses`."""
+        inputs["use_cache"] = False
+        tokens = inputs.get("attention_mask")
+        seen = inputs["input_ids"].numel() if tokens is None else tokens.sum()
+        head = self.model.get_output_embeddings()  # type: ignore[operator, union-attr]
+        forward = self._by_logits if any(p.requires_grad for p in head.parameters()) else self._fused
+        losses, counted, entropy, correct = forward(model, inputs)
+        if self.args.loss_type == "dft":  # type: ignore[attr-defined]
+            losses = losses * (-losses).exp().detach()
+        self._last_tokens = (counted.sum(), entropy, correct, seen)
+        return losses, counted
+
+    def _fused(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        shifted = inputs.get("shift_labels") is not None
+        with self.compute_loss_context_manager():
+            output = model(**inputs, fused_lm_head=True)
+
+        def grid(values: Tensor) -> Tensor:  # the last position predicts nothing
+            return values if shifted else functional.pad(values, (0, 1))
+
+        return grid(-output.log_probs), grid(output.label_mask), output.entropy.detach().sum(), output.is_top1.sum()
+
+    def _by_logits(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        labels, targets = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+        targets = shifted_labels(labels) if targets is None else targets
+        with self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+        losses, counted = position_losses(logits, targets)
+        with torch.no_grad():
+            entropy, correct = _entropy_and_hits(logits.detach(), targets)
+        return losses, counted, entropy, correct
+
+    def _note_batch(self) -> None:
+        """Note what the trainer of TRL logs of a micro-batch, with as many synchronisations as it has."""
+        *sums, seen = self._last_tokens
+        metrics = self._metrics["train"]
+        valid, bits, hits = torch.stack([one.double() for one in sums]).tolist()
+        metrics["entropy"].append(bits / valid if valid else 0.0)
+        metrics["mean_token_accuracy"].append(hits / valid if valid else 0.0)
+        self._total_train_tokens += int(seen)
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    def _trainers_loss(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | None) -> Tensor:
+        metrics, total = copy.deepcopy(self._metrics), self._total_train_tokens
+        try:
+            return super()._trainers_loss(model, inputs, tokens)
+        finally:
+            self._metrics, self._total_train_tokens = metrics, total
+
+    def _prepared_targets(self, dataset: Any) -> Any:
+        if isinstance(dataset, list):
+            dataset = Dataset.from_list(dataset)
+        if not self._skip_prepare_dataset:
+            given: Any = (dataset, self.processing_class, self.args, False, self._formatting_func, "target")
+            dataset = self._prepare_dataset(*given)
+        return super()._prepared_targets(dataset)
+
+
+def _entropy_and_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed over the positions with a target: the entropy of the prediction, and how often the target is its top."""
+    entropy, hits = torch.zeros((), device=logits.device), torch.zeros((), device=logits.device)
+    for row, wanted in zip(logits, targets, strict=True):  # row by row: no second copy of all logits
+        row, wanted = row[wanted != -100].float(), wanted[wanted != -100]
+        log_probabilities = row.log_softmax(dim=-1)
+        entropy += -(log_probabilities.exp() * log_probabilities).sum()
+        hits += (row.argmax(dim=-1) == wanted).sum()
+    return entropy, hits
