@@ -571,7 +571,8 @@ def test_a_run_that_is_killed_and_resumed_equals_the_uninterrupted_one(tmp_path:
     for format in ("jsonl", "parquet"):
         logs = [read_log(run / format) for run in (whole, killed)]
         assert len(logs[0].steps) == STEPS
-        assert logs[1].steps == logs[0].steps
+        one, other = ([{k: v for k, v in row.items() if k != "ms"} for row in log.steps] for log in logs)
+        assert other == one
         assert list(logs[1].candidates()) == list(logs[0].candidates())
         assert list(logs[1].texts()) == list(logs[0].texts())
     for path in (whole / "jsonl").iterdir():

@@ -11,6 +11,22 @@ from ftw_optim._matching import Selection
 from ftw_optim.integrations._window import COLUMNS, Recorder, Window
 
 PREFIX = "selection/"
+"""Of the names under which loggers get them."""
+
+
+def numbers_of(selection: Selection) -> dict[str, float]:
+    """What a logger is told of a selection; all of it is on the CPU already."""
+    n = len(selection.losses)
+    return {
+        "kept_share": int((selection.weights > 0).sum()) / n,
+        "effective_size": selection.effective_size,
+        "residual": selection.residual,
+        "cosine": selection.cosine,
+        "predicted_decrease": selection.predicted_decrease,
+        "rejected": float(len(selection.rejected)),
+        "skipped": float(selection.skipped),
+        **{f"ms_{phase}": spent for phase, spent in selection.milliseconds.items()},
+    }
 
 
 @final
@@ -26,21 +42,9 @@ class Metrics:
         self._values: dict[str, list[float]] = defaultdict(list)
         self._last: tuple[Selection, Window, dict[str, float]] | None = None
 
-    def note(self, selection: Selection, window: Window, *, begun: float, ended: float) -> None:
-        """A selection among a window, between two moments in seconds."""
-        found = {
-            "kept_share": int((selection.weights > 0).sum()) / len(selection.losses),
-            "effective_size": selection.effective_size,
-            "residual": selection.residual,
-            "cosine": selection.cosine,
-            "predicted_decrease": selection.predicted_decrease,
-            "rejected": float(len(selection.rejected)),
-            "skipped": float(selection.skipped),
-            "ms": 1e3 * (ended - begun),
-            # The target gradient comes first.
-            "ms_target": 1e3 * (window.timed["begun"] - begun),
-            "ms_forward": 1e3 * window.timed["forward"],
-        }
+    def note(self, selection: Selection, window: Window) -> None:
+        """A selection among a window."""
+        found = numbers_of(selection)
         for name, value in found.items():
             self._values[name].append(value)
         self._last = selection, window, found

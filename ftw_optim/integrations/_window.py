@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
@@ -132,14 +131,12 @@ class Window:
         weighting: of their token losses.
         positions: the losses of positions.
         passed: called after each micro-batch, but not where some rows are run again.
-        timed: seconds, written as the closures run.
     """
 
     batches: Sequence[MicroBatch]
     weighting: Weighting
     positions: Positions
     passed: Callable[[], None] | None = None
-    timed: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -233,12 +230,9 @@ class Window:
             yield self._first_pass(number, batch)
 
     def _first_pass(self, number: int, batch: MicroBatch) -> Tensor:
-        begun = time.perf_counter()
-        self.timed.setdefault("begun", begun)
         losses = self._of(number, batch.inputs, batch.counted, batch.documents)
         if self.passed is not None:
             self.passed()
-        self.timed["forward"] = self.timed.get("forward", 0.0) + time.perf_counter() - begun
         return losses
 
     def _of(self, number: int, inputs: dict[str, Any], counted: Tensor, documents: Documents | None) -> Tensor:

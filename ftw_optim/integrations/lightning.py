@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from ftw_optim._matching import Selection
 from ftw_optim._optimizer import SelectiveOptimizer
 from ftw_optim._target import TargetGradient
+from ftw_optim.integrations._metrics import PREFIX, numbers_of
 from ftw_optim.integrations._rows import has_rows, rows_of
 from ftw_optim.integrations._targets import CycledBatches
 
@@ -103,19 +104,8 @@ class SelectiveModuleMixin(LightningModule):
 
         A logger repeats it for the batches that only wait for their window: ``log_every_n_steps`` counts batches.
         """
-        n = len(selection.losses)
-        metrics: dict[str, Any] = {
-            "loss": loss,
-            "kept_share": len(selection.kept) / n,
-            "effective_size": selection.effective_size,
-            "cosine": selection.cosine,
-            "residual": selection.residual,
-            "predicted_decrease": selection.predicted_decrease,
-            "rejected": float(len(selection.rejected)),
-            "skipped": float(selection.skipped),
-            **{f"ms_{phase}": spent for phase, spent in selection.milliseconds.items()},
-        }
-        self.log_dict({f"selection/{name}": value for name, value in metrics.items()}, batch_size=n)
+        metrics: dict[str, Any] = {"loss": loss, **numbers_of(selection)}
+        self.log_dict({PREFIX + name: value for name, value in metrics.items()}, batch_size=len(selection.losses))
 
     # ------------------------------------------------------------------ what Lightning calls
 

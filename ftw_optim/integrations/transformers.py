@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +75,8 @@ class SelectiveTrainerMixin(_Base):
 
     The log of the trainer gets, averaged over the steps since it was last written: ``selection/kept_share``,
     ``effective_size``, ``residual``, ``cosine``, ``predicted_decrease``, ``realised_decrease``, ``rejected`` and
-    ``skipped`` (see :class:`Selection`), and the milliseconds on the host, ``selection/ms``, of which ``ms_target`` for
-    the target gradient and ``ms_forward`` for the candidates' forward passes. The loss is the mean of a token under the
-    weights.
+    ``skipped`` (see :class:`Selection`), and its milliseconds by phase, ``selection/ms_target`` and so on. The loss is
+    the mean of a token under the weights.
     """
 
     def __init__(
@@ -153,11 +151,10 @@ class SelectiveTrainerMixin(_Base):
         scaler = self.accelerator.scaler  # float16 on a GPU
         # A fresh scaler makes its scale at its first call.
         scale = 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=self.args.device)))
-        begun = time.perf_counter()
         optimizer.backward(window.closure(), grad_scale=scale, sample_ids=window.sample_ids())
         selection = optimizer.selection
         assert selection is not None
-        self._metrics_of_selection.note(selection, window, begun=begun, ended=time.perf_counter())
+        self._metrics_of_selection.note(selection, window)
         return window.token_loss(selection)
 
     def position_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
