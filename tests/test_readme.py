@@ -17,6 +17,7 @@ BLOCKS = re.findall(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft, on what it reads
+@pytest.mark.filterwarnings("ignore:Skipped a record")  # which the example has broken
 def test_code_blocks_run_and_print_what_they_say(capsys: pytest.CaptureFixture[str]) -> None:
     """A line ``# prints: TEXT`` is checked against what the block prints, and so is a block of text behind it."""
     assert len(BLOCKS) >= 6

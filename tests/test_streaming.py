@@ -576,4 +576,6 @@ def test_a_run_that_is_killed_and_resumed_equals_the_uninterrupted_one(tmp_path:
         assert list(logs[1].candidates()) == list(logs[0].candidates())
         assert list(logs[1].texts()) == list(logs[0].texts())
     for path in (whole / "jsonl").iterdir():
+        if path.stem == "times":  # which no two runs share
+            continue
         assert (killed / "jsonl" / path.name).read_bytes() == path.read_bytes()
