@@ -17,9 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftw_optim._report_charts import Chart, number, ticks
-from ftw_optim._report_data import MOST_BINS, SOURCES_SHOWN, digest
-from ftw_optim.report import main, page
+from ftw_optim.report import page
+from ftw_optim.report.__main__ import main
+from ftw_optim.report._charts import Chart, number, ticks
+from ftw_optim.report._data import MOST_BINS, SOURCES_SHOWN, digest
 from ftw_optim.selection_log import LoggedRun, SelectionLog, read_log
 from tests.test_selection_log import selection
 

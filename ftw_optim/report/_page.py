@@ -1,26 +1,16 @@
-"""One page about a run: which candidates were picked, with which weights, how useful they were, and what it cost.
-
-``python -m ftw_optim.report RUN [--out page.html] [--title TITLE]`` reads the log that a
-:class:`~ftw_optim.selection_log.SelectionLog` wrote into ``RUN`` (or a folder of it) and writes one HTML file that
-needs nothing else: no script, no network.
-"""
+"""The page: which candidates were picked, with which weights, how useful they were, and what it cost."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 
-from ftw_optim._report_charts import HEIGHT, MISSING, WIDTH, Axis, Chart, as_table, below, number, table, ticks
-from ftw_optim._report_data import EXAMPLES_SHOWN, Digest, Example, digest, histogram, only_numbers
-from ftw_optim.selection_log import LoggedRun, read_log
-
-__all__ = ["main", "page"]
+from ftw_optim.report._charts import HEIGHT, MISSING, WIDTH, Axis, Chart, as_table, below, number, table, ticks
+from ftw_optim.report._data import EXAMPLES_SHOWN, Digest, Example, digest, histogram, only_numbers
+from ftw_optim.selection_log import LoggedRun
 
 _TEXT_SHOWN = 400  # characters at once
 _TEXT_KEPT = 5000  # characters at all
@@ -33,7 +23,7 @@ def page(run: LoggedRun, *, title: str, progress: bool = False) -> str:
     body = (
         _empty() if not found.steps else "".join((_figures(found), _charts(found), _sources(found), _examples(found)))
     )
-    style = files("ftw_optim").joinpath("_report.css").read_text("utf-8")
+    style = files("ftw_optim.report").joinpath("_style.css").read_text("utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -259,32 +249,3 @@ def _text(text: str | None) -> str:
 
 def _progress(share: float) -> None:
     print(f"\rreading the log: {100 * share:3.0f} %", end="", file=sys.stderr, flush=True)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m ftw_optim.report", description="One HTML page about a selection log."
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="directory of the log, or one with the log in a folder")
-    parser.add_argument("--out", type=Path, help="default: RUN/report.html")
-    parser.add_argument("--title", help="default: Selection in RUN")
-    options = parser.parse_args(arguments)
-    try:
-        run = read_log(options.run)
-    except (FileNotFoundError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    title = options.title or f"Selection in {options.run.resolve().name}"
-    html = page(run, title=title, progress=sys.stderr.isatty())
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
-    out = options.out or options.run / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html, encoding="utf-8")
-    print(f"{out} ({len(run.steps):,} steps)")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

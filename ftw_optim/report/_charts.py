@@ -9,7 +9,7 @@ from html import escape
 from itertools import pairwise
 from typing import final
 
-from ftw_optim._report_data import Series, only_numbers
+from ftw_optim.report._data import Series, only_numbers
 
 WIDTH, HEIGHT = 520, 264
 MISSING, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
