@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ftw_optim import Factors, RankOne, Scalar, _gram_ways
+from ftw_optim._blocks import Block, Buffer
 from ftw_optim._gram import GramSums
 
 REPEATS = 5
@@ -65,7 +66,7 @@ def main() -> None:
                 seconds, grams[tokens] = run(factors, target, structure, tokens)
                 times[tokens].append(seconds)
         medians = {tokens: statistics.median(found) for tokens, found in times.items()}
-        block = _gram_ways.Block(uses=[factors], shape=target.shape, scale=1.0, limit=2**28, buffer=_gram_ways.Buffer())
+        block = Block(uses=[factors], shape=target.shape, scale=1.0, limit=2**28, buffer=Buffer())
         choice = _gram_ways.tokens_are_cheaper(block, 1)
         regrets.append(medians[choice] / min(medians.values()) - 1)
         error = float((grams[True] - grams[False]).abs().max() / grams[False].abs().max())

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ftw_optim import Diagonal, Factors, Preconditioner, Scalar, Sketch, _sketch
+from ftw_optim._blocks import Buffer
 from ftw_optim._gram import GramSums
-from ftw_optim._gram_ways import Buffer
 from ftw_optim._products import Products
 from ftw_optim._sketch import SketchSums
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ftw_optim._gram
 from ftw_optim import Factors, GreedyFilter, SelectiveOptimizer, TargetGradient, preconditioner_of, token_losses
-from ftw_optim._gram_ways import Block
+from ftw_optim._blocks import Block
 from ftw_optim._preconditioners.maps import Preconditioner
 
 OURS = "ours, a target of one and one kept"

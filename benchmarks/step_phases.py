@@ -17,7 +17,7 @@ PHASES = (
     ("backward to the factors", "ftw_optim._capture", "Capture.differentiate"),
     ("backward to the factors", "ftw_optim._capture", "Capture.stream"),
     (REST_OF_GRAM, "ftw_optim._gram", "GramSums.add"),
-    (MATERIALISE, "ftw_optim._gram_ways", "Block.out"),
+    (MATERIALISE, "ftw_optim._blocks", "Block.out"),
     (PRODUCTS, "ftw_optim._products", "Products.add"),
     (SOLVE, "ftw_optim._decision", "select"),
     ("combine", "ftw_optim._decision", "combined_gradients"),

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ftw_optim._capture import Capture
 from ftw_optim._checks import SelfChecks
 from ftw_optim._closures import checked_losses
-from ftw_optim._factors import Factors, Footprint, joined
+from ftw_optim._factors import Factors
+from ftw_optim._micro_batches import Footprint, joined, largest
 from ftw_optim._plan import CapturePlan
 
 Taker = Callable[[Tensor], Callable[[str, list[Factors]], None]]
@@ -190,18 +191,10 @@ def _together(batches: Sequence[Candidates]) -> Candidates:
     return Candidates(
         losses=torch.cat([batch.losses for batch in batches]),
         found=found,
-        footprints={name: Footprint.of(uses) for name, uses in found.items()} or _largest(batches),
+        footprints={name: Footprint.of(uses) for name, uses in found.items()}
+        or largest(batch.footprints for batch in batches),
         computed_in=set.union(*(batch.computed_in for batch in batches)),
     )
-
-
-def _largest(batches: Sequence[Candidates]) -> Mapping[str, Footprint]:
-    """Of factors that were dropped before the next micro-batch came."""
-    largest: dict[str, Footprint] = {}
-    for batch in batches:
-        for name, one in batch.footprints.items():
-            largest[name] = max(one, largest.get(name, one), key=lambda footprint: footprint.bytes)
-    return largest
 
 
 def full_precision(losses: Tensor) -> torch.autocast:

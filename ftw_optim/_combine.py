@@ -13,7 +13,7 @@ from ftw_optim._closures import checked_losses, takes_rows
 from ftw_optim._factors import Factors, weighted_sum
 from ftw_optim._matching import Selection
 from ftw_optim._members import Members
-from ftw_optim._passes import Graph, gradients_set_aside
+from ftw_optim._passes import Graph, finite, gradients_set_aside
 
 UPDATES = ("auto", "factors", "graph", "rerun")
 
@@ -66,7 +66,7 @@ def combined_gradients(
     """
     if update == "rerun":
         gradients = _ordinary_backward(_run_again(closure, selection, scale), members, model)
-        return gradients, not any(told([gradient.sum().isfinite().logical_not() for gradient in gradients.values()]))
+        return gradients, all(told([finite(gradients.values())]))
     weights = torch.zeros(len(losses), dtype=torch.float64)
     weights[selection.kept] = selection.weights
     if update == "factors":
@@ -76,11 +76,11 @@ def combined_gradients(
         }
         # What the Gram matrix has seen is finite, unless it is too large for the parameter.
         unseen = [g for name, g in gradients.items() if name not in members.scored or g.dtype == torch.float16]
-        return gradients, not any(told([gradient.sum().isfinite().logical_not() for gradient in unseen]))
+        return gradients, not unseen or all(told([finite(unseen)]))
     gradients = _ordinary_backward([(weights.to(losses) * losses).sum() * scale], members, model)
     scored = {name: gradients[name] for name in members.scored if name in gradients}
-    infinite = [gradient.sum().isfinite().logical_not() for gradient in gradients.values()]
-    return gradients, not any(verify_projection(found, scored, weights, generator, computed_in, more=infinite))
+    more = [finite(gradients.values())]
+    return gradients, all(verify_projection(found, scored, weights, generator, computed_in, more=more))
 
 
 def _run_again(closure: Callable[..., Any], selection: Selection, scale: float) -> Iterator[Tensor]:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ftw_optim._blocks import Buffer
 from ftw_optim._candidates import Candidates, Pass, Plain, full_precision
 from ftw_optim._clock import Clock
 from ftw_optim._combine import combined_gradients, usable_updates
 from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._filters import FilterStage
 from ftw_optim._gram import DEFAULT_MEMORY_LIMIT, GramSums
-from ftw_optim._gram_ways import Buffer
 from ftw_optim._matching import Selection, SketchReport
 from ftw_optim._members import Members
 from ftw_optim._preconditioners.lookup import Preconditioners, learning_rate_is_zero

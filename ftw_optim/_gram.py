@@ -8,8 +8,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ftw_optim._blocks import Block, Buffer
 from ftw_optim._factors import Factors
-from ftw_optim._gram_ways import Block, Buffer, add_parameter
+from ftw_optim._gram_ways import add_parameter
 from ftw_optim._preconditioners.maps import Preconditioner
 from ftw_optim._products import Products
 

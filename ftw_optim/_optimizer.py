@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ftw_optim._blocks import Buffer
 from ftw_optim._candidates import Pass, Plain
 from ftw_optim._checkpoint import read_state, written_state
 from ftw_optim._checks import SelfChecks
 from ftw_optim._clock import Clock
 from ftw_optim._closures import gradient_marks, is_scalar, released_first, takes_rows
 from ftw_optim._decision import Decision
-from ftw_optim._factors import Footprint
 from ftw_optim._filters import FilterStage, GreedyFilter
-from ftw_optim._gram_ways import Buffer
 from ftw_optim._layers.coverage import Coverage, coverage
 from ftw_optim._layers.owners import Owner, owners
 from ftw_optim._matching import Selection
 from ftw_optim._members import Members, Scored, members_of
+from ftw_optim._micro_batches import Footprint
 from ftw_optim._options import check_options, refuse_more_than_one_process
 from ftw_optim._plan import plan, uncovered
 from ftw_optim._preconditioners.registry import registered_rule

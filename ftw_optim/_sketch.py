@@ -16,9 +16,10 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ftw_optim._blocks import Block, Buffer, is_matrix, parts, sides, some_of
 from ftw_optim._count_sketch import Hash
 from ftw_optim._factors import Factors
-from ftw_optim._gram_ways import BYTE, Block, Buffer, is_matrix, parts, rotated, sides, some_of
+from ftw_optim._gram_ways import BYTE, rotated
 from ftw_optim._preconditioners.maps import (
     Diagonal,
     Elementwise,

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ftw_optim._passes import Graph, parameter_gradients
+from ftw_optim._passes import Graph, finite, parameter_gradients
 from ftw_optim._randomness import own_randomness
 
 LOOK = "look at the target batch."
@@ -93,12 +93,11 @@ class TargetGradient:
             else torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
             for name, parameter in parameters.items()
         }
-        device = losses.device
-        finite = [losses.detach().isfinite().all(), *(gradient.sum().isfinite() for gradient in new.values())]
+        flags = torch.stack([losses.detach().isfinite().all(), finite(new.values()).to(losses.device)])
         if usable and self.decay:
             assert kept is not None
             new = {name: self.decay * kept[name] + (1 - self.decay) * gradient for name, gradient in new.items()}
-        return TargetNow(gradients=new, finite=torch.stack([one.to(device) for one in finite]))
+        return TargetNow(gradients=new, finite=flags)
 
 
 @final
@@ -108,33 +107,33 @@ class TargetNow:
 
     Attributes:
         gradients: by parameter name.
-        finite: bool: whether the losses are, and the gradient of each parameter in its turn; empty where they are known
-            to be. Looked at together with the Gram matrix, so that a device is waited for once.
+        finite: bool: whether the losses are, and the gradient; empty where they are known to be. Looked at together
+            with the Gram matrix, so that a device is waited for once.
     """
 
     gradients: Mapping[str, Tensor]
     finite: Tensor
 
-    def overflowed(self, finite: Tensor, scale: float) -> bool:
+    def overflowed(self, flags: Tensor, scale: float) -> bool:
         """Whether the gradient of the scaled losses did.
 
         Args:
-            finite: :attr:`finite`, on the CPU.
+            flags: :attr:`finite`, on the CPU.
             scale: of the losses.
 
         Raises:
             ValueError: the losses are not finite, or the gradient is not though nothing was scaled up.
         """
-        if bool(finite.all()):
+        if bool(flags.all()):
             return False
-        if not finite[0]:
+        if not flags[0]:
             raise ValueError("Expected finite target losses, got NaN or infinity. Nothing was changed; " + LOOK)
         if scale > 1.0:
             return True
-        name = list(self.gradients)[int((~finite[1:]).nonzero()[0])]
+        names = [name for name, gradient in self.gradients.items() if not bool(gradient.isfinite().all())]
         raise ValueError(
-            f"Expected a finite target gradient, but that of {name} is not, while the losses are. Nothing was changed; "
-            + LOOK
+            f"Expected a finite target gradient, but that of {', '.join(names[:5])} is not, while the losses are. "
+            "Nothing was changed; " + LOOK
         )
 
 

@@ -21,8 +21,8 @@ from ftw_optim import (
     SelectiveOptimizer,
     Sketch,
 )
+from ftw_optim._blocks import Buffer
 from ftw_optim._gram import GramSums
-from ftw_optim._gram_ways import Buffer
 from ftw_optim._sketch import SketchSums
 from tests.models import CASES, SmallGPT, language_model, seeded
 from tests.test_optimizer import LateInfinity

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ftw_optim import GreedyFilter, Kronecker, Preconditioner, Scalar, SelectiveOptimizer, Sketch, _sketch
+from ftw_optim._blocks import Buffer
 from ftw_optim._factors import Factors
 from ftw_optim._gram import GramSums
-from ftw_optim._gram_ways import Buffer
 from ftw_optim._products import METRICS, on_host
 from ftw_optim._sketch import SketchSums
 from tests.models import Case, SmallGPT, language_model, mlp, seeded, transformers_model

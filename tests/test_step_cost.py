@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ftw_optim import TargetGradient
-from ftw_optim._gram_ways import Block
+from ftw_optim._blocks import Block
 from ftw_optim._products import Products
 
 # The benchmarks are scripts: their folder is on the path only when one of them is run.
