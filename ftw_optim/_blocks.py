@@ -77,7 +77,9 @@ class Block:
 
     def at_once(self, copies: int = 1) -> int:
         """How many rows fit into the limit, ``copies`` times."""
-        return min(self.rows, max(1, self.limit // max(1, copies * self.count * self.columns * self.dtype.itemsize)))
+        return min(
+            self.rows, max(1, self.limit // max(1, copies * (self.count + 1) * self.columns * self.dtype.itemsize))
+        )
 
     def ranges(self, copies: int = 1) -> Iterator[tuple[int, int]]:
         """Ranges of rows that fit."""
@@ -85,12 +87,24 @@ class Block:
         for start in range(0, self.rows, step):
             yield start, min(self.rows, start + step)
 
-    def out(self, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of all gradients, ``(n, stop - start, columns)``, until the next call."""
-        first = self.uses[0]
-        memory = self.buffer.of(self.count * (stop - start) * self.columns, self.dtype, first.left.device)
+    def out(self, start: int, stop: int, *, beside: Tensor | None = None) -> Tensor:
+        """Rows ``start`` to ``stop`` of all gradients, ``(n, stop - start, columns)``, until the next call.
+
+        Args:
+            start: first row.
+            stop: behind the last row.
+            beside: these rows of one gradient more, ``(stop - start, columns)``, which becomes the last.
+        """
+        first, size = self.uses[0], (stop - start) * self.columns
+        memory = self.buffer.of((self.count + 1) * size, self.dtype, first.left.device)
         block = materialise(self.uses, start, stop, out=memory)
-        return block if self.scale == 1.0 else block.div_(self.scale)
+        if self.scale != 1.0:
+            block.div_(self.scale)
+        if beside is None:
+            return block
+        whole = memory[: (self.count + 1) * size].view(-1, stop - start, self.columns)
+        whole[-1].copy_(beside)
+        return whole
 
     def mean(self, weights: Tensor) -> Tensor:
         """``sum_i weights[i] g_i``, shaped like the parameter, without forming any ``g_i``."""

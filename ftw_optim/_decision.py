@@ -103,26 +103,32 @@ class Decision:
             ValueError: the target is not finite.
         """
         found, losses = candidates.found, candidates.losses
-        masks = finite_candidates(found, losses)
+        unseen = {name: uses for name, uses in found.items() if name not in self.members.scored}
         accepted = torch.ones(len(losses), dtype=torch.bool)
         while True:
             with full_precision(losses), self.clock.phase("gram"):
                 sums = self.sums(accepted, target.gradients, losses.device)
-                scored = [name for name in found if name in self.members.scored]
-                for name in scored:
-                    sums.add(name, found[name])
-            # That all are finite is taken for granted until here: a device is waited for once.
+                for name, uses in found.items():
+                    if name not in unseen:
+                        sums.add(name, uses)
+            # That all are finite is taken for granted until here: a device is waited for once. Where a factor is not,
+            # neither is the candidate's square.
             with self.clock.phase("solve"):
-                problem, (values, (finite, clean), flags) = on_host(
-                    sums.products(), losses.detach(), masks, target.finite
+                problem, (values, finite, others, flags) = on_host(
+                    sums.products(),
+                    losses.detach(),
+                    losses.detach().isfinite(),
+                    finite_candidates(unseen, losses),
+                    target.finite,
                 )
             overflowed = target.overflowed(flags, self.scale)
-            left = accepted & clean
-            if overflowed or self._overflows(finite, left):
-                return self._nothing(values, left, candidates, self._infinite(found), overflowed=overflowed)
-            if bool(clean[accepted].all()):
-                left = accepted & _measurable(problem)
-            if not scored or not bool(left.any()):
+            left = accepted & others & _measurable(problem)
+            if overflowed or (bool(accepted.all()) and not bool(left.all())):
+                clean = finite_candidates(found, losses).cpu()
+                if overflowed or self._overflows(finite, clean):
+                    return self._nothing(values, clean, candidates, self._infinite(found), overflowed=overflowed)
+                left = left if bool(clean.all()) else clean  # beside one that is not, nothing can be measured
+            if found.keys() == unseen.keys() or not bool(left.any()):
                 return self._nothing(values, left, candidates)
             if bool((left == accepted).all()):
                 break
@@ -157,9 +163,10 @@ class Decision:
                 values, rows = some, torch.arange(len(some))
                 accepted = torch.ones(len(some), dtype=torch.bool)
             overflowed = target.overflowed(flags, self.scale)
-            alone = self.gram is not None
-            measurable = _measurable(problem) if problem and (alone or bool(clean.all())) else torch.ones_like(clean)
-            accepted = accepted.index_put((rows,), clean & measurable)
+            alone, measurable = self.gram is not None, _measurable(problem) if problem else torch.ones_like(clean)
+            # Unless a scaled gradient may have overflowed, the squares alone tell.
+            left = clean & measurable if alone or self.scale <= 1.0 or bool(clean.all()) else clean
+            accepted = accepted.index_put((rows,), left)
             if overflowed or self._overflows(finite, clean):
                 infinite = self._infinite(found.footprints)
                 return self._nothing(values, accepted, found, infinite, overflowed=overflowed)
@@ -272,7 +279,7 @@ class _Stream:
     def __init__(self, decision: Decision, target: TargetNow) -> None:
         self._decision, self._target = decision, target
         self._finite: list[Tensor] = []  # the losses, of each micro-batch
-        self._clean: list[Tensor] = []  # the factors too
+        self._clean: list[Tensor] = []  # and the factors, where that must be told from squares out of range
         self._sums: MatchingSums | None = None
         self._added = False
 
@@ -281,16 +288,17 @@ class _Stream:
         finite = losses.detach().isfinite()
         self._finite.append(finite)
         self._clean.append(finite)
-        everyone = torch.ones(len(losses), dtype=torch.bool)
         if isinstance(self._sums, SketchSums):
             self._sums.more(len(losses))
         else:
+            everyone = torch.ones(len(losses), dtype=torch.bool)
             self._sums = self._decision.sums(everyone, self._target.gradients, losses.device)
         return self._take
 
     def _take(self, name: str, uses: list[Factors]) -> None:
-        for use in uses:
-            self._clean[-1] = self._clean[-1] & use.finite().to(self._clean[-1].device)
+        if self._decision.scale > 1.0:
+            for use in uses:
+                self._clean[-1] = self._clean[-1] & use.finite().to(self._clean[-1].device)
         if name in self._decision.members.scored:
             assert self._sums is not None
             with self._decision.clock.phase("gram"):
@@ -300,9 +308,8 @@ class _Stream:
     def on_host(self, losses: Tensor) -> tuple[dict[str, Products], list[Tensor]]:
         """The products, if any; the losses, which are finite, of which the factors too, and whether the target is."""
         assert self._sums is not None
-        clean = torch.cat(self._clean)
-        problem = self._sums.products(clean) if self._added else {}
-        return on_host(problem, losses.detach(), torch.cat(self._finite), clean, self._target.finite)
+        problem = self._sums.products() if self._added else {}
+        return on_host(problem, losses.detach(), torch.cat(self._finite), torch.cat(self._clean), self._target.finite)
 
 
 def _measurable(problem: Mapping[str, Products]) -> Tensor:

@@ -319,7 +319,7 @@ def projection(uses: Sequence[Factors], weights: Tensor, left: Tensor, right: Te
 
 
 def finite_candidates(found: Mapping[str, Sequence[Factors]], losses: Tensor) -> Tensor:
-    """Which candidates have a finite loss, and which of those finite factors too: bool ``(2, n)``."""
+    """Which candidates have a finite loss and finite factors: bool ``(n,)``."""
     loss = losses.detach().isfinite()
     masks = [use.finite().to(loss.device) for uses in found.values() for use in uses]
-    return torch.stack([loss, torch.stack([loss, *masks]).all(dim=0)])
+    return torch.stack([loss, *masks]).all(dim=0)

@@ -71,6 +71,6 @@ class GramSums:
         precondition = self._precondition
         add_parameter(self._sums, block, self._target.get(name), lambda mean: precondition(name, mean), self._mean)
 
-    def products(self, accepted: Tensor | None = None) -> dict[str, Products]:
-        """For each metric what was added up; ``accepted`` as there was at the start."""
+    def products(self) -> dict[str, Products]:
+        """For each metric what was added up."""
         return self._sums

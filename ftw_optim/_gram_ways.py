@@ -41,15 +41,17 @@ def add_parameter(
         mean: weights of the mean, shape ``(n,)``.
     """
     some, touched = block.compact()
+    target = None if target is None else target.to(block.dtype)
     first = None
     if not tokens_are_cheaper(block, len(sums)) and touched is None and block.at_once() == block.rows:
-        first = block.out(0, block.rows)  # one pass serves the reference and the products
-        reference = (mean.to(first) @ first.flatten(1)).reshape(block.shape)
+        # One pass serves the reference and the products.
+        beside = None if target is None else target.reshape(block.rows, block.columns)
+        first = block.out(0, block.rows, beside=beside)
+        reference = (mean.to(first) @ first[: block.count].flatten(1)).reshape(block.shape)
     else:
         reference = block.mean(mean)
     # Of a candidate that is not finite nothing will be kept; until that is known, no rule is to meet it.
     preconditioner = precondition(reference.nan_to_num_(0.0, 0.0, 0.0))
-    target = None if target is None else target.to(block.dtype)
     if isinstance(preconditioner, Kronecker | RotatedDiagonal) and is_matrix(block):
         left, right = preconditioner.left, preconditioner.right
         if isinstance(preconditioner, Kronecker):
@@ -75,9 +77,10 @@ def add_parameter(
         matrix = None if matrix is None else matrix[touched]
         factor = factor[touched] if isinstance(factor, Tensor) and factor.ndim else factor
     for start, stop in some.ranges():
-        rows = first if first is not None else some.out(start, stop)
-        part = None if matrix is None else matrix[start:stop]
-        _add_elementwise(sums, rows, part, factor[start:stop] if isinstance(factor, Tensor) and factor.ndim else factor)
+        beside = None if matrix is None else matrix[start:stop]
+        rows = first if first is not None else some.out(start, stop, beside=beside)
+        part = factor[start:stop] if isinstance(factor, Tensor) and factor.ndim else factor
+        _add_elementwise(sums, rows, block.count, part)
 
 
 def tokens_are_cheaper(block: Block, metrics: int) -> bool:
@@ -92,27 +95,21 @@ def tokens_are_cheaper(block: Block, metrics: int) -> bool:
     return product * (1 + metrics) + metrics * pairs * (2.0 * (rows + columns) + 2 * BYTE * size) < out
 
 
-def _add_elementwise(
-    sums: Mapping[str, Products], block: Tensor, target: Tensor | None, factor: Tensor | float
-) -> None:
-    """Products of ``block`` (n, rows, columns), which is overwritten: <g, g>, then <Rg, Rg>, then <Pg, Pg>, P = R R."""
-    flat = block.flatten(1)
+def _add_elementwise(sums: Mapping[str, Products], rows: Tensor, n: int, factor: Tensor | float) -> None:
+    """Products of ``n`` candidates and the target behind them, which are overwritten.
 
-    def add(metric: str) -> None:
-        if metric in sums:
-            sums[metric].add(flat, flat, None if target is None else target.flatten())
-
+    Those of ``g``, then of ``R g``, then of ``P g``, where ``P = R R``.
+    """
+    flat = rows.flatten(1)
     root = factor.sqrt() if isinstance(factor, Tensor) else factor**0.5
-    add("euclidean")
-    if sums.keys() <= {"euclidean"}:
-        return
-    block.mul_(root)
-    target = None if target is None else target * root
-    add("preconditioned")
-    if "update" in sums:
-        block.mul_(root)
-        target = None if target is None else target * root
-        add("update")
+    left = set(sums)
+    for metric in ("euclidean", "preconditioned", "update"):
+        if metric in left:
+            sums[metric].add_square(flat, n)
+            left.remove(metric)
+        if not left:
+            return
+        rows.mul_(root)
 
 
 def _add_tokens(sums: Mapping[str, Products], block: Block, target: Tensor | None, preconditioner: Elementwise) -> None:
@@ -155,7 +152,7 @@ def _add_pair(
     moved_target = None if target is None else preconditioner.apply(target)
     whole = first is not None and block.at_once(copies=2) == block.rows
     for start, stop in block.ranges(copies=2):
-        rows = (first if whole and first is not None else block.out(start, stop)).flatten(1)
+        rows = (first[: block.count] if whole and first is not None else block.out(start, stop)).flatten(1)
         part, moved_part = (None if t is None else t[start:stop].flatten() for t in (target, moved_target))
         moved_rows = moved.out(start, stop).flatten(1)
         for metric, summed in sums.items():

@@ -44,6 +44,18 @@ class Products:
         self.gram += inner(left, right).to(self.gram)
         self.add_cross(left, target)
 
+    def add_square(self, rows: Tensor, n: int) -> None:
+        """Add those of the candidates' rows with each other, and with that of the target if it is behind them.
+
+        Args:
+            rows: shape ``(n, d)`` or ``(n + 1, d)``.
+            n: candidates.
+        """
+        both = inner(rows, rows).to(self.gram)
+        self.gram += both[:n, :n]
+        if len(rows) > n:
+            self.cross_gram += both[:n, n]
+
     def add_cross(self, rows: Tensor, target: Tensor | None) -> None:
         """Add those of the candidates' ``rows`` (n, d) with ``target`` (d,), if there is one."""
         if target is not None:

@@ -153,17 +153,11 @@ class SketchSums:
             for _ in range(COPIES)
         ]
 
-    def products(self, accepted: Tensor | None = None) -> dict[str, Products]:
-        """For each metric the estimated products.
-
-        Args:
-            accepted: bool (n,), of all candidates so far: the others get zeros; None: all.
-        """
+    def products(self) -> dict[str, Products]:
+        """For each metric the estimated products, of all candidates so far."""
         found = {}
         for metric in self._metrics:
             rows = torch.cat([batch[metric] for batch in self._batches], dim=1)
-            if accepted is not None:
-                rows = torch.where(accepted.to(self._device)[:, None], rows, rows.new_zeros(()))
             both = torch.cat([rows, self._of_target[metric]], dim=1)
             halves = both @ both.mT
             whole, n = halves.mean(dim=0), rows.shape[1]

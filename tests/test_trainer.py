@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ftw_optim import GreedyFilter, KeepAll, SelectiveOptimizer, UniformWeights, last_blocks
+from ftw_optim.integrations.streaming import CandidateStream
 from ftw_optim.integrations.transformers import SelectiveTrainer, SelectiveTrainerMixin
 from tests.models import with_lora
 from tests.trainers import (
@@ -403,6 +405,46 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(killed: int, t
     assert [_untimed(row) for row in whole.state.log_history[:-1]] == [
         _untimed(row) for row in resumed.state.log_history[:-1]
     ]
+
+
+@pytest.mark.filterwarnings("ignore:Skipped a record")
+@pytest.mark.parametrize("killed", [3, 5])
+def test_a_run_on_streams_that_was_killed_goes_on_with_their_next_candidates(killed: int, tmp_path: Path) -> None:
+    """Two files of records, one with a damaged line, shuffled and interleaved; the trainer skips what it has seen."""
+    for source in range(2):
+        lines = [json.dumps(row) for row in numbered(examples(30, seed=source))]
+        (tmp_path / f"{source}.jsonl").write_text("\n".join([*lines[:7], "{damaged", *lines[7:]]) + "\n")
+    recordings = [Recording(), Recording()]
+
+    def trainer(name: str, recording: Recording, *callbacks: Any) -> SelectiveTrainer:
+        files = {str(source): tmp_path / f"{source}.jsonl" for source in range(2)}
+        return SelectiveTrainer(
+            model(),
+            arguments(tmp_path / name, save_strategy="steps", save_steps=2, max_steps=7),
+            data_collator=padded,
+            train_dataset=CandidateStream(files, dict, batch_size=None, passes=None, shuffle_buffer=8, seed=3),
+            callbacks=list(callbacks),
+            target_dataset=examples(5, seed=1),
+            selective={"filter": GreedyFilter(keep=3)},
+            selection_log=recording,
+            sample_id_column="sample_id",
+            source_column="source",
+        )
+
+    whole = trainer("whole", recordings[0])
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer("cut", recordings[1], Stop(killed)).train()
+    resumed = trainer("cut", recordings[1])
+    resumed.train(resume_from_checkpoint=True)
+    state = resumed.model.state_dict()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(state[name], value), name
+    one, other = ([_comparable(step) for step in recording.steps] for recording in recordings)
+    assert one == other
+    ids = [number for step in recordings[0].steps for number in step["ids"]]
+    assert len(ids) == len(set(ids)) == 7 * 6
+    assert {source for step in recordings[0].steps for source in step["sources"]} == {"0", "1"}
 
 
 def _comparable(step: dict[str, Any]) -> tuple[Any, ...]:
