@@ -41,8 +41,8 @@ def _draw_t(series: list[Found], where: str) -> Figure:
     )
     axes.set(
         xlabel="tokens of a candidate, t",
-        title=f"Cost of a selective step over the context\n{_what(series[0])}; {where}",
     )
+    axes.set_title(f"Cost of a selective step over the context\n{_what(series[0])}; {where}", fontsize="medium")
     axes.legend(fontsize="small")
     return figure
 

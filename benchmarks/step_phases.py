@@ -19,6 +19,7 @@ PHASES = (
     (REST_OF_GRAM, "ftw_optim._gram", "GramSums.add"),
     (MATERIALISE, "ftw_optim._blocks", "Block.out"),
     (PRODUCTS, "ftw_optim._products", "Products.add"),
+    (PRODUCTS, "ftw_optim._products", "Products.add_square"),
     (SOLVE, "ftw_optim._decision", "select"),
     ("combine", "ftw_optim._decision", "combined_gradients"),
     ("inner step", "torch.optim.adamw", "AdamW.step"),
