@@ -39,9 +39,7 @@ def _draw_t(series: list[Found], where: str) -> Figure:
         [found["point"]["t"] for found in series],
         [f"{found['point']['t']}\n(n = {found['point']['n']})" for found in series],
     )
-    axes.set(
-        xlabel="tokens of a candidate, t",
-    )
+    axes.set_xlabel("tokens of a candidate, t")
     axes.set_title(f"Cost of a selective step over the context\n{_what(series[0])}; {where}", fontsize="medium")
     axes.legend(fontsize="small")
     return figure

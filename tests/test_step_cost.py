@@ -161,14 +161,14 @@ def test_errors_of_the_gram_matrix_are_those_of_its_precision(how: dict[str, Any
 
 
 def test_an_error_of_the_gram_matrix_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    add = Products.add
+    add = Products.add_square
 
-    def wrong(self: Products, left: Tensor, right: Tensor, target: Tensor | None) -> None:
-        add(self, left, right, target)
+    def wrong(self: Products, rows: Tensor, n: int) -> None:
+        add(self, rows, n)
         self.gram[0, 1:] *= 1.01
         self.gram[1:, 0] *= 1.01
 
-    monkeypatch.setattr(Products, "add", wrong)
+    monkeypatch.setattr(Products, "add_square", wrong)
     found = step_grams.gram_errors(TINY, "cpu")
     assert min(found.values()) > 1e-3
 
