@@ -73,6 +73,7 @@ def example(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         _reset()
         return tmp_path / output
 
+    _reset()  # of what a trainer left behind
     with torch.random.fork_rng():
         yield run
     _reset()
