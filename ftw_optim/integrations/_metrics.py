@@ -44,10 +44,9 @@ class Metrics:
 
     def note(self, selection: Selection, window: Window) -> None:
         """A selection among a window."""
-        found = numbers_of(selection)
-        for name, value in found.items():
+        for name, value in numbers_of(selection).items():
             self._values[name].append(value)
-        self._last = selection, window, found
+        self._last = selection, window, {}  # all of these are the selection's own, which a log takes from it
 
     def note_realised(self, decrease: Tensor) -> None:
         """The realised decrease of the step that was noted last; waits for the device."""
