@@ -12,7 +12,7 @@ from typing import Any, final
 
 Row = dict[str, Any]
 TABLES = ("texts", "candidates", "times", "steps")  # in writing order: a step counts once its row in "steps" is there
-_ROWS_PER_PART = 20_000
+ROWS_PER_PART = 20_000
 
 
 class Store(ABC):
@@ -108,11 +108,15 @@ class Parquet(Store):
     """Numbered Parquet files, a set of them whenever enough rows came together, and at each checkpoint.
 
     A Parquet file cannot grow, and one without its end cannot be read: so each is written whole, under another name.
+
+    Args:
+        directory: of the files.
+        rows_per_part: how many candidates are enough.
     """
 
     format = "parquet"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, rows_per_part: int = ROWS_PER_PART) -> None:
         try:
             pyarrow, self._parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
         except ImportError as error:
@@ -138,7 +142,7 @@ class Parquet(Store):
             ),
         }
         self._held: dict[str, list[Row]] = {table: [] for table in TABLES}
-        self._parts = 0
+        self._parts, self._rows_per_part = 0, rows_per_part
 
     def _path(self, table: str, part: int) -> Path:
         return self.directory / f"{table}-{part:06}.parquet"
@@ -146,7 +150,7 @@ class Parquet(Store):
     def append(self, rows: Mapping[str, Sequence[Row]]) -> None:
         for table, held in self._held.items():
             held.extend(rows.get(table, ()))
-        if len(self._held["candidates"]) >= _ROWS_PER_PART:
+        if len(self._held["candidates"]) >= self._rows_per_part:
             self._write()
 
     def _write(self) -> None:
@@ -196,7 +200,12 @@ class Parquet(Store):
         self._write()
 
 
-FORMATS: Mapping[str, type[JsonLines] | type[Parquet]] = {"jsonl": JsonLines, "parquet": Parquet}
+FORMATS = ("jsonl", "parquet")
+
+
+def store(format: str, directory: Path, *, rows_per_part: int = ROWS_PER_PART) -> Store:
+    """The tables of a directory, in one of :data:`FORMATS`."""
+    return JsonLines(directory) if format == "jsonl" else Parquet(directory, rows_per_part=rows_per_part)
 
 
 def log_files(directory: Path, format: str) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ftw_optim._log_store import FORMATS, Row, Store, log_files
+from ftw_optim._log_store import FORMATS, ROWS_PER_PART, Row, Store, log_files, store
 from ftw_optim._matching import Selection
 
 __all__ = ["LoggedRun", "SelectionLog", "read_log"]
@@ -35,7 +35,8 @@ class SelectionLog:
     - ``texts``: ``id``, ``text``, once for each id.
 
     Numbers that are not finite are written as null. JSON lines are handed to the system step by step: a killed process
-    loses nothing but a torn last line. Parquet is written every 20,000 candidates and at every :meth:`state_dict`.
+    loses nothing but a torn last line. Parquet is written every ``rows_per_part`` candidates and at every
+    :meth:`state_dict`.
 
     A resumed run calls :meth:`load_state_dict` with what :meth:`state_dict` gave at its checkpoint: all that was
     written after it is removed, and the log goes on as if the run had never stopped.
@@ -44,18 +45,28 @@ class SelectionLog:
         directory: where to; made at the first :meth:`record`.
         format: ``"jsonl"``, or ``"parquet"``, which needs pyarrow.
         overwrite: remove a log that is there already and is not resumed.
+        rows_per_part: candidates that Parquet holds back before it writes them; JSON lines hold back none.
 
     Raises:
-        ValueError: another format.
+        ValueError: another format, or no row in a part.
         ImportError: Parquet without pyarrow.
     """
 
-    def __init__(self, directory: str | Path, *, format: str = "jsonl", overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        format: str = "jsonl",
+        overwrite: bool = False,
+        rows_per_part: int = ROWS_PER_PART,
+    ) -> None:
         if format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}, got {format!r}.")
+        if rows_per_part < 1:
+            raise ValueError(f"rows_per_part must be at least 1, got {rows_per_part!r}.")
         self.directory = Path(directory)
-        self._overwrite = overwrite
-        self._store = FORMATS[format](self.directory)
+        self._overwrite, self._rows_per_part = overwrite, rows_per_part
+        self._store = store(format, self.directory, rows_per_part=rows_per_part)
         self._begun = False
         self._closed = False
         self._last: int | None = None
@@ -208,7 +219,7 @@ class SelectionLog:
         self._store.close()
         for path in self._files():
             path.unlink()
-        self._store = FORMATS[self._store.format](self.directory)
+        self._store = store(self._store.format, self.directory, rows_per_part=self._rows_per_part)
 
 
 @final
@@ -258,10 +269,10 @@ def read_log(directory: str | Path) -> LoggedRun:
         raise ValueError(
             f"Expected one selection log, found several: {', '.join(map(str, folders))}. Name one of them."
         )
-    store = FORMATS[_formats(folders[0])[0]](folders[0])
-    times = {row["step"]: row["ms"] for row in store.rows("times")}
-    steps = [{**row, "ms": times.get(row["step"], {})} for row in store.rows("steps")]
-    return LoggedRun(directory=folders[0], steps=steps, _store=store)
+    tables = store(_formats(folders[0])[0], folders[0])
+    times = {row["step"]: row["ms"] for row in tables.rows("times")}
+    steps = [{**row, "ms": times.get(row["step"], {})} for row in tables.rows("steps")]
+    return LoggedRun(directory=folders[0], steps=steps, _store=tables)
 
 
 def _formats(directory: Path) -> list[str]:

@@ -15,10 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftw_optim import Selection, _log_store
+from ftw_optim import Selection
 from ftw_optim.selection_log import LoggedRun, SelectionLog, read_log
 
 FORMATS = ["jsonl", "parquet"]
+
+
+def new_log(directory: Path, **options: Any) -> SelectionLog:
+    """With several Parquet files within a few steps."""
+    return SelectionLog(directory, **{"rows_per_part": 12, **options})
 
 
 def selection(step: int, *, n: int = 5, keep: int = 2, **changes: Any) -> Selection:
@@ -68,19 +73,13 @@ def files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several Parquet files within a few steps."""
-    monkeypatch.setattr(_log_store, "_ROWS_PER_PART", 12)
-
-
 # ---------------------------------------------------------------------- what is recorded is what is read
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_was_recorded_is_what_is_read(tmp_path: Path, format: str) -> None:
     chosen = selection(1, kept=torch.tensor([3, 1]), weights=torch.tensor([0.75, 0.25], dtype=torch.float64))
-    with SelectionLog(tmp_path / "new" / "log", format=format) as log:
+    with new_log(tmp_path / "new" / "log", format=format) as log:
         log.record(
             4, chosen, ids=["a", 7, "c", "d", "a"], sources=list("xyzxy"), metrics={"lr": 0.5}, texts=list("PQRST")
         )
@@ -117,7 +116,7 @@ def test_what_was_recorded_is_what_is_read(tmp_path: Path, format: str) -> None:
 
 def test_both_formats_hold_the_same(tmp_path: Path) -> None:
     for format in FORMATS:
-        with SelectionLog(tmp_path / format, format=format) as log:
+        with new_log(tmp_path / format, format=format) as log:
             for step in range(1, 12):
                 record(log, step)
     assert contents(read_log(tmp_path / "jsonl")) == contents(read_log(tmp_path / "parquet"))
@@ -128,7 +127,7 @@ def test_both_formats_hold_the_same(tmp_path: Path) -> None:
 def test_times_are_apart_so_that_the_rest_is_the_same_in_every_run(tmp_path: Path, format: str) -> None:
     times = [{"ms_target": 1.0, "selection/ms/gram": 2.0}, {"ms_target": 9.0, "selection/ms/gram": 8.0}]
     for name, ms in zip("ab", times, strict=True):
-        with SelectionLog(tmp_path / name, format=format) as log:
+        with new_log(tmp_path / name, format=format) as log:
             log.record(1, selection(1), ids=range(5), metrics={"lr": 1.0, "items": 3.0, **ms})
         (row,) = read_log(tmp_path / name).steps
         assert row["ms"] == ms
@@ -144,7 +143,7 @@ def test_numbers_that_are_not_finite_are_null_in_strict_json(tmp_path: Path, for
     nothing = torch.empty(0)
     bad = selection(1, kept=nothing.long(), weights=nothing.double(), cosine=math.nan, update="skipped", skipped=True)
     losses = torch.tensor([math.nan, math.inf, -math.inf, 1.0, 2.0])
-    with SelectionLog(tmp_path, format=format) as log:
+    with new_log(tmp_path, format=format) as log:
         log.record(
             1,
             Selection(**{**vars(bad), "losses": losses, "rejected": torch.tensor([0, 1, 2])}),
@@ -190,11 +189,11 @@ def test_a_resumed_log_is_that_of_an_uninterrupted_run(format: str, interruption
     steps, checkpoint, killed, torn = interruption
     with TemporaryDirectory() as folder:
         whole, broken = Path(folder) / "whole", Path(folder) / "broken"
-        with SelectionLog(whole, format=format) as log:
+        with new_log(whole, format=format) as log:
             for step in range(1, steps + 1):
                 record(log, step)
 
-        log = SelectionLog(broken, format=format)
+        log = new_log(broken, format=format)
         state = log.state_dict()
         for step in range(1, killed + 1):
             record(log, step)
@@ -206,7 +205,7 @@ def test_a_resumed_log_is_that_of_an_uninterrupted_run(format: str, interruption
             (broken / "steps.unfinished").write_bytes(b"PAR1")
         del log
 
-        with SelectionLog(broken, format=format) as log:
+        with new_log(broken, format=format) as log:
             log.load_state_dict(state)
             for step in range(checkpoint + 1, steps + 1):
                 record(log, step)
@@ -218,8 +217,8 @@ def test_a_resumed_log_is_that_of_an_uninterrupted_run(format: str, interruption
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_log_rolls_back_within_one_process(tmp_path: Path, format: str) -> None:
     with (
-        SelectionLog(tmp_path / "rolled", format=format) as log,
-        SelectionLog(tmp_path / "plain", format=format) as plain,
+        new_log(tmp_path / "rolled", format=format) as log,
+        new_log(tmp_path / "plain", format=format) as plain,
     ):
         for step in (1, 2):
             record(log, step)
@@ -236,7 +235,7 @@ def test_a_log_rolls_back_within_one_process(tmp_path: Path, format: str) -> Non
 
 @pytest.mark.parametrize("table", ["steps", "candidates", "texts", "times"])
 def test_a_torn_last_line_is_left_out_and_so_is_a_step_that_was_not_finished(tmp_path: Path, table: str) -> None:
-    with SelectionLog(tmp_path) as log:
+    with new_log(tmp_path) as log:
         for step in (1, 2, 3):
             record(log, step)
     before = contents(read_log(tmp_path))
@@ -253,7 +252,7 @@ def test_a_torn_last_line_is_left_out_and_so_is_a_step_that_was_not_finished(tmp
 
 
 def test_a_line_that_is_broken_elsewhere_is_an_error(tmp_path: Path) -> None:
-    with SelectionLog(tmp_path) as log:
+    with new_log(tmp_path) as log:
         for step in (1, 2):
             record(log, step)
     path = tmp_path / "steps.jsonl"
@@ -267,14 +266,14 @@ def test_a_line_that_is_broken_elsewhere_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_log_that_is_there_is_neither_overwritten_nor_continued_unasked(tmp_path: Path, format: str) -> None:
-    with SelectionLog(tmp_path) as log:
+    with new_log(tmp_path) as log:
         record(log, 1)
     with pytest.raises(FileExistsError, match=r"Expected no log in .*texts\.jsonl.*load_state_dict.*overwrite=True"):
-        record(SelectionLog(tmp_path, format=format), 1)
+        record(new_log(tmp_path, format=format), 1)
     with pytest.raises(FileExistsError, match="Expected no log"):
-        SelectionLog(tmp_path, format=format).state_dict()
+        new_log(tmp_path, format=format).state_dict()
     (tmp_path / "notes.jsonl").write_text("mine")
-    with SelectionLog(tmp_path, format=format, overwrite=True) as log:
+    with new_log(tmp_path, format=format, overwrite=True) as log:
         record(log, 2)
     assert [row["step"] for row in read_log(tmp_path).steps] == [2]
     assert (tmp_path / "notes.jsonl").read_text() == "mine"
@@ -282,28 +281,30 @@ def test_a_log_that_is_there_is_neither_overwritten_nor_continued_unasked(tmp_pa
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_checkpoint_of_another_log_is_refused_and_nothing_is_cut(tmp_path: Path, format: str) -> None:
-    with SelectionLog(tmp_path / "long", format=format) as log:
+    with new_log(tmp_path / "long", format=format) as log:
         for step in range(1, 9):
             record(log, step)
             log.state_dict()
         state = log.state_dict()
-    with SelectionLog(tmp_path / "short", format=format) as log:
+    with new_log(tmp_path / "short", format=format) as log:
         record(log, 1)
     before = files(tmp_path / "short")
     with pytest.raises(ValueError, match="the log of another run, or was removed"):
-        SelectionLog(tmp_path / "short", format=format).load_state_dict(state)
+        new_log(tmp_path / "short", format=format).load_state_dict(state)
     assert files(tmp_path / "short") == before
     other = FORMATS[format == "jsonl"]
     with pytest.raises(ValueError, match=f"Expected the state of a log with format='{other}'"):
-        SelectionLog(tmp_path / "short", format=other).load_state_dict(state)
+        new_log(tmp_path / "short", format=other).load_state_dict(state)
     with pytest.raises(ValueError, match=r"what SelectionLog\.state_dict\(\) returned, got the keys \['step'\]"):
-        SelectionLog(tmp_path / "short", format=format).load_state_dict({"step": 1})
+        new_log(tmp_path / "short", format=format).load_state_dict({"step": 1})
 
 
 def test_arguments_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="format must be one of 'jsonl', 'parquet', got 'csv'"):
-        SelectionLog(tmp_path, format="csv")
-    log = SelectionLog(tmp_path)
+        new_log(tmp_path, format="csv")
+    with pytest.raises(ValueError, match="rows_per_part must be at least 1, got 0"):
+        new_log(tmp_path, rows_per_part=0)
+    log = new_log(tmp_path)
     record(log, 3)
     before = files(tmp_path)
     ids = list(range(5))
@@ -328,10 +329,10 @@ def test_reading_says_what_was_expected(tmp_path: Path) -> None:
         read_log(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match=r"steps\.jsonl or steps-000000\.parquet"):
         read_log(tmp_path)
-    with SelectionLog(tmp_path / "a") as log:
+    with new_log(tmp_path / "a") as log:
         record(log, 1)
     assert read_log(tmp_path).directory == tmp_path / "a"  # a run's directory with one log in a folder
-    with SelectionLog(tmp_path / "b") as log:
+    with new_log(tmp_path / "b") as log:
         record(log, 1)
     with pytest.raises(ValueError, match="found several"):
         read_log(tmp_path)
@@ -345,8 +346,8 @@ def _without_pyarrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_without_pyarrow")
 def test_only_parquet_needs_pyarrow(tmp_path: Path) -> None:
-    with SelectionLog(tmp_path) as log:
+    with new_log(tmp_path) as log:
         record(log, 1)
     assert len(list(read_log(tmp_path).candidates())) == 5
     with pytest.raises(ImportError, match=r"ftw-optim\[datasets\]"):
-        SelectionLog(tmp_path, format="parquet")
+        new_log(tmp_path, format="parquet")
