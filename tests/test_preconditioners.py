@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ftw_optim import (
     Diagonal,
@@ -19,8 +21,9 @@ from ftw_optim import (
     preconditioner_of,
     register_preconditioner,
 )
-from ftw_optim._preconditioners import look_ahead, matrices
 from ftw_optim._preconditioners.look_ahead import FLOOR
+from ftw_optim._preconditioners.matrices import shampoo, soap
+from ftw_optim._preconditioners.registry import registered_rule
 from tests.models import mlp
 from tests.optimizers import (
     A2GRADS,
@@ -152,14 +155,28 @@ def test_apollos_step_is_its_map_and_old_momentum(build: Build, steps: int) -> N
     )
 
 
+def at_floor(
+    floor: float, rule: Callable[..., Preconditioner], optimizer: Optimizer, parameter: nn.Parameter, reference: Tensor
+) -> Preconditioner:
+    """What :func:`preconditioner_of` would give if ``rule``, which is the optimizer's, had that floor."""
+    found = registered_rule(optimizer)
+    assert found is not None
+    assert found.rule is rule
+    own = {name: getattr(optimizer, name) for name in found.attributes}
+    group, state = optimizer.param_groups[0], optimizer.state.get(parameter, {})
+    with torch.no_grad():
+        usual = rule(parameter, {**group, **own}, state, reference)
+        torch.testing.assert_close(
+            usual.apply(reference), preconditioner_of(optimizer, parameter, reference).apply(reference)
+        )
+        return rule(parameter, {**group, **own}, state, reference, floor=floor)
+
+
 @pytest.mark.parametrize("steps", [0, 1, 5, 6, 50])
 @pytest.mark.parametrize("shape", [(4, 3), (3,), (2, 3, 4), (2, 3, 2, 2)], ids=str)
 @pytest.mark.parametrize("build", SHAMPOOS.values(), ids=SHAMPOOS)
-def test_shampoos_step_is_its_map_of_what_it_preconditions(
-    build: Build, shape: tuple[int, ...], steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shampoos_step_is_its_map_of_what_it_preconditions(build: Build, shape: tuple[int, ...], steps: int) -> None:
     """With the statistics that the step itself forms, where nothing is floored: affine at frozen roots."""
-    monkeypatch.setattr(matrices, "FLOOR", 1e-9)
     optimizer, parameter = warmed_up(build, steps, shape)
     generator = torch.Generator().manual_seed(2)
     reference = torch.randn(shape, dtype=torch.float64, generator=generator)
@@ -167,7 +184,7 @@ def test_shampoos_step_is_its_map_of_what_it_preconditions(
     old = optimizer.state[parameter].get("momentum_buffer", torch.zeros(shape)) if momentum else torch.zeros(shape)
     mixed = (1 - momentum) * reference + momentum * old.to(reference)
     twin = twin_of(optimizer)
-    moved = preconditioner_of(optimizer, parameter, reference)
+    moved = at_floor(1e-9, shampoo, optimizer, parameter, reference)
     assert isinstance(moved, Kronecker)
     predicted = -moved.apply(mixed) / (1 - momentum)
     roots = [root for root in (moved.left, *moved.between, moved.right) if root is not None]
@@ -192,17 +209,14 @@ def test_shampoos_step_is_its_map_of_what_it_preconditions(
 @pytest.mark.parametrize("steps", [2, 3, 5, 12])
 @pytest.mark.parametrize("shape", [(4, 3), (3,), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("build", SOAPS.values(), ids=SOAPS)
-def test_soaps_step_is_its_map_of_the_momentum(
-    build: Build, shape: tuple[int, ...], steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_soaps_step_is_its_map_of_the_momentum(build: Build, shape: tuple[int, ...], steps: int) -> None:
     """Where nothing is floored."""
-    monkeypatch.setattr(look_ahead, "FLOOR", 1e-12)
     optimizer, parameter = warmed_up(build, steps, shape)
     group, state = optimizer.param_groups[0], optimizer.state[parameter]
     reference = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     beta1 = group["betas"][0]
     whole = beta1 * state["exp_avg"] + (1 - beta1) * reference
-    moved = preconditioner_of(optimizer, parameter, reference)
+    moved = at_floor(1e-12, soap, optimizer, parameter, reference)
     assert isinstance(moved, RotatedDiagonal | Diagonal)
     # Its decay acts on the moved parameter.
     expected = update_of(optimizer, reference) + group["lr"] * group["weight_decay"] * parameter.detach()

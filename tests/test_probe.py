@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftw_optim import Diagonal, Scalar, SelectiveOptimizer, preconditioner_of
-from ftw_optim._preconditioners import lookup
 from ftw_optim._preconditioners.adam import adam
+from ftw_optim._preconditioners.lookup import LOOK_EVERY
 from ftw_optim._preconditioners.probe import (
     NotElementwise,
     agrees_with_trial,
@@ -150,20 +150,29 @@ def test_a_sign_is_no_multiple_of_the_gradient() -> None:
 class TestLookAlikes:
     """Optimizers whose state has the names of Adam's."""
 
-    def test_one_that_steps_as_adam_does_gets_adams_rule(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        optimizer, parameter = warmed_up(PROBED["AdamC of pytorch_optimizer"], 5)
+    def test_one_that_steps_as_adam_does_gets_adams_rule(self) -> None:
+        class Counted(pytorch_optimizer.AdamC):  # type: ignore[misc]
+            """Of its copies too."""
+
+            steps = 0
+
+            def step(self, closure: Any = None) -> None:
+                Counted.steps += 1
+                super().step(closure)
+
+        optimizer, parameter = warmed_up(lambda p: Counted(p, lr=0.01), 5)
         twin = torch.optim.Adam([parameter], lr=0.01)
         steps = torch.tensor(float(optimizer.param_groups[0]["step"]))  # which it keeps in the group
         twin.state[parameter] = {**optimizer.state[parameter], "step": steps}
         reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE)
         expected = preconditioner_of(twin, parameter, reference)
         assert isinstance(expected, Diagonal)
-        for look in range(3):
-            if look == 2:  # tried at the first and second look alone
-                monkeypatch.setattr(lookup, "agrees_with_trial", None)
+        for tried in (True, True, False):  # at the first and second look alone
+            before = Counted.steps
             found = preconditioner_of(optimizer, parameter, reference)
             assert isinstance(found, Diagonal)
             assert torch.equal(found.values, expected.values)
+            assert (Counted.steps > before) is tried
 
     @pytest.mark.parametrize("name", ["Yogi", "QHAdam"])
     def test_one_that_steps_otherwise_does_not(self, name: str) -> None:
@@ -242,7 +251,7 @@ def test_one_that_changes_its_ways_is_found_out() -> None:
         _apply(optimizer, reference)
     assert found == sorted(found, reverse=True), "once refused, refused"
     assert found[0]
-    assert not found[lookup.LOOK_EVERY + 1]
+    assert not found[LOOK_EVERY + 1]
 
 
 def test_signs_of_a_momentum_are_said_aloud() -> None:

@@ -38,21 +38,20 @@ def undecayed_gradient(param: Tensor, group: dict[str, Any], reference: Tensor |
     return expected_gradient(param, {**group, "weight_decay": 0.0}, reference.to(dtype))
 
 
-def floored(values: Tensor) -> Tensor:
-    """``values``, the small ones raised in size to :data:`FLOOR` of the root mean square of those that are not zero."""
-    size = _floored_size(values)
+def floored(values: Tensor, floor: float = FLOOR) -> Tensor:
+    """``values``, the small ones raised in size to ``floor`` of the root mean square of those that are not zero."""
+    size = _floored_size(values, floor)
     return torch.where(values < 0, -size, size)
 
 
-def _floored_size(values: Tensor) -> Tensor:
+def _floored_size(values: Tensor, floor: float = FLOOR) -> Tensor:
     """The size of each entry of :func:`floored`; in place where it can be, for fresh memory is what takes time."""
     size = values.abs()
     if not size.numel():
         return size
     # What a cancelled sum leaves is as good as zero: whether it is so to the last bit is chance (a key's bias).
     count = (size > NOISE * torch.finfo(values.dtype).eps * size.amax()).count_nonzero().clamp(min=1)
-    floor = FLOOR * torch.linalg.vector_norm(values) / count.to(values.dtype).sqrt()
-    return size.clamp_(min=floor)
+    return size.clamp_(min=floor * torch.linalg.vector_norm(values) / count.to(values.dtype).sqrt())
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:

@@ -55,12 +55,18 @@ def _inverse_root(square: Tensor) -> Tensor | None:
 
 @register_preconditioner("torch_optimizer.shampoo.Shampoo")
 def shampoo(
-    param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None
+    param: Tensor,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    reference: Tensor | None,
+    *,
+    floor: float = FLOOR,
 ) -> Kronecker | Scalar:
     """``lr share`` times ``statistics^(-1/order)`` along each axis, or the roots that the coming step keeps.
 
     The statistics take in the expected gradient axis by axis, as already preconditioned along the axes before. Its own
-    squares are floored: a direction of which neither they nor the past know would outweigh all others.
+    squares are floored: a direction of which neither they nor the past know would outweigh all others. At a ``floor``
+    of next to nothing the statistics are those of the step itself.
     """
     momentum = number(group["momentum"])
     share = 1 - momentum if momentum and "momentum_buffer" in state else 1.0
@@ -84,7 +90,7 @@ def shampoo(
         else:
             statistics = torch.eye(size, dtype=torch.float64, device=param.device) * group["epsilon"]
         if whole is not None:
-            statistics = statistics + _floored_square(whole.movedim(axis, 0).reshape(size, -1))
+            statistics = statistics + _floored_square(whole.movedim(axis, 0).reshape(size, -1), floor)
         values, vectors = torch.linalg.eigh(statistics)
         # Above rounding; what is below zero is nothing else.
         values = values.clamp(min=torch.finfo(values.dtype).eps * number(values[-1]))
@@ -95,23 +101,28 @@ def shampoo(
     return Kronecker(left=roots[0] if order > 1 else None, right=roots[-1], between=tuple(roots[1:-1]))
 
 
-def _floored_square(matrix: Tensor) -> Tensor:
+def _floored_square(matrix: Tensor, floor: float) -> Tensor:
     """``matrix matrix'`` with its small eigenvalues raised to the square of the floor, over the mean of the others."""
     values, vectors = torch.linalg.eigh((matrix @ matrix.T).double())
     values = values.clamp(min=0.0)
     present = (values > 1e-12 * values[-1]).sum().clamp(min=1)
-    square: Tensor = (vectors * values.clamp(min=FLOOR**2 * number(values.sum() / present))) @ vectors.T
+    square: Tensor = (vectors * values.clamp(min=floor**2 * number(values.sum() / present))) @ vectors.T
     return square
 
 
 @register_preconditioner("pytorch_optimizer.optimizer.soap.SOAP", attributes=("maximize",))
 def soap(
-    param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None
+    param: Tensor,
+    group: dict[str, Any],
+    state: dict[str, Any],
+    reference: Tensor | None,
+    *,
+    floor: float = FLOOR,
 ) -> RotatedDiagonal | Diagonal:
     """Adam's map in the basis ``Q`` of the state: ``lr (1 - b1) / (1 - b1^t) / (sqrt(v' / (1 - b2^t)) + eps)``.
 
     The very first step of a group only fills the state and moves nothing; its map is that of the step after it, in the
-    basis that the expected gradient will give.
+    basis that the expected gradient will give. At a ``floor`` of next to nothing the second moment is the step's own.
     """
     if group["merge_dims"] and param.ndim > 1:
         raise NotImplementedError("Expected merge_dims=False: a basis of merged axes is not supported.")
@@ -131,7 +142,7 @@ def soap(
         ]
     rotation = [None if basis is None else basis.T for basis in bases]
     fresh = along_axes(gradient, rotation)
-    fresh = fresh if reference is None else floored(fresh)
+    fresh = fresh if reference is None else floored(fresh, floor)
     moment = fresh.square() * (1 - beta2)
     if "exp_avg_sq" in state:
         moment = moment + beta2 * state["exp_avg_sq"].to(dtype)
