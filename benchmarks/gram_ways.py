@@ -15,34 +15,20 @@ import time
 import torch
 from torch import Tensor
 
-from ftw_optim import Factors, RankOne, Scalar, _gram_ways
-from ftw_optim._blocks import Block, Buffer
-from ftw_optim._gram import GramSums
+from ftw_optim import Factors, RankOne, Scalar
+from ftw_optim.testing import FormedProducts, products_of
 
 REPEATS = 5
+WAYS = ("materialised", "tokens")
 
 
-def run(factors: Factors, target: Tensor, structure: str, tokens: bool) -> tuple[float, Tensor]:
-    """Seconds, and the Gram matrix."""
+def run(factors: Factors, target: Tensor, structure: str, way: str | None) -> tuple[float, FormedProducts]:
+    """Seconds, and the products."""
     rows, columns = target.shape
     made = Scalar(0.5) if structure == "scalar" else RankOne(torch.rand(rows) + 0.1, torch.rand(columns) + 0.1)
-    chosen = _gram_ways.tokens_are_cheaper
-    _gram_ways.tokens_are_cheaper = lambda block, metrics: tokens
-    try:
-        start = time.perf_counter()
-        sums = GramSums(
-            torch.ones(factors.count, dtype=torch.bool),
-            {"weight": target},
-            lambda name, reference: made,
-            shapes={"weight": target.shape},
-            metrics=["preconditioned"],
-            dtype=torch.float32,
-            device=target.device,
-        )
-        sums.add("weight", [factors])
-        return time.perf_counter() - start, sums.products()["preconditioned"].gram
-    finally:
-        _gram_ways.tokens_are_cheaper = chosen
+    start = time.perf_counter()
+    found = products_of(factors, target, made, way=way)
+    return time.perf_counter() - start, found
 
 
 def main() -> None:
@@ -58,21 +44,21 @@ def main() -> None:
         )
         target = torch.randn(rows, columns, generator=generator)
         torch.manual_seed(0)
-        times: dict[bool, list[float]] = {True: [], False: []}
+        times: dict[str, list[float]] = {way: [] for way in WAYS}
         grams = {}
         for _ in range(REPEATS):
-            for tokens in (False, True):
+            for way, spent in times.items():
                 torch.manual_seed(0)
-                seconds, grams[tokens] = run(factors, target, structure, tokens)
-                times[tokens].append(seconds)
-        medians = {tokens: statistics.median(found) for tokens, found in times.items()}
-        block = Block(uses=[factors], shape=target.shape, scale=1.0, limit=2**28, buffer=Buffer())
-        choice = _gram_ways.tokens_are_cheaper(block, 1)
-        regrets.append(medians[choice] / min(medians.values()) - 1)
-        error = float((grams[True] - grams[False]).abs().max() / grams[False].abs().max())
+                seconds, found = run(factors, target, structure, way)
+                spent.append(seconds)
+                grams[way] = found.gram
+        out, tokens = (statistics.median(spent) for spent in times.values())
+        choice = run(factors, target, structure, None)[1].way
+        regrets.append((tokens if choice == "tokens" else out) / min(out, tokens) - 1)
+        error = float((grams["tokens"] - grams["materialised"]).abs().max() / grams["materialised"].abs().max())
         print(
-            f"n {n:>3}  t {t:>4}  {rows:>4} x {columns:<5} {structure:<7}{1e3 * medians[False]:>9.2f}"
-            f"{1e3 * medians[True]:>9.2f}  {'tokens' if choice else 'out':<7}{regrets[-1]:>6.0%}   {error:.0e}"
+            f"n {n:>3}  t {t:>4}  {rows:>4} x {columns:<5} {structure:<7}{1e3 * out:>9.2f}"
+            f"{1e3 * tokens:>9.2f}  {'tokens' if choice == 'tokens' else 'out':<7}{regrets[-1]:>6.0%}   {error:.0e}"
         )
     middle, mean = statistics.median(regrets), statistics.mean(regrets)
     print(f"regret: median {middle:.0%}, mean {mean:.0%}, worst {max(regrets):.0%}")

@@ -13,48 +13,28 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ftw_optim import Diagonal, Factors, Preconditioner, Scalar, Sketch, _sketch
-from ftw_optim._blocks import Buffer
-from ftw_optim._gram import GramSums
-from ftw_optim._products import Products
-from ftw_optim._sketch import SketchSums
+from ftw_optim import Diagonal, Factors, Preconditioner, Scalar, Sketch
+from ftw_optim.testing import Buffer, FormedProducts, products_of
 
 REPEATS = 5
 ROWS, COLUMNS = 512, 1536
+OTHER = {"materialised": "convolved", "convolved": "materialised"}
 
 
 def run(
-    factors: Factors, target: Tensor, made: Preconditioner, sketch: Sketch | None, buffer: Buffer
-) -> tuple[float, Products]:
+    factors: Factors, target: Tensor, made: Preconditioner, gram: str | Sketch, buffer: Buffer, way: str | None = None
+) -> tuple[float, FormedProducts]:
     """Milliseconds, and the products."""
-    what: dict[str, Any] = {
-        "shapes": {"weight": target.shape},
-        "metrics": ["preconditioned"],
-        "dtype": torch.float32,
-        "device": target.device,
-        "scale": 1.0,
-        "memory_limit": 2**28,
-        "buffer": buffer,
-    }
-    everyone, of = torch.ones(factors.count, dtype=torch.bool), {"weight": target}
     start = time.perf_counter()
-    sums: GramSums | SketchSums
-    if sketch is None:
-        sums = GramSums(everyone, of, lambda name, reference: made, **what)
-    else:
-        sums = SketchSums(everyone, of, lambda name, reference: made, sketch=sketch, seed=0, **what)
-    sums.add("weight", [factors])
-    products: Mapping[str, Products] = sums.products()
-    return 1e3 * (time.perf_counter() - start), products["preconditioned"]
+    found = products_of(factors, target, made, gram=gram, way=way, memory_limit=2**28, buffer=buffer)
+    return 1e3 * (time.perf_counter() - start), found
 
 
-def off(found: Products, exact: Products) -> float:
+def off(found: FormedProducts, exact: FormedProducts) -> float:
     """Root mean square of the differences, over the norms."""
     norms = exact.gram.diagonal().sqrt()
     return float(((found.gram - exact.gram) / (norms[:, None] * norms)).square().mean().sqrt())
@@ -64,7 +44,6 @@ def main() -> None:
     """Print the table."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, a layer of {ROWS} x {COLUMNS}")
     print("map        n    t    dim   exact ms  sketch ms  other way    says       is")
-    chosen = _sketch._convolving_is_cheaper
     for kind, (n, t), dim in itertools.product(
         ("diagonal", "scalar"), ((16, 128), (64, 128), (256, 64), (16, 16)), (1024, 4096)
     ):
@@ -75,22 +54,18 @@ def main() -> None:
         target = torch.randn(ROWS, COLUMNS, generator=generator)
         made = Scalar(0.5) if kind == "scalar" else Diagonal(torch.rand(ROWS, COLUMNS, generator=generator) + 0.1)
         times: dict[str, list[float]] = {"exact": [], "chosen": [], "other": []}
-        found, buffer = {}, Buffer()
+        found: dict[str, FormedProducts] = {}
+        buffer, sketch = Buffer(), Sketch(dim=dim)  # memory that is kept from call to call, as from step to step
         for _ in range(REPEATS):
-            for way, spent in times.items():
-                if way == "other":
-                    _sketch._convolving_is_cheaper = lambda block, size: not chosen(block, size)
-                try:
-                    milliseconds, found[way] = run(
-                        factors, target, made, None if way == "exact" else Sketch(dim=dim), buffer
-                    )
-                finally:
-                    _sketch._convolving_is_cheaper = chosen
+            for which, spent in times.items():
+                gram = "exact" if which == "exact" else sketch
+                way = OTHER[found["chosen"].way] if which == "other" else None
+                milliseconds, found[which] = run(factors, target, made, gram, buffer, way)
                 spent.append(milliseconds)
         exact, sketched, other = (statistics.median(spent) for spent in times.values())
         print(
             f"{kind:<9}{n:>4}{t:>5}{dim:>7}{exact:>11.1f}{sketched:>11.1f}"
-            f"{other if kind == 'scalar' else float('nan'):>11.1f}{float(found['chosen'].error):>9.4f}"
+            f"{other if kind == 'scalar' else float('nan'):>11.1f}{found['chosen'].error:>9.4f}"
             f"{off(found['chosen'], found['exact']):>9.4f}"
         )
 

@@ -6,8 +6,7 @@ import copy
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,10 +16,8 @@ from step_arms import TARGET_SEED, batch, build_model, losses_of, trained, wait
 from step_points import Point
 from torch import Tensor, nn
 
-import ftw_optim._gram
 from ftw_optim import Factors, GreedyFilter, SelectiveOptimizer, TargetGradient, preconditioner_of, token_losses
-from ftw_optim._blocks import Block
-from ftw_optim._preconditioners.maps import Preconditioner
+from ftw_optim.testing import RecordedShare, recorded
 
 OURS = "ours, a target of one and one kept"
 STEPS, TARGET_TOKENS = 2, 8
@@ -83,6 +80,12 @@ class Problem:
         self._optimizer.zero_grad()
         assert self._optimizer.selection is not None
         return self._optimizer.selection.gram
+
+    def recorded(self) -> tuple[Tensor, list[RecordedShare]]:
+        """The Gram matrix, and what it was formed from, parameter by parameter."""
+        with recorded(self._optimizer) as shares:
+            gram = self.ours()
+        return gram, shares
 
     def exact(self) -> Tensor:
         """The Gram matrix in float64, by one backward pass for each candidate."""
@@ -195,48 +198,34 @@ def relative_error(gram: Tensor, exact: Tensor) -> float:
 
 
 def gram_errors(point: Point, device: str) -> dict[str, float]:
-    """Relative errors of the Gram matrix.
+    """Relative errors of the Gram matrix; see :func:`errors_of`."""
+    problem = Problem(point, device)
+    gram, shares = problem.recorded()
+    return errors_of(gram, shares, problem.exact())
+
+
+def errors_of(gram: Tensor, shares: Sequence[RecordedShare], exact: Tensor) -> dict[str, float]:
+    """Relative errors of a Gram matrix.
 
     ``"computation"``: beside float64 products of gradients multiplied out in float64 from the very factors and ``P``
     that the library computed with. ``"whole"``: beside float64 gradients of the same parameter values, one candidate at
     a time; so the rounding of the model's own forward and backward pass is in it.
+
+    Args:
+        gram: the matrix.
+        shares: what it was formed from.
+        exact: what it would be, but for rounding.
     """
-    problem = Problem(point, device)
-    with _recorded() as blocks:
-        gram = problem.ours()
-    exact = sum(_exact_share(block, preconditioner) for block, preconditioner in blocks)
-    assert isinstance(exact, Tensor)
-    return {"computation": relative_error(gram, exact), "whole": relative_error(gram, problem.exact())}
+    computed = sum(map(_exact_share, shares))
+    assert isinstance(computed, Tensor)
+    return {"computation": relative_error(gram, computed), "whole": relative_error(gram, exact)}
 
 
-@contextmanager
-def _recorded() -> Iterator[list[tuple[Block, Preconditioner]]]:
-    """The factors and the ``P`` of each parameter that is added to a Gram matrix meanwhile."""
-    found: list[tuple[Block, Preconditioner]] = []
-    add = ftw_optim._gram.add_parameter
-
-    def recording(
-        sums: Any, block: Block, target: Any, precondition: Callable[[Tensor], Preconditioner], mean: Tensor
-    ) -> None:
-        def noted(reference: Tensor) -> Preconditioner:
-            preconditioner = precondition(reference)
-            found.append((block, preconditioner))
-            return preconditioner
-
-        add(sums, block, target, noted, mean)
-
-    ftw_optim._gram.add_parameter = recording
-    try:
-        yield found
-    finally:
-        ftw_optim._gram.add_parameter = add
-
-
-def _exact_share(block: Block, preconditioner: Preconditioner) -> Tensor:
+def _exact_share(share: RecordedShare) -> Tensor:
     """One parameter's share of the Gram matrix, in float64 from its factors as they are."""
-    gradients = sum(_gradients(use) for use in block.uses) / block.scale
+    gradients = sum(map(_gradients, share.factors)) / share.scale
     assert isinstance(gradients, Tensor)
-    moved = preconditioner.apply(gradients.reshape(-1, *block.shape))
+    moved = share.preconditioner.apply(gradients.reshape(-1, *share.shape))
     return gradients.flatten(1) @ moved.flatten(1).T
 
 

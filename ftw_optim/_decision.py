@@ -19,6 +19,7 @@ from ftw_optim._combine import combined_gradients, usable_updates
 from ftw_optim._factors import Factors, finite_candidates
 from ftw_optim._filters import FilterStage
 from ftw_optim._gram import DEFAULT_MEMORY_LIMIT, GramSums
+from ftw_optim._gram_ways import Observe
 from ftw_optim._matching import Selection, SketchReport
 from ftw_optim._members import Members
 from ftw_optim._preconditioners.lookup import Preconditioners, learning_rate_is_zero
@@ -69,6 +70,7 @@ class Decision:
         scale: what the losses were multiplied by.
         generator: ``purpose -> generator`` of this step.
         clock: of the phases of this step.
+        observe: told of each parameter that is added to the Gram matrix.
     """
 
     optimizer: Optimizer
@@ -83,6 +85,7 @@ class Decision:
     scale: float
     generator: Callable[[str], torch.Generator]
     clock: Clock
+    observe: Observe | None = None
 
     def made(
         self,
@@ -194,6 +197,7 @@ class Decision:
             "scale": self.scale,
             "memory_limit": DEFAULT_MEMORY_LIMIT if self.memory_limit is None else self.memory_limit,
             "buffer": self.buffer,
+            "observe": self.observe,
         }
 
         def precondition(name: str, reference: Tensor) -> Preconditioner:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ftw_optim._blocks import Block, Buffer
 from ftw_optim._factors import Factors
-from ftw_optim._gram_ways import add_parameter
+from ftw_optim._gram_ways import MATERIALISED, TOKENS, Observe, add_parameter, check_way
 from ftw_optim._preconditioners.maps import Preconditioner
 from ftw_optim._products import Products
 
@@ -33,6 +33,8 @@ class GramSums:
         scale: what the factors were multiplied by.
         memory_limit: bytes of multiplied-out gradients that may exist at a time.
         buffer: memory for them that outlives the sums.
+        way: that of every parameter that allows it, ``"tokens"`` or ``"materialised"``; None: the cheaper one.
+        observe: told of each parameter before it is added.
     """
 
     def __init__(
@@ -48,16 +50,20 @@ class GramSums:
         scale: float = 1.0,
         memory_limit: int = DEFAULT_MEMORY_LIMIT,
         buffer: Buffer | None = None,
+        way: str | None = None,
+        observe: Observe | None = None,
     ) -> None:
+        check_way(way, (MATERIALISED, TOKENS))
         self._sums = {metric: Products.zeros(len(accepted), dtype=dtype, device=device) for metric in metrics}
         self._mean = accepted.to(torch.float64) / accepted.sum()
         self._target, self._precondition, self._shapes, self._scale = target, precondition, shapes, scale
         self._limit = memory_limit
         self._buffer = Buffer() if buffer is None else buffer
+        self._way, self._observe = way, observe
 
     @torch.no_grad()
-    def add(self, name: str, uses: Sequence[Factors]) -> None:
-        """Add the share of one scored parameter that the candidates reached.
+    def add(self, name: str, uses: Sequence[Factors]) -> str:
+        """Add the share of one scored parameter that the candidates reached; the way that was taken.
 
         Those they did not reach are left out, of the target energy too: the step does not move them.
         """
@@ -68,8 +74,14 @@ class GramSums:
             limit=self._limit,
             buffer=self._buffer,
         )
-        precondition = self._precondition
-        add_parameter(self._sums, block, self._target.get(name), lambda mean: precondition(name, mean), self._mean)
+
+        def precondition(mean: Tensor) -> Preconditioner:
+            preconditioner = self._precondition(name, mean)
+            if self._observe is not None:
+                self._observe(name, block, mean, preconditioner)
+            return preconditioner
+
+        return add_parameter(self._sums, block, self._target.get(name), precondition, self._mean, way=self._way)
 
     def products(self) -> dict[str, Products]:
         """For each metric what was added up."""

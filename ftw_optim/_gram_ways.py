@@ -8,7 +8,7 @@ into the factors first: ``L G R`` has the factors ``L left`` and ``R' right``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -20,6 +20,12 @@ from ftw_optim._products import Products, inner
 
 Side = TypeVar("Side")
 
+Observe = Callable[[str, Block, Tensor, Preconditioner], None]
+"""Told of each parameter that is added: its name, its gradients, the reference, and the ``P`` taken at that."""
+
+MATERIALISED, TOKENS, CONVOLVED = "materialised", "tokens", "convolved"
+"""Ways: gradients multiplied out; pairs of positions; and, in a sketch, both sides apart."""
+
 BYTE = 10.0
 """What moving a byte costs, in multiplications: memory is what a large layer's gradients wait for."""
 
@@ -30,7 +36,9 @@ def add_parameter(
     target: Tensor | None,
     precondition: Callable[[Tensor], Preconditioner],
     mean: Tensor,
-) -> None:
+    *,
+    way: str | None = None,
+) -> str:
     """Add one parameter's share, in whichever way costs least.
 
     Args:
@@ -39,11 +47,15 @@ def add_parameter(
         target: gradient of the parameter; None: it has none.
         precondition: ``mean candidate gradient -> P``.
         mean: weights of the mean, shape ``(n,)``.
+        way: :data:`TOKENS`, where gradient and ``P`` allow it, or :data:`MATERIALISED`; None: the cheaper one.
+
+    Returns:
+        The way that was taken.
     """
     some, touched = block.compact()
     target = None if target is None else target.to(block.dtype)
     first = None
-    if not tokens_are_cheaper(block, len(sums)) and touched is None and block.at_once() == block.rows:
+    if not _takes_tokens(block, len(sums), way) and touched is None and block.at_once() == block.rows:
         # One pass serves the reference and the products.
         beside = None if target is None else target.reshape(block.rows, block.columns)
         first = block.out(0, block.rows, beside=beside)
@@ -56,13 +68,13 @@ def add_parameter(
         left, right = preconditioner.left, preconditioner.right
         if isinstance(preconditioner, Kronecker):
             _add_pair(sums, block, block.folded(left, right), target, preconditioner, first)
-            return
+            return MATERIALISED
         block = some = block.folded(None if left is None else left.T, right)
         target = None if target is None else rotated(target, left, right)
         preconditioner, first = Diagonal(preconditioner.values), None
     if not isinstance(preconditioner, Elementwise):
         _add_general(sums, block, target, preconditioner)
-        return
+        return MATERIALISED
     matrix = None if target is None else target.reshape(block.rows, block.columns)
     factor = preconditioner.factor
     if isinstance(factor, Tensor) and factor.ndim:
@@ -70,9 +82,10 @@ def add_parameter(
     if matrix is not None:
         for metric, energy in sums.items():
             energy.add_energy(matrix, _times(matrix, factor, metric))
-    if tokens_are_cheaper(block, len(sums)) and (isinstance(preconditioner, RankOne) or not isinstance(factor, Tensor)):
+    folds = isinstance(preconditioner, RankOne) or not isinstance(factor, Tensor)
+    if folds and _takes_tokens(block, len(sums), way):
         _add_tokens(sums, block, matrix, preconditioner)
-        return
+        return TOKENS
     if touched is not None:
         matrix = None if matrix is None else matrix[touched]
         factor = factor[touched] if isinstance(factor, Tensor) and factor.ndim else factor
@@ -81,6 +94,22 @@ def add_parameter(
         rows = first if first is not None else some.out(start, stop, beside=beside)
         part = factor[start:stop] if isinstance(factor, Tensor) and factor.ndim else factor
         _add_elementwise(sums, rows, block.count, part)
+    return MATERIALISED
+
+
+def check_way(way: str | None, known: Collection[str]) -> None:
+    """Raise unless the way is None or one of the known ones.
+
+    Raises:
+        ValueError: it is another.
+    """
+    if way is not None and way not in known:
+        raise ValueError(f"way must be None or one of {', '.join(map(repr, known))}, got {way!r}.")
+
+
+def _takes_tokens(block: Block, metrics: int, way: str | None) -> bool:
+    """Whether pairs of positions are to be formed, if the map can be folded."""
+    return tokens_are_cheaper(block, metrics) if way is None else way == TOKENS and is_matrix(block)
 
 
 def tokens_are_cheaper(block: Block, metrics: int) -> bool:

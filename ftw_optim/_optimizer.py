@@ -21,6 +21,7 @@ from ftw_optim._clock import Clock
 from ftw_optim._closures import gradient_marks, is_scalar, released_first, takes_rows
 from ftw_optim._decision import Decision
 from ftw_optim._filters import FilterStage, GreedyFilter
+from ftw_optim._gram_ways import Observe
 from ftw_optim._layers.coverage import Coverage, coverage
 from ftw_optim._layers.owners import Owner, owners
 from ftw_optim._matching import Selection
@@ -82,6 +83,9 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     Source: Wang et al. (2026), arXiv 2604.00001.
     """
+
+    _observe: Observe | None = None
+    """Told of what is added to the Gram matrix, while :func:`ftw_optim.testing.recorded` is entered."""
 
     def __init__(
         self,
@@ -321,6 +325,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             scale=scale,
             generator=self._generator,
             clock=clock,
+            observe=self._observe,
         )
 
         def is_plain(value: Any) -> bool:
@@ -403,4 +408,5 @@ class SelectiveOptimizer(OptimizerWrapper):
         return {"_backwards": backwards, "seed": seed, "_kept_target": target, "_pending": None}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_target"}
+        left_behind = {"_target", "_observe"}
+        return {name: value for name, value in super().__getstate__().items() if name not in left_behind}

@@ -19,7 +19,7 @@ from torch import Tensor
 from ftw_optim._blocks import Block, Buffer, is_matrix, parts, sides, some_of
 from ftw_optim._count_sketch import Hash
 from ftw_optim._factors import Factors
-from ftw_optim._gram_ways import BYTE, rotated
+from ftw_optim._gram_ways import BYTE, CONVOLVED, MATERIALISED, Observe, check_way, rotated
 from ftw_optim._preconditioners.maps import (
     Diagonal,
     Elementwise,
@@ -80,6 +80,8 @@ class SketchSums:
         buffer: memory for them that outlives the sums.
         sketch: its size.
         seed: of its random numbers.
+        way: that of every parameter that allows it, ``"convolved"`` or ``"materialised"``; None: the cheaper one.
+        observe: told of each parameter before it is added, once for each micro-batch.
     """
 
     def __init__(
@@ -97,11 +99,15 @@ class SketchSums:
         buffer: Buffer,
         sketch: Sketch,
         seed: int,
+        way: str | None = None,
+        observe: Observe | None = None,
     ) -> None:
+        check_way(way, (MATERIALISED, CONVOLVED))
         self._metrics, self._dtype, self._device = tuple(metrics), dtype, device
         self._target, self._precondition, self._shapes, self._scale = target, precondition, shapes, scale
         self._limit, self._buffer = memory_limit, buffer
         self._size, self._seed = sketch.dim // COPIES, seed
+        self._way, self._observe = way, observe
         self._of_target = self._zeros(1)
         self._counted: set[str] = set()
         self._batches: list[dict[str, Tensor]] = []
@@ -119,8 +125,8 @@ class SketchSums:
         return {metric: torch.zeros(shape, dtype=self._dtype, device=self._device) for metric in self._metrics}
 
     @torch.no_grad()
-    def add(self, name: str, uses: Sequence[Factors]) -> None:
-        """Add one scored parameter that the candidates reached."""
+    def add(self, name: str, uses: Sequence[Factors]) -> str:
+        """Add one scored parameter that the candidates reached; ``"convolved"`` if it was so in every metric."""
         block = Block(
             uses=[use.by_row() for use in uses],
             shape=self._shapes[name],
@@ -129,15 +135,24 @@ class SketchSums:
             buffer=self._buffer,
         )
         target = self._target.get(name)
-        preconditioner = self._precondition(name, self._reference(name, target))
+        preconditioner = self._at(self._reference(name, target), name, block)
         hashes = self._hashes(name, block)
         first, target = name not in self._counted, None if target is None else target.to(block.dtype)
+        taken = set()
         for metric in self._metrics:
             side = _side_of(metric, preconditioner)
-            _add_block(self._batches[-1][metric], block, side, hashes)
+            taken.add(_add_block(self._batches[-1][metric], block, side, hashes, way=self._way))
             if target is not None and first:
                 _add_matrices(self._of_target[metric], _moved(target, block, side)[None], 0, hashes)
         self._counted.add(name)
+        return CONVOLVED if taken == {CONVOLVED} else MATERIALISED
+
+    def _at(self, reference: Tensor, name: str, block: Block) -> Preconditioner:
+        """``P``; an argument of its own, so that the reference is gone when gradients are multiplied out."""
+        preconditioner = self._precondition(name, reference)
+        if self._observe is not None:
+            self._observe(name, block, reference, preconditioner)
+        return preconditioner
 
     def _reference(self, name: str, target: Tensor | None) -> Tensor:
         """The target gradient, which the step is to match; its usual size where it has nothing of a parameter."""
@@ -185,8 +200,21 @@ def _side_of(metric: str, preconditioner: Preconditioner) -> Preconditioner:
     return Scalar(1.0) if metric == "euclidean" else root_of(preconditioner)
 
 
-def _add_block(sums: Tensor, block: Block, side: Preconditioner, hashes: Sequence[Hash]) -> None:
-    """Add the sketches of ``side`` applied to each gradient of the block: ``sums`` (copies, n, size)."""
+def _add_block(
+    sums: Tensor, block: Block, side: Preconditioner, hashes: Sequence[Hash], *, way: str | None = None
+) -> str:
+    """Add the sketches of ``side`` applied to each gradient of the block: ``sums`` (copies, n, size).
+
+    Args:
+        sums: added to.
+        block: the candidates' gradients.
+        side: a map of them.
+        hashes: one for each copy.
+        way: :data:`CONVOLVED`, where gradient and map allow it, or :data:`MATERIALISED`; None: the cheaper one.
+
+    Returns:
+        The way that was taken; one-hot factors count as multiplied out.
+    """
     if isinstance(side, Kronecker | RotatedDiagonal) and is_matrix(block):
         if isinstance(side, Kronecker):
             block, side = block.folded(side.left, side.right), Scalar(1.0)
@@ -197,13 +225,13 @@ def _add_block(sums: Tensor, block: Block, side: Preconditioner, hashes: Sequenc
             some = some_of(block, part)
             moved = side.apply(some.out(0, block.rows).view(-1, *block.shape))
             _add_matrices(sums[:, part], moved.reshape(-1, block.rows, block.columns).to(block.dtype), 0, hashes)
-        return
+        return MATERIALISED
     factor = side.factor
     if isinstance(factor, Tensor) and factor.ndim:
         factor = factor.to(block.dtype).reshape(block.rows, block.columns)
-    if isinstance(side, RankOne | Scalar) and is_matrix(block) and _convolving_is_cheaper(block, hashes[0].size):
+    if isinstance(side, RankOne | Scalar) and is_matrix(block) and _convolves(block, hashes[0].size, way):
         _add_outer(sums, block, side, hashes)
-        return
+        return CONVOLVED
     for use in block.uses:
         if use.indexed and not use.whole:
             _add_indexed(sums, use, block, factor, hashes)
@@ -214,6 +242,7 @@ def _add_block(sums: Tensor, block: Block, side: Preconditioner, hashes: Sequenc
             rows = block.out(start, stop)
             rows *= factor[start:stop] if isinstance(factor, Tensor) and factor.ndim else factor
             _add_matrices(sums, rows, start, hashes)
+    return MATERIALISED
 
 
 def _moved(target: Tensor, block: Block, side: Preconditioner) -> Tensor:
@@ -221,6 +250,11 @@ def _moved(target: Tensor, block: Block, side: Preconditioner) -> Tensor:
     if isinstance(side, RotatedDiagonal) and is_matrix(block):
         return side.values.to(target) * rotated(target, side.left, side.right)
     return side.apply(target).reshape(block.rows, block.columns)
+
+
+def _convolves(block: Block, size: int, way: str | None) -> bool:
+    """Whether both sides are to be sketched apart, where the map folds into them."""
+    return _convolving_is_cheaper(block, size) if way is None else way == CONVOLVED
 
 
 def _convolving_is_cheaper(block: Block, size: int) -> bool:

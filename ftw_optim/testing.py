@@ -1,21 +1,34 @@
-"""The oracle of the layer rules, for authors of layers: what is captured against autograd, one candidate at a time."""
+"""The oracle of the layer rules, for authors of layers, and what a step does inside, for those who measure it.
+
+:func:`check_layer` compares what is captured with autograd's, one candidate at a time. :func:`products_of` forms one
+parameter's Gram matrix as a step does, and :func:`recorded` notes what a step forms its own from.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ftw_optim._blocks import Block
+from ftw_optim._blocks import Buffer as Buffer
 from ftw_optim._capture import Capture
-from ftw_optim._factors import weighted_sum
+from ftw_optim._factors import Factors, weighted_sum
+from ftw_optim._gram import DEFAULT_MEMORY_LIMIT, GramSums
 from ftw_optim._layers.coverage import Coverage, coverage
+from ftw_optim._optimizer import SelectiveOptimizer
 from ftw_optim._plan import plan
+from ftw_optim._preconditioners.maps import Preconditioner
+from ftw_optim._products import METRICS, on_host
+from ftw_optim._sketch import Sketch, SketchSums
 
-__all__ = ["check_layer"]
+__all__ = ["Buffer", "FormedProducts", "RecordedShare", "check_layer", "products_of", "recorded"]
 
 
 def check_layer(
@@ -99,6 +112,157 @@ def check_layer(
                     "most."
                 )
     return table
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FormedProducts:
+    """Inner products of the candidates' gradients of one parameter, on the CPU; made by :func:`products_of`.
+
+    Attributes:
+        gram: shape (n, n).
+        cross_gram: shape (n,), with the target gradient.
+        target_energy: of the target gradient with itself.
+        error: standard error of each over the norms it is of; zero where they are exact.
+        way: that was taken: ``"materialised"`` (gradients multiplied out), ``"tokens"`` (over pairs of positions) or,
+            in a sketch, ``"convolved"`` (both sides of the outer products apart).
+    """
+
+    gram: Tensor
+    cross_gram: Tensor
+    target_energy: float
+    error: float
+    way: str
+
+
+def products_of(
+    factors: Factors | Sequence[Factors],
+    target: Tensor,
+    preconditioner: Preconditioner,
+    *,
+    metric: str = "preconditioned",
+    gram: str | Sketch = "exact",
+    way: str | None = None,
+    memory_limit: int | None = None,
+    seed: int = 0,
+    buffer: Buffer | None = None,
+) -> FormedProducts:
+    """The Gram matrix of one parameter, formed as a step forms it.
+
+    Args:
+        factors: of the candidates' gradients; several where the parameter is used several times.
+        target: the parameter's target gradient, of its shape.
+        preconditioner: ``P``.
+        metric: as that of :class:`SelectiveOptimizer`.
+        gram: ``"exact"``, or a :class:`Sketch`.
+        way: ``"materialised"``, or ``"tokens"`` (``"convolved"`` in a sketch), which is taken where a map as simple as
+            a scalar or :class:`RankOne` meets dense factors of a matrix; None: the one that should cost less.
+        memory_limit: bytes of multiplied-out gradients that may exist at a time; None: 256 MiB.
+        seed: of the sketch.
+        buffer: memory for those gradients that outlives the call, as it outlives a step; None: fresh memory.
+
+    Raises:
+        ValueError: the metric, the Gram matrix or the way is none of those above.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}.")
+    if gram != "exact" and not isinstance(gram, Sketch):
+        raise ValueError(f'gram must be "exact" or a Sketch, got {gram!r}.')
+    uses = [factors] if isinstance(factors, Factors) else list(factors)
+    everyone, of = torch.ones(uses[0].count, dtype=torch.bool), {"parameter": target}
+    what: dict[str, Any] = {
+        "shapes": {"parameter": target.shape},
+        "metrics": [metric],
+        "dtype": torch.promote_types(torch.float32, target.dtype),
+        "device": target.device,
+        "scale": 1.0,
+        "memory_limit": DEFAULT_MEMORY_LIMIT if memory_limit is None else memory_limit,
+        "buffer": Buffer() if buffer is None else buffer,
+        "way": way,
+    }
+
+    def precondition(name: str, reference: Tensor) -> Preconditioner:
+        return preconditioner
+
+    sums: GramSums | SketchSums
+    if isinstance(gram, Sketch):
+        sums = SketchSums(everyone, of, precondition, sketch=gram, seed=seed, **what)
+    else:
+        sums = GramSums(everyone, of, precondition, **what)
+    taken = sums.add("parameter", uses)
+    found = on_host(sums.products())[0][metric]
+    return FormedProducts(
+        gram=found.gram,
+        cross_gram=found.cross_gram,
+        target_energy=float(found.target_energy),
+        error=float(found.error),
+        way=taken,
+    )
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RecordedShare:
+    """What one parameter's share of a Gram matrix was formed from; made by :func:`recorded`.
+
+    Candidate ``i`` has the gradient ``factors[0].g_i / scale + factors[1].g_i / scale + ...``, and the share is
+    ``<g_i, P g_j>``.
+
+    Attributes:
+        name: of the parameter.
+        factors: with one row of positions for each candidate.
+        shape: of the parameter.
+        scale: what the factors were multiplied by.
+        reference: the gradient that ``P`` was taken at.
+        preconditioner: ``P``; it may share memory with the inner optimizer's state, so read it before the next step.
+    """
+
+    name: str
+    factors: tuple[Factors, ...]
+    shape: torch.Size
+    scale: float
+    reference: Tensor
+    preconditioner: Preconditioner
+
+
+@contextmanager
+def recorded(optimizer: SelectiveOptimizer) -> Iterator[list[RecordedShare]]:
+    """A list that grows, while it is entered, by each parameter that a backward adds to its Gram matrix.
+
+    The matrix of a backward is the sum of their shares. With a :class:`Sketch` each micro-batch has its own; a backward
+    that begins anew, without candidates that turned out not to be finite, adds all of them anew. The list keeps the
+    factors alive, also where a step would drop them.
+
+    Args:
+        optimizer: not changed; neither copies nor pickles of it record.
+
+    Raises:
+        TypeError: it is no :class:`SelectiveOptimizer` but something around one.
+        RuntimeError: it is being recorded already.
+    """
+    if not isinstance(optimizer, SelectiveOptimizer):
+        raise TypeError(f"Expected a SelectiveOptimizer, got {type(optimizer).__name__}. Give the one inside of it.")
+    if optimizer._observe is not None:
+        raise RuntimeError("Expected an optimizer that is not being recorded; leave the first recorded() before.")
+    shares: list[RecordedShare] = []
+
+    def observe(name: str, block: Block, reference: Tensor, preconditioner: Preconditioner) -> None:
+        shares.append(
+            RecordedShare(
+                name=name,
+                factors=tuple(block.uses),
+                shape=block.shape,
+                scale=block.scale,
+                reference=reference.clone(),
+                preconditioner=preconditioner,
+            )
+        )
+
+    optimizer._observe = observe
+    try:
+        yield shares
+    finally:
+        del optimizer._observe
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,13 +14,12 @@ from torch.optim import Optimizer
 from ftw_optim import (
     GreedyFilter,
     KeepAll,
-    Preconditioner,
     SelectiveOptimizer,
     UniformWeights,
     last_blocks,
     preconditioner_of,
 )
-from ftw_optim._preconditioners.lookup import Preconditioners
+from ftw_optim.testing import recorded
 from tests.models import CASES, Case, precision
 from tests.oracles import candidate_gradients, explicit_matching, mean_gradient
 
@@ -42,22 +40,6 @@ def build(name: str, dtype: torch.dtype, inner: str, **options: Any) -> tuple[Ca
     return case, SelectiveOptimizer(OPTIMIZERS[inner](trained), case.model, case.target_losses, **options)
 
 
-@contextmanager
-def references() -> Iterator[dict[Tensor, Tensor]]:
-    """The gradient at which the preconditioner of each parameter is taken, while the block runs."""
-    seen: dict[Tensor, Tensor] = {}
-    ask = Preconditioners.__call__
-
-    def spy(self: Preconditioners, param: Tensor, group: dict[str, Any], reference: Tensor | None) -> Preconditioner:
-        assert reference is not None
-        seen[param] = reference.clone()
-        return ask(self, param, group, reference)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Preconditioners, "__call__", spy)
-        yield seen
-
-
 def check_against_oracle(case: Case, optimizer: SelectiveOptimizer, dtype: torch.dtype) -> None:
     """One backward, with its Gram matrix, cross-Gram and applied gradient compared to the oracle's.
 
@@ -74,8 +56,9 @@ def check_against_oracle(case: Case, optimizer: SelectiveOptimizer, dtype: torch
     # Some gradients are zero but for rounding, such as that of an attention key's bias.
     floor = 1e-3 * max(float(gradient.norm()) for gradient in mean.values())
     optimizer.zero_grad()
-    with references() as seen:
+    with recorded(optimizer) as shares:
         optimizer.backward(case.losses)
+    references = {share.name: share.reference for share in shares}
     selection = optimizer.selection
     assert selection is not None
     assert not selection.skipped
@@ -83,8 +66,8 @@ def check_against_oracle(case: Case, optimizer: SelectiveOptimizer, dtype: torch
     maps = {}
     for name, parameter in scored.items():
         size = torch.stack([gradient[name] for gradient in gradients]).square().mean(0).sum().sqrt()
-        assert (seen[parameter] - mean[name]).norm() <= atol * (size + floor), name
-        maps[name] = preconditioner_of(optimizer, parameter, seen[parameter])
+        assert (references[name] - mean[name]).norm() <= atol * (size + floor), name
+        maps[name] = preconditioner_of(optimizer, parameter, references[name])
     gram, cross, energy = explicit_matching(gradients, target, maps, optimizer.metric)
     size = gram.diagonal().sqrt()
     torch.testing.assert_close(

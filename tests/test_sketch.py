@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ftw_optim import GreedyFilter, Kronecker, Preconditioner, Scalar, SelectiveOptimizer, Sketch, _sketch
+from ftw_optim import GreedyFilter, Kronecker, Preconditioner, Scalar, SelectiveOptimizer, Sketch
 from ftw_optim._blocks import Buffer
 from ftw_optim._factors import Factors
 from ftw_optim._gram import GramSums
 from ftw_optim._products import METRICS, on_host
 from ftw_optim._sketch import SketchSums
+from ftw_optim.testing import products_of
 from tests.models import Case, SmallGPT, language_model, mlp, seeded, transformers_model
 from tests.oracles import candidate_gradients
 from tests.test_factors import random_factors
@@ -38,6 +39,7 @@ def summed(
     scale: float = 1.0,
     metrics: tuple[str, ...] = METRICS,
     exact: bool = False,
+    way: str | None = None,
 ) -> Any:
     count = uses[0].count
     target = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -62,8 +64,10 @@ def summed(
             buffer=Buffer(),
             sketch=Sketch(dim=dim),
             seed=seed,
+            way=way,
         )
-    sums.add("weight", uses)
+    taken = sums.add("weight", uses)
+    assert way in (None, taken)
     return sums
 
 
@@ -121,15 +125,12 @@ def test_the_error_is_that_of_random_signs(dim: int) -> None:
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", ["scalar", "rank one", "kronecker", "kronecker, right alone"])
 @pytest.mark.parametrize("memory_limit", [2**20, 1])
-def test_a_convolution_of_both_sides_is_the_sketch_of_the_product(
-    name: str, metric: str, memory_limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_convolution_of_both_sides_is_the_sketch_of_the_product(name: str, metric: str, memory_limit: int) -> None:
     preconditioner = MAPS[name](torch.Generator().manual_seed(0))
     found = []
-    for convolved in (True, False):
-        monkeypatch.setattr(_sketch, "_convolving_is_cheaper", lambda block, size: convolved)  # noqa: B023
+    for way in ("convolved", "materialised"):
         for uses in (USES["dense"], USES["two uses"]):
-            sums = summed(uses, preconditioner, metrics=(metric,), memory_limit=memory_limit, scale=1024.0)
+            sums = summed(uses, preconditioner, metrics=(metric,), memory_limit=memory_limit, scale=1024.0, way=way)
             found.append(flat(on_host(sums.products())[0][metric]))
     torch.testing.assert_close(found[:2], found[2:])
 
@@ -146,13 +147,11 @@ def test_the_memory_limit_changes_nothing(limit: int, kind: str, name: str) -> N
         torch.testing.assert_close(flat(one[metric]), flat(other[metric]), rtol=1e-9, atol=1e-12)
 
 
-def test_wide_layers_are_convolved_and_narrow_ones_multiplied_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(_sketch, "_add_outer", lambda *given: seen.append(given))
-    for rows, t in ((8, 64), (2048, 1)):
-        uses = [random_factors("dense", grid=(2, t), rows=rows, columns=rows, seed=0)]
-        summed(uses, Scalar(1.0), shape=(rows, rows), metrics=("euclidean",), dim=32)
-        assert len(seen) == (rows == 2048)
+@pytest.mark.parametrize(("rows", "t", "way"), [(8, 64, "materialised"), (2048, 1, "convolved")])
+def test_wide_layers_are_convolved_and_narrow_ones_multiplied_out(rows: int, t: int, way: str) -> None:
+    factors = random_factors("dense", grid=(2, t), rows=rows, columns=rows, seed=0)
+    found = products_of(factors, torch.zeros(rows, rows), Scalar(1.0), metric="euclidean", gram=Sketch(dim=32))
+    assert found.way == way
 
 
 def test_axes_between_the_first_and_the_last_are_mapped_too() -> None:
