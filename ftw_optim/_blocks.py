@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ftw_optim._clock import profiled
 from ftw_optim._factors import Factors, materialise, weighted_sum
 
 
@@ -95,16 +96,17 @@ class Block:
             stop: behind the last row.
             beside: these rows of one gradient more, ``(stop - start, columns)``, which becomes the last.
         """
-        first, size = self.uses[0], (stop - start) * self.columns
-        memory = self.buffer.of((self.count + 1) * size, self.dtype, first.left.device)
-        block = materialise(self.uses, start, stop, out=memory)
-        if self.scale != 1.0:
-            block.div_(self.scale)
-        if beside is None:
-            return block
-        whole = memory[: (self.count + 1) * size].view(-1, stop - start, self.columns)
-        whole[-1].copy_(beside)
-        return whole
+        with profiled("materialise"):
+            first, size = self.uses[0], (stop - start) * self.columns
+            memory = self.buffer.of((self.count + 1) * size, self.dtype, first.left.device)
+            block = materialise(self.uses, start, stop, out=memory)
+            if self.scale != 1.0:
+                block.div_(self.scale)
+            if beside is None:
+                return block
+            whole = memory[: (self.count + 1) * size].view(-1, stop - start, self.columns)
+            whole[-1].copy_(beside)
+            return whole
 
     def mean(self, weights: Tensor) -> Tensor:
         """``sum_i weights[i] g_i``, shaped like the parameter, without forming any ``g_i``."""

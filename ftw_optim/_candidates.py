@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ftw_optim._capture import Capture
 from ftw_optim._checks import SelfChecks
+from ftw_optim._clock import profiled
 from ftw_optim._closures import checked_losses
 from ftw_optim._factors import Factors
 from ftw_optim._micro_batches import Footprint, joined, largest
@@ -111,7 +112,7 @@ class Pass:
                     if self._several_ids and ids is None:
                         raise self._other_ids(f"at least {len(batches) + 1}")
                 losses = checked_losses(value, capture.count)
-                with full_precision(losses):
+                with full_precision(losses), profiled("backward"):
                     found, footprints = self._differentiated(capture, losses, taker)
             capture.pause()
             batches.append(

@@ -9,6 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ftw_optim._clock import profiled
+
 METRICS = ("preconditioned", "update", "euclidean")
 
 
@@ -41,8 +43,9 @@ class Products:
 
     def add(self, left: Tensor, right: Tensor, target: Tensor | None) -> None:
         """Add those of the candidates' rows ``left`` (n, d) with ``right`` (n, d), and of ``left`` with ``target``."""
-        self.gram += inner(left, right).to(self.gram)
-        self.add_cross(left, target)
+        with profiled("products"):
+            self.gram += inner(left, right).to(self.gram)
+            self.add_cross(left, target)
 
     def add_square(self, rows: Tensor, n: int) -> None:
         """Add those of the candidates' rows with each other, and with that of the target if it is behind them.
@@ -51,10 +54,11 @@ class Products:
             rows: shape ``(n, d)`` or ``(n + 1, d)``.
             n: candidates.
         """
-        both = inner(rows, rows).to(self.gram)
-        self.gram += both[:n, :n]
-        if len(rows) > n:
-            self.cross_gram += both[:n, n]
+        with profiled("products"):
+            both = inner(rows, rows).to(self.gram)
+            self.gram += both[:n, :n]
+            if len(rows) > n:
+                self.cross_gram += both[:n, n]
 
     def add_cross(self, rows: Tensor, target: Tensor | None) -> None:
         """Add those of the candidates' ``rows`` (n, d) with ``target`` (d,), if there is one."""

@@ -7,15 +7,14 @@ import time
 import pytest
 import torch
 
-from ftw_optim import SelectiveOptimizer, _clock
+from ftw_optim import SelectiveOptimizer
 from ftw_optim._clock import Clock
 from tests.models import mlp
 
 
-def test_a_phase_inside_of_another_does_not_count_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_phase_inside_of_another_does_not_count_for_that() -> None:
     now = iter([0.0, 1.0, 3.0, 10.0, 20.0, 21.0])
-    monkeypatch.setattr(_clock.time, "perf_counter", lambda: next(now))
-    clock = Clock()
+    clock = Clock(now=lambda: next(now))
     with clock.phase("outer"), clock.phase("inner"):
         pass
     with pytest.raises(LookupError), clock.phase("inner"):
@@ -46,3 +45,29 @@ def test_the_phases_of_a_step_make_up_most_of_it(update: str) -> None:
     assert update != "rerun" or found["combine"] >= 20.0
     assert all(value >= 0.0 for value in found.values())
     assert sum(found.values()) <= whole
+
+
+@pytest.mark.parametrize("update", ["factors", "graph", "rerun"])
+def test_a_profiler_sees_the_phases_and_what_is_inside_of_them(update: str) -> None:
+    case = mlp(torch.float64, 8)
+    optimizer = SelectiveOptimizer(
+        torch.optim.AdamW(case.model.parameters()), case.model, case.target_losses, update=update
+    )
+    optimizer.step(case.losses)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step(case.losses)
+    ranges: dict[str, list[tuple[float, float]]] = {}
+    for event in profile.events():
+        ranges.setdefault(event.name, []).append((event.time_range.start, event.time_range.end))
+    for inside, outside in {
+        "backward": "candidates",
+        "gram": "backward" if update == "rerun" else "",
+        "materialise": "gram",
+        "products": "gram",
+        "target": "",
+        "solve": "",
+        "combine": "",
+    }.items():
+        for start, end in ranges[f"ftw_optim/{inside}"]:
+            around = ranges[f"ftw_optim/{outside}"] if outside else [(start, end)]
+            assert any(one <= start and end <= other for one, other in around), inside
