@@ -21,8 +21,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer
-from tests.models import mlp
-from tests.optimizers import INNER, MAXIMIZING, MUONS, PROBED, movement
+from tests.support.models import mlp
+from tests.support.optimizers import INNER, MAXIMIZING, MUONS, PROBED, movement
 
 
 def ratios(name: str, steps: int) -> list[float]:

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ftw_optim._blocks import Block
-from ftw_optim._blocks import Buffer as Buffer
-from ftw_optim._capture import Capture
-from ftw_optim._factors import Factors, weighted_sum
-from ftw_optim._gram import DEFAULT_MEMORY_LIMIT, GramSums
-from ftw_optim._layers.coverage import Coverage, coverage
-from ftw_optim._optimizer import SelectiveOptimizer
-from ftw_optim._plan import plan
+from ftw_optim._capture.capture import Capture
+from ftw_optim._capture.coverage import Coverage, coverage
+from ftw_optim._capture.plan import plan
+from ftw_optim._factors.factors import Factors, weighted_sum
+from ftw_optim._gram.blocks import Block
+from ftw_optim._gram.blocks import Buffer as Buffer
+from ftw_optim._gram.exact import DEFAULT_MEMORY_LIMIT, GramSums
+from ftw_optim._gram.inner_products import METRICS, on_host
+from ftw_optim._gram.sketch import Sketch, SketchSums
 from ftw_optim._preconditioners.maps import Preconditioner
-from ftw_optim._products import METRICS, on_host
-from ftw_optim._sketch import Sketch, SketchSums
+from ftw_optim._step.optimizer import SelectiveOptimizer
 
 __all__ = ["Buffer", "FormedProducts", "RecordedShare", "check_layer", "products_of", "recorded"]
 

@@ -1,4 +1,9 @@
-"""Layer rules: how the gradient of one kind of layer factorizes, one registered function for each kind."""
+"""Layer rules: how the gradient of one kind of layer factorizes, one registered function for each kind.
+
+A rule takes a layer's inputs and output gradients and returns :class:`~ftw_optim.Factors`; ``registry.py`` finds the
+rule of a module. May import ``_factors`` alone. To add a kind of layer, add a file beside ``linear.py`` and name it
+below.
+"""
 
 from ftw_optim._layers import attention as attention
 from ftw_optim._layers import convolution as convolution

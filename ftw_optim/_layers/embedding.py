@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftw_optim._factors import Factors, PositionMap
+from ftw_optim._factors.factors import Factors, PositionMap
 from ftw_optim._layers.registry import (
     PROBE_ERRORS,
     LayerRule,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ftw_optim._factors import Factors
+from ftw_optim._factors.factors import Factors
 from ftw_optim._layers.registry import by_position, register_layer
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ftw_optim._factors import Factors
+from ftw_optim._factors.factors import Factors
 from ftw_optim._layers.registry import (
     PROBE_ERRORS,
     LayerRule,

@@ -11,8 +11,8 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor, nn
 
-from ftw_optim._factors import Factors
-from ftw_optim._randomness import RandomState
+from ftw_optim._factors.factors import Factors
+from ftw_optim._layers.randomness import RandomState
 
 LayerFunction = Callable[[nn.Module, tuple[Any, ...], Any], Mapping[str, Factors | Tensor]]
 Function = TypeVar("Function", bound=LayerFunction)

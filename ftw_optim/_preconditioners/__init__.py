@@ -1,10 +1,8 @@
-"""Preconditioners: the positive map ``P`` of the inner optimizer's next update, read from its state."""
+"""Preconditioners: the positive map ``P`` of the inner optimizer's next update, read from its live state.
 
-from ftw_optim._preconditioners import accumulators as accumulators
-from ftw_optim._preconditioners import adafactor as adafactor
-from ftw_optim._preconditioners import adam as adam
-from ftw_optim._preconditioners import low_bit as low_bit
-from ftw_optim._preconditioners import matrices as matrices
-from ftw_optim._preconditioners import norms as norms
-from ftw_optim._preconditioners import sgd as sgd
-from ftw_optim._preconditioners import signs as signs
+``maps.py`` holds the forms of ``P``, ``lookup.py`` finds that of a parameter: by a rule of ``rules/``, or by
+``probing/``. May import nothing above it. To add an optimizer, add a rule; to add a form of ``P``, add a class to
+``maps.py``.
+"""
+
+from ftw_optim._preconditioners import rules as rules

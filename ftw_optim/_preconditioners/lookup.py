@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, final
 from weakref import WeakKeyDictionary
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ftw_optim._preconditioners.adam import adam
 from ftw_optim._preconditioners.maps import Preconditioner, Scalar
-from ftw_optim._preconditioners.probe import (
+from ftw_optim._preconditioners.probing.probe import (
     NotElementwise,
     agrees_with_trial,
     check_separable,
@@ -22,41 +20,8 @@ from ftw_optim._preconditioners.probe import (
     follows_signs,
     probed,
 )
-from ftw_optim._preconditioners.registry import ACCELERATED, dotted, registered_rule
-from ftw_optim._wrapper import OptimizerWrapper
-
-
-def preconditioner_of(optimizer: Optimizer, param: Tensor, reference: Tensor | None = None) -> Preconditioner:
-    """The map ``P`` of the optimizer's coming step on one parameter: ``update = update_at_zero - P gradient``.
-
-    Args:
-        optimizer: a supported optimizer, or a :class:`SelectiveOptimizer` around one.
-        param: one of its parameters.
-        reference: the gradient the step is expected to see, shaped like ``param``; it enters the second moment as the
-            step would let it, with entries below 0.03 of the root mean square of its non-zero ones raised to that, so
-            that no entry without history outweighs all others. None: the step at zero gradient.
-
-    Returns:
-        ``P``; call ``.apply(gradient)``.
-
-    Raises:
-        NotImplementedError: the optimizer has no rule and its update is not element-wise.
-        ValueError: ``param`` is not one of the optimizer's, or ``reference`` has another shape.
-    """
-    inner = optimizer
-    while isinstance(inner, OptimizerWrapper) or dotted(type(inner)) == ACCELERATED:
-        inner = inner.optimizer  # type: ignore[attr-defined]
-        optimizer = inner if isinstance(inner, OptimizerWrapper) else optimizer
-    if reference is not None and reference.shape != param.shape:
-        raise ValueError(f"Expected a reference of shape {tuple(param.shape)}, got {tuple(reference.shape)}.")
-    for group, other in _parameters(inner):
-        if other is param:
-            unknown_as_identity = getattr(optimizer, "metric", None) == "euclidean"
-            return Preconditioners(inner, unknown_as_identity=unknown_as_identity)(param, group, reference)
-    raise ValueError(
-        f"The parameter of shape {tuple(param.shape)} is in none of the optimizer's groups; expected one of its own."
-    )
-
+from ftw_optim._preconditioners.registry import dotted, registered_rule
+from ftw_optim._preconditioners.rules.adam import adam
 
 LOOK_EVERY = 16
 """Steps between two looks at an optimizer that no rule knows."""
@@ -108,7 +73,7 @@ class Preconditioners:
         self._learning_rate_is_zero = learning_rate_is_zero(optimizer)
 
     def __call__(self, param: Tensor, group: dict[str, Any], reference: Tensor | None) -> Preconditioner:
-        """``P`` of one parameter of a group, as :func:`preconditioner_of` gives it."""
+        """``P`` of one parameter of a group, as :func:`ftw_optim.preconditioner_of` gives it."""
         if param.is_complex():
             raise NotImplementedError(
                 "Expected real parameters, got a complex one. Hold its real and imaginary parts (torch.view_as_real)."
@@ -197,9 +162,3 @@ class Preconditioners:
             ) from error
         self._warn(f"{unknown} Its learning rate times the identity takes its place.")
         return Scalar(float(group.get("lr") or 1.0))
-
-
-def _parameters(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            yield group, param

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
-from ftw_optim._matching import Selection
-from ftw_optim._optimizer import SelectiveOptimizer
-from ftw_optim._target import TargetGradient
-from ftw_optim.integrations._metrics import PREFIX, numbers_of
-from ftw_optim.integrations._rows import has_rows, rows_of
-from ftw_optim.integrations._targets import CycledBatches
+from ftw_optim._matching.problem import Selection
+from ftw_optim._step.optimizer import SelectiveOptimizer
+from ftw_optim._step.target import TargetGradient
+from ftw_optim.integrations._trainers.metrics import PREFIX, numbers_of
+from ftw_optim.integrations._trainers.rows import has_rows, rows_of
+from ftw_optim.integrations._trainers.targets import CycledBatches
 
 POOLS = ("window", "batch")
 _OF_TARGET = ("refresh_every", "decay")

@@ -21,16 +21,16 @@ from accelerate.utils.memory import clear_device_cache  # type: ignore[import-un
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ftw_optim._losses import position_losses, shifted_labels
-from ftw_optim._optimizer import SelectiveOptimizer
-from ftw_optim._randomness import own_randomness
-from ftw_optim._target import TargetGradient
-from ftw_optim.integrations._columns import WithColumns
-from ftw_optim.integrations._metrics import Metrics
-from ftw_optim.integrations._realised import RealisedDecrease
-from ftw_optim.integrations._refusals import checked_options, refuse, refuse_settings
-from ftw_optim.integrations._targets import TargetBatches
-from ftw_optim.integrations._window import COLUMNS, MicroBatch, Recorder, Window
+from ftw_optim._layers.randomness import own_randomness
+from ftw_optim._step.losses import position_losses, shifted_labels
+from ftw_optim._step.optimizer import SelectiveOptimizer
+from ftw_optim._step.target import TargetGradient
+from ftw_optim.integrations._trainers.columns import WithColumns
+from ftw_optim.integrations._trainers.metrics import Metrics
+from ftw_optim.integrations._trainers.realised import RealisedDecrease
+from ftw_optim.integrations._trainers.refusals import checked_options, refuse, refuse_settings
+from ftw_optim.integrations._trainers.targets import TargetBatches
+from ftw_optim.integrations._trainers.window import COLUMNS, MicroBatch, Recorder, Window
 
 if TYPE_CHECKING:
     _Base = Trainer

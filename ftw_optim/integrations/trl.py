@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ftw_optim._losses import position_losses, shifted_labels
+from ftw_optim._step.losses import position_losses, shifted_labels
 from ftw_optim.integrations.transformers import SelectiveTrainerMixin
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import final
 
-from ftw_optim._log_store import Row
 from ftw_optim.selection_log import LoggedRun
+from ftw_optim.selection_log._store import Row
 
 MOST_BINS = 120
 SOURCES_SHOWN = 8

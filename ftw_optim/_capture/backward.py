@@ -1,0 +1,197 @@
+"""The graph below some losses, and backward passes over it to the outputs of layers.
+
+``torch.autograd.grad`` to gradient edges forms no weight gradient and stops at the first captured layer. Reentrant
+checkpointing refuses it, and runs its layers a second time inside the backward pass: there a plain ``backward`` with
+``.grad`` set aside serves, and hooks on the nodes of the graph take the gradients as they pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils.hooks import RemovableHandle
+
+from ftw_optim._capture.layer_use import Returned, Use
+
+REENTRANT = "CheckpointFunctionBackward"
+"""The node of the graph that a reentrant checkpoint leaves."""
+
+_CAST = "ToCopyBackward0"
+
+
+def node_number() -> int:
+    """The number that autograd will give the next node."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
+@final
+class Graph:
+    """The nodes below some losses, looked through once: milliseconds for thousands of them."""
+
+    def __init__(self, losses: Tensor) -> None:
+        self.reentrant = False
+        self.leaves: list[Tensor] = []
+        """The tensors that a plain backward would give a ``.grad``, outside of reentrant checkpoints."""
+        self._above: dict[Node, list[Node]] = {}
+        self._readers: dict[int, list[Node]] = {}
+        seen: set[Node] = set()
+        waiting = [] if losses.grad_fn is None else [losses.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            self.reentrant |= type(node).__name__ == REENTRANT
+            for below, _ in node.next_functions:
+                if below is None:
+                    continue
+                leaf = getattr(below, "variable", None)  # of the nodes that accumulate into a leaf
+                if leaf is None:
+                    self._above.setdefault(below, []).append(node)
+                    waiting.append(below)
+                elif id(leaf) in self._readers:
+                    self._readers[id(leaf)].append(node)
+                else:
+                    self._readers[id(leaf)] = [node]
+                    self.leaves.append(leaf)
+
+    def above(self, nodes: set[Node]) -> set[Node]:
+        """All nodes that lead to any of these."""
+        found: set[Node] = set()
+        waiting = list(nodes)
+        while waiting:
+            for node in self._above.get(waiting.pop(), []):
+                if node not in found:
+                    found.add(node)
+                    waiting.append(node)
+        return found
+
+    def used_outside(self, parameter: Tensor, uses: Sequence[Use]) -> bool:
+        """Whether the losses depend on the parameter in any way but through what these calls returned."""
+        waiting = []
+        for node in self._readers.get(id(parameter), []):
+            # Autocast keeps the casts of a whole region: what reads the parameter is what reads its cast.
+            for reader in self._above[node] if type(node).__name__ == _CAST else [node]:
+                use = _made_in(reader, uses)
+                if use is None:
+                    return True
+                waiting.append((reader, use))
+        seen: set[Node] = set()
+        while waiting:
+            node, use = waiting.pop()
+            if node in seen or any(node is one.edge.node for one in use.returned):
+                continue
+            seen.add(node)
+            for above in self._above.get(node, []):
+                if _made_in(above, [use]) is None:
+                    return True
+                waiting.append((above, use))
+        return False
+
+
+def _made_in(node: Node, uses: Sequence[Use]) -> Use | None:
+    """The call in which autograd made a node."""
+    number = node._sequence_nr()
+    return next((use for use in uses if use.span[0] <= number < use.span[1]), None)
+
+
+def by_edges(total: Tensor, uses: Sequence[Use], *, keep_graph: bool) -> None:
+    """Fill in the output gradients of all ``uses``."""
+    returned = [one for use in uses for one in use.returned]
+    wanted: list[Any] = [one.edge for one in returned]
+    if not wanted:
+        return
+    gradients = torch.autograd.grad(total, wanted, allow_unused=True, retain_graph=keep_graph)
+    for one, gradient in zip(returned, gradients, strict=True):
+        one.gradient = None if gradient is None else gradient.reshape(one.shape)
+
+
+def as_they_come(total: Tensor, graph: Graph, uses: Sequence[Use], arrived: Callable[[Use], None]) -> None:
+    """Fill in the output gradients of all ``uses``, and hand over each use as soon as it has all of them.
+
+    Nothing is kept by the pass itself but the gradients of outputs with no other layer below.
+    """
+    above = graph.above({one.edge.node for use in uses for one in use.returned})
+    last = [one for use in uses for one in use.returned if one.edge.node not in above]
+    done: set[int] = set()
+
+    def look(use: Use) -> None:
+        if id(use) not in done and all(one.gradient is not None for one in use.returned):
+            done.add(id(use))
+            arrived(use)
+
+    handles = [
+        take_from_node(one, then=partial(look, use)) for use in uses for one in use.returned if one.edge.node in above
+    ]
+    try:
+        wanted: list[Any] = [one.edge for one in last]
+        gradients = torch.autograd.grad(total, wanted, allow_unused=True) if wanted else ()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for one, gradient in zip(last, gradients, strict=True):
+        one.gradient = None if gradient is None else gradient.reshape(one.shape)
+    for use in uses:
+        if id(use) not in done and use.reached:
+            arrived(use)
+
+
+def take_from_node(one: Returned, then: Callable[[], None] | None = None) -> RemovableHandle:
+    """Let the graph's node note the gradient of a layer's output when a backward pass comes by, and ``then`` go on."""
+
+    def note(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[one.edge.output_nr]
+        one.gradient = None if gradient is None else gradient.detach().reshape(one.shape)
+        if then is not None:
+            then()
+
+    return one.edge.node.register_prehook(note)
+
+
+def parameter_gradients(
+    total: Tensor, parameters: Mapping[str, Tensor], graph: Graph, model: nn.Module, *, keep_graph: bool = False
+) -> dict[str, Tensor]:
+    """Autograd's gradients of ``total`` by the parameters it reaches; every ``.grad`` is as before.
+
+    Args:
+        total: a scalar.
+        parameters: by name.
+        graph: that below ``total``; a plain backward is the only one that reentrant checkpointing takes.
+        model: whose other parameters such a backward would give a gradient too.
+        keep_graph: leave the graph for another pass.
+    """
+    found: tuple[Tensor | None, ...]
+    if not graph.reentrant:
+        found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, retain_graph=keep_graph)
+    else:
+        with gradients_set_aside([*graph.leaves, *model.parameters(), *parameters.values()]):
+            total.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
+            found = tuple(parameter.grad for parameter in parameters.values())
+    pairs = zip(parameters, found, strict=True)
+    return {name: gradient for name, gradient in pairs if gradient is not None}
+
+
+@contextmanager
+def gradients_set_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Every ``.grad`` is None when the block starts, and as before when it ends, whatever happens."""
+    held = [(tensor, tensor.grad) for tensor in tensors]
+    try:
+        for tensor, _ in held:
+            tensor.grad = None
+        yield
+    finally:
+        for tensor, gradient in held:
+            tensor.grad = gradient
+
+
+def finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether every entry of all tensors is finite: a bool scalar on their device, in one kernel for many of them."""
+    return torch.nn.utils.get_total_norm(tensors, norm_type=math.inf).isfinite()

@@ -1,0 +1,222 @@
+"""One call of a captured layer, from the hook that saw it to the factors of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ftw_optim._capture.layouts import TIME_FIRST, Grid, Layout
+from ftw_optim._capture.owners import Owner
+from ftw_optim._capture.replay.axes import SHARED, Axis, candidate_axes
+from ftw_optim._capture.replay.calls import Call
+from ftw_optim._layers.registry import LayerRule
+
+
+@final
+@dataclass(kw_only=True, eq=False)
+class Returned:
+    """One tensor that a layer returned: where its gradient is found, and the gradient once it is."""
+
+    index: int
+    shape: torch.Size
+    value: Tensor | None
+    """Kept where it will be compared: a layer's output is memory that a bare run does not hold."""
+    version: int | None
+    edge: GradientEdge
+    axis: Axis | None = None
+    gradient: Tensor | None = None
+
+    @property
+    def changed(self) -> bool:
+        """Whether a value that was kept has been changed in place."""
+        return self.value is not None and version_of(self.value) != self.version
+
+
+@final
+@dataclass(kw_only=True, eq=False)
+class Use:
+    """One call of a captured layer."""
+
+    owner: Owner
+    call: Call
+    layout: Layout
+    versions: tuple[int | None, ...]
+    returned: list[Returned]
+    """The tensors with a graph, in order."""
+    several: int | None
+    """How many tensors the layer returned in a structure; None if it returned a tensor."""
+    computed_in: torch.dtype
+    expands: bool
+    """One row for all candidates was made one for each."""
+
+    span: tuple[int, int] = (0, 0)
+    """The numbers of the nodes that autograd made during the call, from the first to behind the last."""
+    in_place: bool = False
+    """The module changed an input in place."""
+    chooses: bool
+    """It returned indices too, as a router does: of equal values another may come first in another batch."""
+    shared: bool
+    """Some of the returned tensors shared memory, which they no longer do."""
+
+    released: bool = False
+    """Its tensors are no longer kept."""
+
+    @property
+    def reached(self) -> bool:
+        """Whether a gradient arrived."""
+        return self.released or any(one.gradient is not None for one in self.returned)
+
+    def release(self) -> None:
+        """Let go of inputs, outputs and gradients."""
+        self.released = True
+        self.call = replace(self.call, args=(), kwargs={})
+        self.returned = []
+
+    def gradient_norm(self) -> Tensor:
+        """The size of all that arrived."""
+        norms = [
+            torch.linalg.vector_norm(one.gradient.to(torch.promote_types(one.gradient.dtype, torch.float32)))
+            for one in self.returned
+            if one.gradient is not None
+        ]
+        total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
+        return total
+
+    def has_gradient(self) -> bool:
+        """Whether one arrived that is not zero."""
+        return any(bool(one.gradient.any()) for one in self.returned if one.gradient is not None)
+
+
+def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid: Grid) -> tuple[Use | None, Any]:
+    """The use that a finished call makes of a layer, and what must take the place of its output.
+
+    The output is replaced where its candidates share a row, which are told apart only from here on, and where its
+    gradient edge would not last or would not be the layer's alone.
+    """
+    leaves, structure = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
+    passed = {id(tensor) for tensor in given}  # what comes out as it went in has nothing of the layer
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    own = [index for index, value in enumerate(tensors) if value.requires_grad and id(value) not in passed]
+    if not own:
+        return None, None
+    layout, axes = _layout(owner, call, output, grid)
+    several = None if structure is None else len(tensors)
+    returned: list[Returned] = []
+    dtype: torch.dtype | None = None
+    replaced: dict[int, Tensor] = {}
+    for index in own:
+        value, axis, expand = tensors[index], None if axes is None else axes[index], layout.expand
+        if id(value) in replaced:
+            continue
+        shared = axis == Axis(SHARED) or (axis == Axis(0) and value.shape[0] == 1)
+        if shared and grid.n is not None and grid.n > 1:
+            expand = grid.n
+        if expand is not None:  # autograd sums over rows before a gradient arrives, unless they are made here
+            value = _expanded(value, expand, front=layout.reading == "positions" or axis == Axis(SHARED))
+        elif several is not None:
+            value = value.clone()  # the layer may have gone on with it, and only what happens outside counts
+        edge, value = _edge(value)
+        replaced[id(tensors[index])] = value
+        returned.append(
+            Returned(
+                index=index,
+                shape=value.shape,
+                value=value.detach() if owner.rule is None or several is not None else None,
+                version=version_of(value),
+                edge=edge,
+                axis=axis,
+            )
+        )
+        dtype = value.dtype if dtype is None else dtype
+    storages = [tensors[one.index].untyped_storage().data_ptr() for one in returned] if several is not None else []
+    use = Use(
+        owner=owner,
+        call=_with_rows(call, layout) if layout.expand is not None else call,
+        layout=layout,
+        versions=(),
+        returned=returned,
+        several=several,
+        computed_in=call.autocast or dtype or torch.float32,
+        expands=any(one.shape != tensors[one.index].shape for one in returned),
+        chooses=any(not value.is_floating_point() for value in tensors),
+        shared=len(set(storages)) < len(storages),
+    )
+    use.versions = versions_of(use.call)
+    if all(replaced.get(id(value), value) is value for value in tensors):
+        return use, None
+    if structure is None:
+        return use, replaced[id(output)]
+    return use, tree_unflatten([replaced.get(id(leaf), leaf) for leaf in leaves], structure)
+
+
+def version_of(value: Tensor) -> int | None:
+    """How often a tensor was changed in place."""
+    return None if value.is_inference() else value._version
+
+
+def _layout(owner: Owner, call: Call, output: Any, grid: Grid) -> tuple[Layout, list[Axis | None] | None]:
+    """How a call lays out its candidates and, where the module is to be run again, where they are in its outputs."""
+    inputs = call.tensors()
+    if isinstance(owner.rule, LayerRule):
+        return grid.layout(inputs[0] if inputs else torch.empty(0), owner.rule), None
+    if any(isinstance(value, PackedSequence) for value in (*call.args, *call.kwargs.values())):
+        return Layout(reading="unknown", trouble="rows of one length, not a PackedSequence"), None
+    if grid.sample_ids is not None:
+        return Layout(reading="run again, sample_ids"), None
+    first = next((leaf for leaf in inputs if leaf.ndim), None)
+    if first is not None and (layout := grid.layout(first, None)).reading == TIME_FIRST:
+        return layout, None
+    n = grid.n if grid.n is not None else 1 if first is None else first.shape[0]
+    axes = candidate_axes(call, n, output)
+    return Layout(reading=f"run again, {[None if axis is None else axis.dim for axis in axes]}"), axes
+
+
+def _expanded(value: Tensor, rows: int, *, front: bool) -> Tensor:
+    wide = (value[None] if front else value).expand(rows, *value.shape[not front :])
+    return wide.clone()  # of its own memory: the model may go on in place
+
+
+def _with_rows(call: Call, layout: Layout) -> Call:
+    """The call with its first input, and others that share a row like it, expanded as the output was."""
+    leaves, structure = tree_flatten((call.args, dict(call.kwargs)))
+    first, rows = call.tensors()[0], layout.expand
+    assert rows is not None
+    for number, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and (leaf.ndim, leaf.dtype, leaf.shape[:1]) == (
+            first.ndim,
+            first.dtype,
+            first.shape[:1],
+        ):
+            row = leaf[None] if layout.reading == "positions" else leaf
+            leaves[number] = row.expand(rows, *row.shape[1:])
+    args, kwargs = tree_unflatten(leaves, structure)
+    return replace(call, args=args, kwargs=kwargs)
+
+
+def _edge(output: Tensor) -> tuple[GradientEdge, Tensor]:
+    """The gradient edge of a layer's output, and the output, or a copy if no edge of itself would last.
+
+    An operation in place on a view moves the view's edge out of the graph. A Linear layer's output is one: all of the
+    matrix product below it, whose own edge stays.
+    """
+    base = output._base
+    if base is None:
+        return get_gradient_edge(output), output
+    whole = base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    below = None if output.grad_fn is None else output.grad_fn.next_functions
+    if whole and below and base.grad_fn is not None and below[0][0] is base.grad_fn:
+        return get_gradient_edge(base), output
+    copied = output.clone()
+    return get_gradient_edge(copied), copied
+
+
+def versions_of(call: Call) -> tuple[int | None, ...]:
+    """How often each input of a call was changed in place."""
+    return tuple(map(version_of, call.tensors()))

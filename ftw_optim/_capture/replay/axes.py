@@ -1,0 +1,107 @@
+"""Where the candidates are in the inputs and outputs of a module that no rule knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ftw_optim._capture.replay.calls import Call
+
+SHARED = -1
+"""The axis of an output that all candidates share, until it is expanded in front."""
+
+
+@final
+@dataclass(frozen=True)
+class Axis:
+    """Where the candidates are in a tensor: along ``dim``, or in no axis of its own (:data:`SHARED`)."""
+
+    dim: int
+
+    def split(self, values: Tensor, n: int) -> Tensor:
+        """``values`` with the candidates in front of the shape that one candidate alone has."""
+        if self.dim == SHARED:
+            return values
+        shape = list(values.shape)
+        shape[self.dim : self.dim + 1] = [n, values.shape[self.dim] // n]
+        return values.reshape(shape).movedim(self.dim, 0)
+
+
+def candidate_axes(call: Call, n: int, output: Any) -> list[Axis | None]:
+    """Where the candidates are in each tensor of a call's output, by its shape; None where that cannot be told.
+
+    The self-check finds out where that was wrong.
+    """
+    inputs = call.tensors()
+    return [_axis(leaf, number, call, n, inputs) for number, leaf in enumerate(tensors_in(output))]
+
+
+def _axis(value: Tensor, number: int, call: Call, n: int, inputs: Sequence[Tensor]) -> Axis | None:
+    if value.ndim == 0:
+        return None
+    if isinstance(call.module, nn.RNNBase):
+        return Axis(0 if number == 0 else 1)  # the last hidden states have their layers first
+    rows = value.shape[0]
+    first = next((leaf for leaf in inputs if leaf.ndim), None)
+    positions = first.shape[1] if first is not None and first.ndim > 1 else None
+    if rows == n == positions and n > 1 and _is_the_same_for_one(value, number, call, n):
+        return Axis(SHARED)
+    if rows in (n, 1):
+        return Axis(0)
+    if first is None:  # a table of positions, asked for their number
+        return Axis(SHARED)
+    if rows % n == 0 and (rows == first.shape[0] or (positions is not None and rows == n * positions)):
+        return Axis(0)  # folded
+    if rows == positions:
+        return Axis(SHARED)
+    return Axis(0) if rows % n == 0 else None
+
+
+def _is_the_same_for_one(value: Tensor, number: int, call: Call, n: int) -> bool:
+    """Whether the first candidate alone gets the very same output: asked where its shape could mean both."""
+    flat, rebuild = candidate_inputs(call, n)
+    try:
+        with call.replayed(), torch.no_grad():
+            alone = tensors_in(call.run({}, *rebuild([rows[0].clone() for rows in flat])))[number]
+    except Exception:  # it cannot be run on a part of its batch
+        return False
+    return torch.equal(alone, value)
+
+
+def candidate_dims(call: Call, n: int) -> dict[int, int]:
+    """The axis of the candidates in each input leaf that has one."""
+    leaves = tree_leaves((call.args, dict(call.kwargs)))
+    rows = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
+    dims = {}
+    for number, leaf in enumerate(leaves):
+        # The hidden state of a recurrent layer comes second and has its layers first.
+        dim = 1 if isinstance(call.module, nn.RNNBase) and number > 0 else 0
+        if isinstance(leaf, Tensor) and leaf.ndim > dim and leaf.shape[dim] in (n, rows) and not leaf.shape[dim] % n:
+            dims[number] = dim
+    return dims
+
+
+def candidate_inputs(call: Call, n: int) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], tuple[Any, Any]]]:
+    """The inputs that have a candidate axis, split along it, and how to put one candidate's back in their places."""
+    leaves, structure = tree_flatten((call.args, dict(call.kwargs)))
+    dims = candidate_dims(call, n)
+    flat = [Axis(dim).split(leaves[number], n) for number, dim in dims.items()]
+
+    def rebuild(rows: Sequence[Tensor]) -> tuple[Any, Any]:
+        filled = list(leaves)
+        for number, row in zip(dims, rows, strict=True):
+            filled[number] = row
+        args, kwargs = tree_unflatten(filled, structure)
+        return args, kwargs
+
+    return flat, rebuild
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors of an output, in order."""
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -1,0 +1,176 @@
+"""The candidates' gradients of one parameter, multiplied out a range at a time into memory that is used again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ftw_optim._factors.factors import Factors, materialise, weighted_sum
+from ftw_optim._gram.profiling import profiled
+
+
+@final
+class Buffer:
+    """Memory for multiplied-out gradients, reused from layer to layer: fresh pages cost more than arithmetic."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Buffer, ()  # copies and pickles are empty
+
+    def of(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """At least ``numel`` entries; what they held before is lost."""
+        memory = self._memory
+        if memory is None or memory.numel() < numel or memory.dtype != dtype or memory.device != device:
+            self._memory = memory = None  # free the old one first
+            memory = self._memory = torch.empty(numel, dtype=dtype, device=device)
+        return memory
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Block:
+    """The candidates' gradients of one parameter, seen as matrices and multiplied out a range of rows at a time.
+
+    Attributes:
+        uses: with one row of positions for each candidate.
+        shape: of the parameter.
+        scale: what the factors were multiplied by.
+        limit: bytes that may be multiplied out at a time.
+        buffer: their memory.
+    """
+
+    uses: Sequence[Factors]
+    shape: torch.Size
+    scale: float
+    limit: int
+    buffer: Buffer
+
+    @property
+    def count(self) -> int:
+        """How many candidates."""
+        return self.uses[0].count
+
+    @property
+    def rows(self) -> int:
+        """Of each gradient."""
+        return self.uses[0].rows
+
+    @property
+    def columns(self) -> int:
+        """Of each gradient."""
+        return self.uses[0].columns
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """To compute in."""
+        return self.uses[0].dtype()
+
+    @property
+    def dense(self) -> bool:
+        """Whether all uses are outer products of whole rows, into which a map can be folded."""
+        return all(not use.indexed and not use.whole and use.right is not None for use in self.uses)
+
+    def at_once(self, copies: int = 1) -> int:
+        """How many rows fit into the limit, ``copies`` times."""
+        return min(
+            self.rows, max(1, self.limit // max(1, copies * (self.count + 1) * self.columns * self.dtype.itemsize))
+        )
+
+    def ranges(self, copies: int = 1) -> Iterator[tuple[int, int]]:
+        """Ranges of rows that fit."""
+        step = self.at_once(copies)
+        for start in range(0, self.rows, step):
+            yield start, min(self.rows, start + step)
+
+    def out(self, start: int, stop: int, *, beside: Tensor | None = None) -> Tensor:
+        """Rows ``start`` to ``stop`` of all gradients, ``(n, stop - start, columns)``, until the next call.
+
+        Args:
+            start: first row.
+            stop: behind the last row.
+            beside: these rows of one gradient more, ``(stop - start, columns)``, which becomes the last.
+        """
+        with profiled("materialise"):
+            first, size = self.uses[0], (stop - start) * self.columns
+            memory = self.buffer.of((self.count + 1) * size, self.dtype, first.left.device)
+            block = materialise(self.uses, start, stop, out=memory)
+            if self.scale != 1.0:
+                block.div_(self.scale)
+            if beside is None:
+                return block
+            whole = memory[: (self.count + 1) * size].view(-1, stop - start, self.columns)
+            whole[-1].copy_(beside)
+            return whole
+
+    def mean(self, weights: Tensor) -> Tensor:
+        """``sum_i weights[i] g_i``, shaped like the parameter, without forming any ``g_i``."""
+        return weighted_sum(self.uses, weights / self.scale, self.shape)
+
+    def folded(self, left: Tensor | None, right: Tensor | None) -> Block:
+        """The block of ``left g right``, where ``dense``; None for the identity."""
+        uses = []
+        for use in self.uses:
+            assert use.right is not None
+            of_rows, of_columns = use.left.to(self.dtype), use.right.to(self.dtype)
+            uses.append(
+                replace(
+                    use,
+                    left=of_rows if left is None else of_rows @ left.T.to(self.dtype),
+                    right=of_columns if right is None else of_columns @ right.to(self.dtype),
+                )
+            )
+        return replace(self, uses=uses)
+
+    def compact(self) -> tuple[Block, Tensor | None]:
+        """Only the rows that one-hot factors touch, and which these are; None where dense ones touch all."""
+        if not all(use.indexed and not use.whole for use in self.uses):
+            return self, None
+        touched = _distinct(torch.cat([use.left.flatten() for use in self.uses]), self.rows)
+        uses = [
+            replace(use, left=torch.searchsorted(touched, use.left.contiguous()), rows=len(touched))
+            for use in self.uses
+        ]
+        return replace(self, uses=uses), touched
+
+
+def is_matrix(block: Block) -> bool:
+    """Whether a matrix can be folded in on either side of the parameter."""
+    return block.dense and tuple(block.shape) == (block.rows, block.columns)
+
+
+def parts(n: int, size: int, limit: int) -> Iterator[slice]:
+    """Ranges of ``n`` candidates that fit into ``limit`` bytes at ``size`` each."""
+    at_once = max(1, limit // max(1, size))
+    for start in range(0, n, at_once):
+        yield slice(start, min(n, start + at_once))
+
+
+def sides(block: Block) -> tuple[Tensor, Tensor]:
+    """Left and right of all uses of a block that is :attr:`Block.dense`, one after another: (n, t, rows | columns)."""
+    left = torch.cat([use.left for use in block.uses], dim=1).to(block.dtype)
+    return left, torch.cat([use.right for use in block.uses if use.right is not None], dim=1).to(block.dtype)
+
+
+def some_of(block: Block, part: slice) -> Block:
+    """The block of some candidates."""
+    uses = [
+        replace(use, left=use.left[part], right=None if use.right is None else use.right[part]) for use in block.uses
+    ]
+    return replace(block, uses=uses)
+
+
+def _distinct(indices: Tensor, rows: int) -> Tensor:
+    """The distinct ones, sorted; on an accelerator padded to a length that is known without asking it."""
+    ordered = indices.sort().values
+    new = torch.ones_like(ordered, dtype=torch.bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    if indices.device.type == "cpu":
+        return ordered[new]
+    padded = ordered.new_full((min(rows, len(ordered)),), rows - 1)
+    return padded.scatter_(0, new.cumsum(0) - 1, ordered)

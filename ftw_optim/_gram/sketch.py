@@ -1,0 +1,304 @@
+"""The Gram matrix where exact is out of reach: a few numbers for each candidate, right on average.
+
+Every gradient is reduced to a count sketch (:mod:`~ftw_optim._gram.count_sketch`) under a map whose square is the
+metric's: inner products of the sketches are unbiased estimates of those of the gradients. Where the map folds into
+factors and the layer is wide, no gradient is multiplied out.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ftw_optim._factors.factors import Factors
+from ftw_optim._gram.blocks import Block, Buffer, is_matrix, parts, sides, some_of
+from ftw_optim._gram.count_sketch import Hash
+from ftw_optim._gram.inner_products import Products
+from ftw_optim._gram.ways import BYTE, CONVOLVED, MATERIALISED, Observe, check_way, rotated
+from ftw_optim._preconditioners.maps import (
+    Diagonal,
+    Elementwise,
+    Kronecker,
+    Preconditioner,
+    RankOne,
+    RotatedDiagonal,
+    Scalar,
+    root_of,
+)
+
+COPIES = 2
+"""Independent halves of a sketch; how far they are apart tells its error."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Sketch:
+    """Has the Gram matrix estimated from ``dim`` numbers for each candidate in place of its gradient.
+
+    For many candidates, whose exact Gram matrix takes ``n ** 2`` products of whole gradients, and for micro-batches
+    under ``update="rerun"``, whose factors are dropped as soon as they are sketched. Gram matrix, cross products and
+    target energy are all of the same sketch, drawn anew at each step from the optimizer's seed, and positive
+    semi-definite; each is unbiased, with a standard error of about ``(2 / dim) ** 0.5`` of the norms it is of.
+    ``selection.sketch`` holds the error measured in the step.
+
+    Attributes:
+        dim: how many numbers; even.
+
+    Source: Charikar, Chen and Farach-Colton (2002); Pham and Pagh (2013) for the sketch of an outer product.
+    """
+
+    dim: int = 4096
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or self.dim < 2 or self.dim % COPIES:
+            raise ValueError(f"dim must be an even number, at least 2, got {self.dim!r}.")
+
+
+@final
+class SketchSums:
+    """Sketches of all candidates and of the target, added up parameter by parameter; see :class:`GramSums`.
+
+    The target gradient stands for the gradient that the coming step is expected to see, in place of the candidates'
+    mean: so no candidate's sketch depends on another's, and they may come in any number of micro-batches.
+
+    Args:
+        accepted: bool (n,), on the CPU: candidates that are not rejected; the factors of the others are zero.
+        target: target gradient of each scored parameter.
+        precondition: ``(name, reference) -> P``.
+        shapes: of the parameters.
+        metrics: some of :data:`METRICS`.
+        dtype: to sum in.
+        device: to sum on.
+        scale: what the factors were multiplied by.
+        memory_limit: bytes of multiplied-out gradients that may exist at a time.
+        buffer: memory for them that outlives the sums.
+        sketch: its size.
+        seed: of its random numbers.
+        way: that of every parameter that allows it, ``"convolved"`` or ``"materialised"``; None: the cheaper one.
+        observe: told of each parameter before it is added, once for each micro-batch.
+    """
+
+    def __init__(
+        self,
+        accepted: Tensor,
+        target: Mapping[str, Tensor],
+        precondition: Callable[[str, Tensor], Preconditioner],
+        *,
+        shapes: Mapping[str, torch.Size],
+        metrics: Sequence[str],
+        dtype: torch.dtype,
+        device: torch.device,
+        scale: float,
+        memory_limit: int,
+        buffer: Buffer,
+        sketch: Sketch,
+        seed: int,
+        way: str | None = None,
+        observe: Observe | None = None,
+    ) -> None:
+        check_way(way, (MATERIALISED, CONVOLVED))
+        self._metrics, self._dtype, self._device = tuple(metrics), dtype, device
+        self._target, self._precondition, self._shapes, self._scale = target, precondition, shapes, scale
+        self._limit, self._buffer = memory_limit, buffer
+        self._size, self._seed = sketch.dim // COPIES, seed
+        self._way, self._observe = way, observe
+        self._of_target = self._zeros(1)
+        self._counted: set[str] = set()
+        self._batches: list[dict[str, Tensor]] = []
+        norms = [torch.linalg.vector_norm(gradient).to(device, dtype) for gradient in target.values()]
+        count = sum(gradient.numel() for gradient in target.values())
+        self._usual = torch.linalg.vector_norm(torch.stack(norms)) / count**0.5 if norms else None
+        self.more(len(accepted))
+
+    def more(self, n: int) -> None:
+        """Begin with ``n`` further candidates; what is added from now on is theirs."""
+        self._batches.append(self._zeros(n))
+
+    def _zeros(self, n: int) -> dict[str, Tensor]:
+        shape = (COPIES, n, self._size)
+        return {metric: torch.zeros(shape, dtype=self._dtype, device=self._device) for metric in self._metrics}
+
+    @torch.no_grad()
+    def add(self, name: str, uses: Sequence[Factors]) -> str:
+        """Add one scored parameter that the candidates reached; ``"convolved"`` if it was so in every metric."""
+        block = Block(
+            uses=[use.by_row() for use in uses],
+            shape=self._shapes[name],
+            scale=self._scale,
+            limit=self._limit,
+            buffer=self._buffer,
+        )
+        target = self._target.get(name)
+        preconditioner = self._at(self._reference(name, target), name, block)
+        hashes = self._hashes(name, block)
+        first, target = name not in self._counted, None if target is None else target.to(block.dtype)
+        taken = set()
+        for metric in self._metrics:
+            side = _side_of(metric, preconditioner)
+            taken.add(_add_block(self._batches[-1][metric], block, side, hashes, way=self._way))
+            if target is not None and first:
+                _add_matrices(self._of_target[metric], _moved(target, block, side)[None], 0, hashes)
+        self._counted.add(name)
+        return CONVOLVED if taken == {CONVOLVED} else MATERIALISED
+
+    def _at(self, reference: Tensor, name: str, block: Block) -> Preconditioner:
+        """``P``; an argument of its own, so that the reference is gone when gradients are multiplied out."""
+        preconditioner = self._precondition(name, reference)
+        if self._observe is not None:
+            self._observe(name, block, reference, preconditioner)
+        return preconditioner
+
+    def _reference(self, name: str, target: Tensor | None) -> Tensor:
+        """The target gradient, which the step is to match; its usual size where it has nothing of a parameter."""
+        if target is None:
+            target = torch.zeros(self._shapes[name], dtype=self._dtype, device=self._device)
+        return target if self._usual is None else torch.where(target.any(), target, self._usual.to(target))
+
+    def _hashes(self, name: str, block: Block) -> list[Hash]:
+        """The same for every micro-batch, in whatever order parameters come."""
+        generator = torch.Generator().manual_seed(self._seed ^ zlib.crc32(name.encode()))
+        return [
+            Hash.drawn(block.rows, block.columns, self._size, generator, dtype=block.dtype, device=self._device)
+            for _ in range(COPIES)
+        ]
+
+    def products(self) -> dict[str, Products]:
+        """For each metric the estimated products, of all candidates so far."""
+        found = {}
+        for metric in self._metrics:
+            rows = torch.cat([batch[metric] for batch in self._batches], dim=1)
+            both = torch.cat([rows, self._of_target[metric]], dim=1)
+            halves = both @ both.mT
+            whole, n = halves.mean(dim=0), rows.shape[1]
+            found[metric] = Products(
+                gram=whole[:n, :n],
+                cross_gram=whole[:n, n],
+                target_energy=whole[n, n],
+                error=_relative_error(halves),
+            )
+        return found
+
+
+def _relative_error(halves: Tensor) -> Tensor:
+    """Standard error of an entry of the mean of two estimates (2, n, n), over the norms it is of: root mean square."""
+    norms = halves.mean(dim=0).diagonal().sqrt()
+    apart = (halves[0] - halves[1]) / 2 / (norms[:, None] * norms)
+    some = apart.isfinite()
+    return (torch.where(some, apart, 0.0).square().sum() / some.sum().clamp(min=1)).sqrt()
+
+
+def _side_of(metric: str, preconditioner: Preconditioner) -> Preconditioner:
+    """The map ``M`` with ``<M g_i, M g_j>`` the inner product of the metric."""
+    if metric == "update":
+        return preconditioner
+    return Scalar(1.0) if metric == "euclidean" else root_of(preconditioner)
+
+
+def _add_block(
+    sums: Tensor, block: Block, side: Preconditioner, hashes: Sequence[Hash], *, way: str | None = None
+) -> str:
+    """Add the sketches of ``side`` applied to each gradient of the block: ``sums`` (copies, n, size).
+
+    Args:
+        sums: added to.
+        block: the candidates' gradients.
+        side: a map of them.
+        hashes: one for each copy.
+        way: :data:`CONVOLVED`, where gradient and map allow it, or :data:`MATERIALISED`; None: the cheaper one.
+
+    Returns:
+        The way that was taken; one-hot factors count as multiplied out.
+    """
+    if isinstance(side, Kronecker | RotatedDiagonal) and is_matrix(block):
+        if isinstance(side, Kronecker):
+            block, side = block.folded(side.left, side.right), Scalar(1.0)
+        else:
+            block, side = block.folded(None if side.left is None else side.left.T, side.right), Diagonal(side.values)
+    if not isinstance(side, Elementwise):
+        for part in parts(block.count, 2 * block.rows * block.columns * block.dtype.itemsize, block.limit):
+            some = some_of(block, part)
+            moved = side.apply(some.out(0, block.rows).view(-1, *block.shape))
+            _add_matrices(sums[:, part], moved.reshape(-1, block.rows, block.columns).to(block.dtype), 0, hashes)
+        return MATERIALISED
+    factor = side.factor
+    if isinstance(factor, Tensor) and factor.ndim:
+        factor = factor.to(block.dtype).reshape(block.rows, block.columns)
+    if isinstance(side, RankOne | Scalar) and is_matrix(block) and _convolves(block, hashes[0].size, way):
+        _add_outer(sums, block, side, hashes)
+        return CONVOLVED
+    for use in block.uses:
+        if use.indexed and not use.whole:
+            _add_indexed(sums, use, block, factor, hashes)
+    dense = [use for use in block.uses if use.whole or not use.indexed]
+    if dense:
+        block = replace(block, uses=dense)
+        for start, stop in block.ranges(copies=2):
+            rows = block.out(start, stop)
+            rows *= factor[start:stop] if isinstance(factor, Tensor) and factor.ndim else factor
+            _add_matrices(sums, rows, start, hashes)
+    return MATERIALISED
+
+
+def _moved(target: Tensor, block: Block, side: Preconditioner) -> Tensor:
+    """The target gradient as :func:`_add_block` has those of the block, (rows, columns)."""
+    if isinstance(side, RotatedDiagonal) and is_matrix(block):
+        return side.values.to(target) * rotated(target, side.left, side.right)
+    return side.apply(target).reshape(block.rows, block.columns)
+
+
+def _convolves(block: Block, size: int, way: str | None) -> bool:
+    """Whether both sides are to be sketched apart, where the map folds into them."""
+    return _convolving_is_cheaper(block, size) if way is None else way == CONVOLVED
+
+
+def _convolving_is_cheaper(block: Block, size: int) -> bool:
+    """Whether sketches of both sides cost less than gradients multiplied out, in multiplications."""
+    n, rows, columns = block.count, block.rows, block.columns
+    positions = sum(use.left.shape[1] for use in block.uses)
+    byte = BYTE * block.dtype.itemsize
+    out = n * rows * columns * (positions + (2 + COPIES) * byte)
+    # Two transforms a position, each about 2.5 size log2(size), and every pass over memory; measured, twice as much.
+    passes = 5.0 * size * math.log2(size) + byte * (6 * size + rows + columns)
+    transforms = 2.0 * COPIES * n * positions * passes
+    return transforms < out
+
+
+def _add_matrices(sums: Tensor, matrices: Tensor, start: int, hashes: Sequence[Hash]) -> None:
+    """Of rows ``start`` and on, shape ``(n, some, columns)``; they are overwritten."""
+    signs: Tensor | None = None
+    for into, one in zip(sums, hashes, strict=True):
+        new = one.signs(start, start + matrices.shape[1])
+        matrices.mul_(new if signs is None else new * signs)  # in place: fresh pages cost more than arithmetic
+        one.add_signed(into, matrices, start)
+        signs = new
+
+
+def _add_outer(sums: Tensor, block: Block, side: RankOne | Scalar, hashes: Sequence[Hash]) -> None:
+    """Of factors into which the map is folded, without multiplying them out."""
+    left, right = sides(block)
+    if isinstance(side, RankOne):
+        left, right = left * side.rows.to(left), right * side.columns.to(right)
+    else:
+        left = left * side.value
+    left = left / block.scale
+    at_once = 6 * left.shape[1] * hashes[0].size * block.dtype.itemsize
+    for part in parts(block.count, at_once, block.limit):
+        for into, one in zip(sums[:, part], hashes, strict=True):
+            one.add_outer(into, left[part], right[part])
+
+
+def _add_indexed(sums: Tensor, use: Factors, block: Block, factor: Tensor | float, hashes: Sequence[Hash]) -> None:
+    """Of one-hot factors, position by position."""
+    assert use.right is not None
+    at_once = 6 * use.right[0].numel() * block.dtype.itemsize
+    for part in parts(block.count, at_once, block.limit):
+        index, values = use.left[part], use.right[part].to(block.dtype) / block.scale
+        values = values * (factor[index] if isinstance(factor, Tensor) and factor.ndim else factor)
+        for into, one in zip(sums[:, part], hashes, strict=True):
+            one.add_rows(into, index, values)

@@ -1,0 +1,122 @@
+"""Filter stages: which of the candidates are kept."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from ftw_optim._matching.active_set import ActiveSet
+from ftw_optim._matching.problem import Matching
+
+
+class FilterStage(ABC):
+    """Chooses the candidates that may have weight.
+
+    A stage is its hyper-parameters and one call. It sees the matching problem of one step and keeps nothing
+    of it.
+
+    Attributes:
+        metrics: names of further metrics whose matching problems the stage wants after the first.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def __call__(self, matching: Matching, *more: Matching) -> Tensor:
+        """Indices of the kept candidates, distinct, int64, shape ``(k,)``, in picking order; ``k`` may be 0.
+
+        Args:
+            matching: the problem of this step, in the optimizer's metric.
+            more: the same candidates in each of the stage's ``metrics``.
+        """
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class GreedyFilter(FilterStage):
+    """Keeps the candidates that together match the target best, picked one at a time.
+
+    Orthogonal least squares with non-negative weights, on the Gram matrix. Each pick is the candidate that
+    would lower the objective most beside those of positive weight: its slack squared over its Schur
+    complement, both above rounding, so that what is already said is never picked again. The weights are
+    refitted after each pick; a kept candidate may be left without weight. Stops early when nobody is left who
+    would help.
+
+    Args:
+        keep: at most how many: a count (int), or a share of all candidates offered (float in (0, 1]). ``1``
+            is a count, ``1.0`` a share.
+
+    Raises:
+        TypeError: ``keep`` is neither an int nor a float.
+        ValueError: ``keep`` is out of range.
+    """
+
+    keep: int | float = 0.25
+
+    def __post_init__(self) -> None:
+        _check_keep(self.keep)
+
+    def __call__(self, matching: Matching, *more: Matching) -> Tensor:
+        """See :class:`FilterStage`; equal gains go to the larger slack, then to the lower index."""
+        count = _count(self.keep, matching)
+        active = ActiveSet(matching.gram, matching.cross_gram, target_energy=matching.target_energy)
+        return torch.tensor(active.grow(count), dtype=torch.int64)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class TopKFilter(FilterStage):
+    """Keeps the candidates with the largest ``cross_gram``, of those where it is positive.
+
+    Each is judged alone: two that say the same thing are both kept.
+
+    Args:
+        keep: as in :class:`GreedyFilter`.
+
+    Raises:
+        TypeError: ``keep`` is neither an int nor a float.
+        ValueError: ``keep`` is out of range.
+    """
+
+    keep: int | float = 0.25
+
+    def __post_init__(self) -> None:
+        _check_keep(self.keep)
+
+    def __call__(self, matching: Matching, *more: Matching) -> Tensor:
+        """See :class:`FilterStage`; the largest first, equal ones by index."""
+        values, order = matching.cross_gram.sort(descending=True, stable=True)
+        return order[values > 0][: _count(self.keep, matching)]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class KeepAll(FilterStage):
+    """Keeps every candidate that was not rejected, in order."""
+
+    def __call__(self, matching: Matching, *more: Matching) -> Tensor:
+        """See :class:`FilterStage`."""
+        return torch.arange(len(matching))
+
+
+def _check_keep(keep: int | float) -> None:
+    if isinstance(keep, bool) or not isinstance(keep, int | float):
+        raise TypeError(
+            f"keep must be a count (int) or a share of the candidates (float), got {keep!r} of type "
+            f"{type(keep).__name__}. Pass for example keep=4 or keep=0.25."
+        )
+    if isinstance(keep, int) and keep < 1:
+        raise ValueError(f"keep as a count must be at least 1, got {keep}. KeepAll() keeps every candidate.")
+    if isinstance(keep, float) and not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep as a share must be in (0, 1], got {keep}. A count is an int, such as keep=4.")
+
+
+def _count(keep: int | float, matching: Matching) -> int:
+    """The most candidates to keep: of all offered ones for a share, and never more than there are."""
+    count = keep if isinstance(keep, int) else max(1, math.floor(keep * matching.offered + 0.5))
+    return min(count, len(matching))

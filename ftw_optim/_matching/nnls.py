@@ -1,0 +1,63 @@
+"""Damping and non-negative least squares of small dense systems, in Gram form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ftw_optim._matching.active_set import ActiveSet, WeightSolution
+
+
+def solve_nnls(gram: Tensor, cross_gram: Tensor, *, tol: float = 1e-10) -> WeightSolution:
+    r"""Non-negative weights whose combined gradient lies closest to the target gradient.
+
+    Minimises ``w @ gram @ w / 2 - cross_gram @ w`` over ``w >= 0``: up to a constant, half the squared
+    distance to the target in the norm of the preconditioner. Solved in float64 on the CPU; the dtype of
+    ``gram`` says which of its digits are rounding, and nothing is fitted to those. Multiplying ``gram`` by
+    ``4**p`` and ``cross_gram`` by ``2**p`` multiplies the weights by ``2**-p``, to the last bit.
+
+    Where candidates depend on each other, one of the minimisers is found, with linearly independent
+    candidates at the positive weights. Where no minimum exists (a combination of no length with a positive
+    ``cross_gram``), the weights stay bounded and ``converged`` is False.
+
+    Args:
+        gram: shape ``(k, k)``, symmetric positive semi-definite (not checked), may be singular.
+        cross_gram: shape ``(k,)``.
+        tol: largest slack accepted at a zero weight, relative to the largest ``cross_gram``; both as they are
+            and both divided by the length of their candidate, so that a short candidate counts as much as a
+            long one. Slack that may be rounding is always accepted.
+
+    Returns:
+        Weights without unit (``1 / k`` each gives the mean gradient), their slack in the unit of
+        ``cross_gram``, the iterations used and whether they converged. Empty and converged for ``k = 0``.
+
+    Raises:
+        ValueError: the shapes disagree, an entry is not finite or ``tol`` is not in (0, 1).
+        TypeError: ``gram`` or ``cross_gram`` is not of a floating-point dtype.
+
+    Source: Lawson and Hanson (1974), algorithm 23.10, in the Gram form of Bro and De Jong (1997).
+    """
+    active = ActiveSet(gram, cross_gram, tol=tol)
+    active.admit_all()
+    return active.solution()
+
+
+def damped(gram: Tensor, cross_gram: Tensor, *, ridge: float, anchor: float) -> tuple[Tensor, Tensor]:
+    """The system in float64, pulled towards zero weights by ``ridge`` and towards uniform ones by ``anchor``.
+
+    Args:
+        gram: shape ``(k, k)``.
+        cross_gram: shape ``(k,)``.
+        ridge: strength in units of the mean diagonal ``d`` of ``gram``.
+        anchor: strength in the same unit.
+
+    Returns:
+        ``gram + (ridge + anchor) * d * I`` and ``cross_gram + anchor * d / k``.
+    """
+    gram = gram.to("cpu", torch.float64)
+    cross_gram = cross_gram.to("cpu", torch.float64)
+    k = len(cross_gram)
+    if k == 0 or ridge == anchor == 0:
+        return gram, cross_gram
+    unit = gram.diagonal().mean()
+    return gram + (ridge + anchor) * unit * torch.eye(k, dtype=torch.float64), cross_gram + anchor * unit / k

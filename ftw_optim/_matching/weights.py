@@ -1,0 +1,102 @@
+"""Weight stages: how much each kept candidate counts."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+import torch
+
+from ftw_optim._matching.active_set import ActiveSet, WeightSolution
+from ftw_optim._matching.nnls import damped
+from ftw_optim._matching.problem import Matching
+
+Normalization = Literal["sum", "norm"] | None
+
+
+class WeightStage(ABC):
+    """Gives each of the kept candidates a non-negative weight.
+
+    A stage is its hyper-parameters and one call. It sees the matching problem of one step, restricted to the
+    kept candidates, and keeps nothing of it.
+
+    Attributes:
+        metrics: names of further metrics whose matching problems the stage wants after the first.
+        normalize: what becomes of the fitted weights afterwards. ``"sum"``: divided by their sum.
+            ``"norm"``: scaled until the combined gradient is as long, in the metric, as the mean gradient.
+            None: applied as fitted.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ()
+    normalize: Normalization = "sum"
+
+    @abstractmethod
+    def __call__(self, matching: Matching, *more: Matching) -> WeightSolution:
+        """The fitted weights, before they are normalised.
+
+        Args:
+            matching: the problem of the kept candidates, in the optimizer's metric.
+            more: the same candidates in each of the stage's ``metrics``.
+        """
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class NonNegativeLeastSquares(WeightStage):
+    """Weights whose combined gradient lies closest to the target gradient; see :func:`solve_nnls`.
+
+    With ``d`` the mean diagonal of the kept block of ``gram``, the weights are the non-negative minimiser for
+    ``gram + (ridge + anchor) * d * I`` and ``cross_gram + anchor * d / k``, and their slack is the slack of
+    that system.
+
+    Args:
+        ridge: pull towards no weight at all, in units of ``d``.
+        anchor: pull towards ``1 / k`` each, in units of ``d``.
+        normalize: as in :class:`WeightStage`.
+        tol: largest slack accepted at a zero weight, relative to the largest ``cross_gram``.
+
+    Raises:
+        ValueError: a strength is negative or not finite, ``tol`` is not in (0, 1), or ``normalize`` is not
+            known.
+    """
+
+    ridge: float = 0.0
+    anchor: float = 0.0
+    normalize: Normalization = "sum"
+    tol: float = 1e-10
+
+    def __post_init__(self) -> None:
+        for name, strength in (("ridge", self.ridge), ("anchor", self.anchor)):
+            if not 0.0 <= strength < math.inf:
+                raise ValueError(
+                    f"{name} must be finite and not negative, got {strength}. "
+                    "It is relative to the mean squared length of the kept gradients: 0.1 is gentle, 0 off."
+                )
+        if self.normalize not in ("sum", "norm", None):
+            raise ValueError(f"normalize must be 'sum', 'norm' or None, got {self.normalize!r}.")
+        if not 0.0 < self.tol < 1.0:
+            raise ValueError(f"tol must be in (0, 1), got {self.tol}. Choose one near 1e-10.")
+
+    def __call__(self, matching: Matching, *more: Matching) -> WeightSolution:
+        """See :class:`WeightStage`."""
+        gram, cross_gram = damped(matching.gram, matching.cross_gram, ridge=self.ridge, anchor=self.anchor)
+        # Damping is formed in float64, yet what it is added to has no more digits than before.
+        eps = torch.finfo(matching.gram.dtype).eps
+        active = ActiveSet(gram, cross_gram, tol=self.tol, eps=eps, target_energy=matching.target_energy)
+        active.admit_all()
+        return active.solution()
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class UniformWeights(WeightStage):
+    """The mean of the kept gradients: ``1 / k`` each."""
+
+    def __call__(self, matching: Matching, *more: Matching) -> WeightSolution:
+        """See :class:`WeightStage`; nothing is fitted, so it has always converged."""
+        k = len(matching)
+        weights = torch.full((k,), 1.0 / max(k, 1), dtype=torch.float64)
+        slack = matching.cross_gram.double() - matching.gram.double() @ weights
+        return WeightSolution(weights=weights, slack=slack, iterations=0, converged=True)

@@ -1,0 +1,190 @@
+"""The preconditioner of any element-wise optimizer, found by trying two steps on a copy of it.
+
+With its second moment held fixed an update is affine in the gradient, so two steps tell its slope, entry by entry. At
+zero gradient the second moment does not change to first order: that is the map without a look-ahead. With a reference
+``r`` the second moments of the steps with ``r`` and ``-r`` are equal where they are even in the gradient, and half the
+difference of the two updates is ``-P(r) r``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ftw_optim._preconditioners.look_ahead import expected_gradient, moment_dtype
+from ftw_optim._preconditioners.maps import Diagonal, Elementwise
+from ftw_optim._preconditioners.probing.trial import trial, widened
+
+SMALL = (1e-16, 1e-13, 1e-10, 1e-8, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e9)
+"""Gradients that change no second moment: far below the eps of an optimizer without history, and beside a spike."""
+
+TURNED = 0.3
+"""Largest share of a slope that may be negative; those entries count as zero."""
+
+ALIKE = 1e-6
+"""Largest relative difference of a rule from what a trial tells, for the rule to be taken: Yogi is a thousandth off."""
+
+EXACT = 1e-9
+"""Relative change of a slope below which no other gradient can tell it better."""
+
+SEPARABLE = 1e-3
+"""Largest change of an entry's update, relative to the largest of all, that gradients of other entries may make."""
+
+
+class NotElementwise(ValueError):
+    """An entry's update depends on the gradients of other entries, or not smoothly on its own."""
+
+
+def probed(
+    optimizer: Optimizer,
+    param: Tensor,
+    group: dict[str, Any],
+    reference: Tensor | None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Diagonal:
+    """``P`` of the coming step on one parameter, from two steps on a copy of the optimizer.
+
+    Args:
+        optimizer: not changed.
+        param: one of its parameters.
+        group: its group.
+        reference: as for :func:`preconditioner_of`.
+        dtype: of the result; None: the parameter's, float32 at least.
+
+    Raises:
+        NotElementwise: the update is not element-wise, or of a kind that two steps do not tell.
+    """
+    dtype = moment_dtype(param) if dtype is None else dtype
+    with torch.no_grad():
+        if reference is not None:
+            # Coupled decay and the sign are switched off in the trial, and put in here.
+            gradient = expected_gradient(param, group, reference.to(dtype)).double()
+            if not bool(gradient.any()):
+                return _of_nothing(optimizer, param, group, dtype)
+            update = trial(optimizer, param, group)
+            slope = (update(-gradient) - update(gradient)) / (2 * gradient)
+            if param not in optimizer.state and not bool(slope.any()):
+                # A first step that only fills the state; a map of nothing would skip it, time and again.
+                update = trial(optimizer, param, group, after=gradient)
+                slope = (update(-gradient) - update(gradient)) / (2 * gradient)
+        # Where the second moment is not even in the gradient, the momentum does not cancel and may turn the sign.
+        if reference is None or not _is_positive(slope):
+            slope = _slope_at_zero(trial(optimizer, param, group, at_zero=True), param)
+        if not _is_positive(slope):
+            raise NotElementwise("its update is not a positive multiple of the gradient, entry by entry")
+    return Diagonal(slope.clamp(min=0.0).to(dtype))
+
+
+def _of_nothing(optimizer: Optimizer, param: Tensor, group: dict[str, Any], dtype: torch.dtype) -> Diagonal:
+    """The map where no gradient is expected, as of LoRA's A at its first step: at zero, or nothing if that fails."""
+    try:
+        return probed(optimizer, param, group, None, dtype=dtype)
+    except NotElementwise:
+        return Diagonal(torch.zeros_like(param, dtype=dtype))
+
+
+def _is_positive(slope: Tensor) -> bool:
+    """Whether it is finite and not negative, but for a few entries: DiffGrad's friction turns some of them."""
+    if not bool(slope.isfinite().all()):
+        return False
+    return bool(-slope.clamp(max=0.0).sum() <= TURNED * slope.abs().sum()) and bool(slope.any())
+
+
+def agrees_with_trial(
+    rule: Callable[[Tensor, dict[str, Any], dict[str, Any], Tensor | None], Elementwise],
+    optimizer: Optimizer,
+    param: Tensor,
+    group: dict[str, Any],
+    reference: Tensor | None,
+) -> bool:
+    """Whether a rule says, in float64, what steps on a copy tell, without a reference and with one.
+
+    Raises:
+        NotElementwise: they tell that the update is not element-wise.
+    """
+    wide = param.detach().double()
+    state = {name: widened(value) for name, value in optimizer.state[param].items()}
+    expected = torch.ones_like(wide) if reference is None else reference.double()
+    for given in (None, expected):
+        told = probed(optimizer, param, group, given, dtype=torch.float64).values
+        said = torch.as_tensor(rule(wide, group, state, given).factor, dtype=told.dtype)
+        if not torch.allclose(told, said.expand_as(told), rtol=ALIKE, atol=0.0):
+            return False
+    return True
+
+
+def _slope_at_zero(update: Callable[[Tensor], Tensor], param: Tensor) -> Tensor:
+    """The slope that agrees best with the one at twice the gradient, and is not rounding: smaller ones lose digits."""
+    ones = torch.ones_like(param, dtype=torch.float64)
+    still, best, least = update(torch.zeros_like(ones)), None, SEPARABLE
+    rounding = torch.finfo(torch.float64).eps * float(still.abs().max())
+    for size in SMALL:
+        slope, other = ((still - update(share * size * ones)) / (share * size) for share in (1.0, 2.0))
+        change = float(((slope - other).abs().max() + rounding / size) / slope.abs().max())  # NaN: nothing moved
+        if change <= least:
+            best, least = slope, change
+        if least < EXACT:
+            break
+    if best is None:
+        raise NotElementwise("its update at a small gradient is no multiple of it")
+    return best
+
+
+def check_separable(optimizer: Optimizer, param: Tensor, group: dict[str, Any], reference: Tensor) -> None:
+    """Raise if the update of an entry follows the gradients of others.
+
+    Raises:
+        NotElementwise: it does.
+    """
+    with torch.no_grad():
+        update = trial(optimizer, param, group)
+        gradient = expected_gradient(param, group, reference.to(moment_dtype(param)))
+        half = torch.arange(param.numel(), device=param.device).view(param.shape) % 2 == 0
+        if not bool(gradient.any()):
+            gradient = torch.ones_like(gradient)
+        alone = update(gradient)
+        if _stands_for_all(optimizer, param):
+            try:
+                placed = trial(optimizer, param, group, among_others=True)(gradient)
+            except Exception:  # it may not take parameters without a gradient
+                placed = alone
+            if bool(((placed - alone).abs() > SEPARABLE * alone.abs().max()).any()):
+                raise NotElementwise("the update of a parameter depends on the others that the optimizer holds")
+        if param.numel() < 2:
+            return
+        one, other = alone, update(torch.where(half, gradient, 3 * gradient))
+        if bool(((one - other).abs()[half] > SEPARABLE * one.abs().max()).any()):
+            raise NotElementwise("the update of an entry depends on the gradients of other entries")
+        twice, still = update(1.001 * gradient), update(torch.zeros_like(gradient))
+        moved, slower = (one - still).abs().max(), (twice - one).abs().max()
+        if bool(slower > 0.1 * moved):
+            raise NotElementwise("its update jumps where the gradient hardly changes")
+
+
+def _stands_for_all(optimizer: Optimizer, param: Tensor) -> bool:
+    """Whether to look at this parameter among the others: the second tells places from the first, the last counts."""
+    parameters = [other for group in optimizer.param_groups for other in group["params"]]
+    return any(param is other for other in (*parameters[1:2], parameters[-1]))
+
+
+def couples_decay(optimizer: Optimizer, param: Tensor, group: dict[str, Any], reference: Tensor) -> bool:
+    """Whether weight decay is part of the gradient for it, as for Adam, or acts on its own, as for AdamW."""
+    decay = group["weight_decay"]
+    gradient = reference.double()
+    shifted = gradient + decay * param.detach().double()
+    coupled = trial(optimizer, param, group)(shifted)
+    told = trial(optimizer, param, group, decay=decay)(gradient)
+    return torch.allclose(told, coupled, rtol=0.0, atol=ALIKE * float(coupled.abs().max()))
+
+
+def follows_signs(optimizer: Optimizer, param: Tensor, group: dict[str, Any], reference: Tensor) -> bool:
+    """Whether opposite gradients make the very same update in many entries: old momentum decides a sign there."""
+    update = trial(optimizer, param, group, at_zero=True)
+    gradient = expected_gradient(param, group, reference.to(moment_dtype(param)))
+    decided = update(gradient) == update(-gradient)
+    return bool(decided.double().mean() > 0.1) and not bool(decided.all())

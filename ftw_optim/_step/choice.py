@@ -1,0 +1,151 @@
+"""The stages in their order: inner products to kept candidates, weights, and what they achieve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftw_optim._gram.inner_products import Products
+from ftw_optim._matching.active_set import WeightSolution
+from ftw_optim._matching.problem import Matching, Selection
+
+Filter = Callable[..., Tensor]
+Weight = Callable[..., WeightSolution]
+
+NORMALIZATIONS = ("sum", "norm", None)
+
+
+def metrics_of(stage: Callable[..., Any]) -> tuple[str, ...]:
+    """The further metrics a stage asks for."""
+    return tuple(getattr(stage, "metrics", ()))
+
+
+def select(
+    products: Mapping[str, Products],
+    losses: Tensor,
+    accepted: Tensor,
+    *,
+    metric: str,
+    filter_stage: Filter,
+    weight_stage: Weight,
+    generator: torch.Generator,
+    learning_rate_is_zero: bool = False,
+) -> Selection:
+    """Run the filter and the weight stage on the accepted candidates.
+
+    Args:
+        products: in ``metric``, in the preconditioned one and in those the stages name; of all candidates.
+        losses: shape ``(n,)``, on the CPU.
+        accepted: bool (n,): candidates that are not rejected.
+        metric: that of the first Matching a stage sees.
+        filter_stage: ``(matching, *more) -> kept``.
+        weight_stage: ``(matching, *more) -> WeightSolution``, restricted to ``kept``.
+        generator: for stages that draw.
+        learning_rate_is_zero: nothing can be decreased.
+
+    Returns:
+        The outcome, with indices into all ``n`` candidates, and ``update`` still open.
+    """
+    names = accepted.nonzero()[:, 0]
+
+    def matching(name: str) -> Matching:
+        one = products[name]
+        return Matching(
+            gram=one.gram[names][:, names],
+            cross_gram=one.cross_gram[names],
+            target_energy=float(one.target_energy),
+            losses=losses[names],
+            generator=generator,
+            offered=len(losses),
+        )
+
+    kept = torch.empty(0, dtype=torch.int64)
+    fitted = torch.empty(0, dtype=torch.float64)
+    converged = True
+    if len(names):
+        kept = _checked_kept(filter_stage(matching(metric), *map(matching, metrics_of(filter_stage))), len(names))
+    if len(kept):
+        solution = weight_stage(
+            matching(metric).restrict(kept),
+            *(matching(name).restrict(kept) for name in metrics_of(weight_stage)),
+        )
+        fitted = _checked_weights(solution.weights, len(kept))
+        converged = solution.converged
+    kept = names[kept]
+    total = float(fitted.sum())
+    skipped = total <= 0.0
+    weights = torch.zeros_like(fitted)
+    if not skipped:
+        weights = _normalised(
+            fitted / total,
+            total,
+            products["preconditioned"],
+            kept,
+            names,
+            getattr(weight_stage, "normalize", "sum"),
+        )
+    share = weights / weights.sum() if not skipped else weights
+    energy, length, inner = _energies(products[metric], kept, weights)
+    size = (length * energy) ** 0.5
+    cosine = max(-1.0, min(1.0, inner / size)) if size > 0.0 else 0.0
+    _, curvature, slope = _energies(products["preconditioned"], kept, weights)
+    return Selection(
+        losses=losses,
+        kept=kept,
+        weights=weights,
+        fitted_scale=total,
+        gram=products[metric].gram,
+        cross_gram=products[metric].cross_gram,
+        target_energy=energy,
+        cosine=cosine,
+        residual=1.0 - max(0.0, cosine) ** 2,
+        predicted_decrease=0.0 if learning_rate_is_zero else slope - curvature / 2,
+        effective_size=0.0 if skipped else float(1.0 / share.square().sum()),
+        rejected=(~accepted).nonzero()[:, 0],
+        skipped=skipped,
+        converged=converged,
+        update="skipped",
+    )
+
+
+def _energies(products: Products, kept: Tensor, weights: Tensor) -> tuple[float, float, float]:
+    """Squared norms of the target and of the combined gradient, and their inner product."""
+    gram = products.gram.double()[kept][:, kept]
+    inner = products.cross_gram.double()[kept] @ weights
+    # Rounding may turn a vanishing square negative.
+    return float(products.target_energy), max(0.0, float(weights @ gram @ weights)), float(inner)
+
+
+def _normalised(
+    weights: Tensor, total: float, products: Products, kept: Tensor, names: Tensor, normalize: str | None
+) -> Tensor:
+    """``weights`` (k,), which sum to one, in the length that ``normalize`` asks for."""
+    if normalize is None:
+        return weights * total
+    if normalize == "norm":
+        uniform = torch.full((len(names),), 1.0 / len(names), dtype=torch.float64)
+        _, reference, _ = _energies(products, names, uniform)
+        _, length, _ = _energies(products, kept, weights)
+        if length > 0.0:
+            return weights * math.sqrt(reference / length)
+    return weights
+
+
+def _checked_kept(kept: Tensor, n: int) -> Tensor:
+    if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.ndim != 1:
+        raise TypeError(f"A filter stage must return the kept indices as int64 of shape (k,), got {kept!r}.")
+    if len(kept) and (int(kept.min()) < 0 or int(kept.max()) >= n or len(torch.unique(kept)) < len(kept)):
+        raise ValueError(f"A filter stage must return different indices from 0 to {n - 1}, got {kept.tolist()}.")
+    return kept
+
+
+def _checked_weights(weights: Tensor, k: int) -> Tensor:
+    if weights.shape != (k,) or not bool((weights >= 0).all()) or not bool(weights.isfinite().all()):
+        raise ValueError(
+            f"A weight stage must return {k} finite weights >= 0, one for each kept candidate, got {weights.tolist()}."
+        )
+    return weights.detach().double().cpu()

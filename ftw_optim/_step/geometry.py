@@ -1,0 +1,52 @@
+"""The preconditioner of one parameter of a live optimizer, wrapped or bare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ftw_optim._preconditioners.lookup import Preconditioners
+from ftw_optim._preconditioners.maps import Preconditioner
+from ftw_optim._preconditioners.registry import ACCELERATED, dotted
+from ftw_optim._step.wrapper import OptimizerWrapper
+
+
+def preconditioner_of(optimizer: Optimizer, param: Tensor, reference: Tensor | None = None) -> Preconditioner:
+    """The map ``P`` of the optimizer's coming step on one parameter: ``update = update_at_zero - P gradient``.
+
+    Args:
+        optimizer: a supported optimizer, or a :class:`SelectiveOptimizer` around one.
+        param: one of its parameters.
+        reference: the gradient the step is expected to see, shaped like ``param``; it enters the second moment as the
+            step would let it, with entries below 0.03 of the root mean square of its non-zero ones raised to that, so
+            that no entry without history outweighs all others. None: the step at zero gradient.
+
+    Returns:
+        ``P``; call ``.apply(gradient)``.
+
+    Raises:
+        NotImplementedError: the optimizer has no rule and its update is not element-wise.
+        ValueError: ``param`` is not one of the optimizer's, or ``reference`` has another shape.
+    """
+    inner = optimizer
+    while isinstance(inner, OptimizerWrapper) or dotted(type(inner)) == ACCELERATED:
+        inner = inner.optimizer  # type: ignore[attr-defined]
+        optimizer = inner if isinstance(inner, OptimizerWrapper) else optimizer
+    if reference is not None and reference.shape != param.shape:
+        raise ValueError(f"Expected a reference of shape {tuple(param.shape)}, got {tuple(reference.shape)}.")
+    for group, other in _parameters(inner):
+        if other is param:
+            unknown_as_identity = getattr(optimizer, "metric", None) == "euclidean"
+            return Preconditioners(inner, unknown_as_identity=unknown_as_identity)(param, group, reference)
+    raise ValueError(
+        f"The parameter of shape {tuple(param.shape)} is in none of the optimizer's groups; expected one of its own."
+    )
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            yield group, param

@@ -1,0 +1,74 @@
+"""What a :class:`SelectiveOptimizer` is refused for, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ftw_optim._gram.inner_products import METRICS
+from ftw_optim._gram.sketch import Sketch
+from ftw_optim._step.choice import NORMALIZATIONS, metrics_of
+from ftw_optim._step.combine import UPDATES
+
+
+def check_options(
+    optimizer: Any,
+    model: Any,
+    stages: Sequence[Any],
+    metric: str,
+    update: str,
+    gram: str | Sketch,
+    memory_limit: int | None,
+) -> None:
+    """Refuse what a step could not be made with.
+
+    Args:
+        optimizer: the inner optimizer.
+        model: the module that the closures call.
+        stages: the filter and the weight stage.
+        metric: of the matching.
+        update: where the combined gradient comes from.
+        gram: ``"exact"`` or a sketch.
+        memory_limit: in bytes, or None.
+
+    Raises:
+        TypeError: the inner optimizer or the model is none.
+        ValueError: another option is not one of those there are.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"Expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected the model as an nn.Module, got {type(model).__name__}.")
+    for name, value, known in (("metric", metric, METRICS), ("update", update, UPDATES)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
+    if gram != "exact" and not isinstance(gram, Sketch):
+        raise ValueError(f'gram must be "exact" or a Sketch(dim=...), got {gram!r}.')
+    if memory_limit is not None and memory_limit < 1:
+        raise ValueError(f"memory_limit must be a positive number of bytes, got {memory_limit!r}.")
+    if (normalize := getattr(stages[1], "normalize", "sum")) not in NORMALIZATIONS:
+        raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}.")
+    for stage in stages:
+        if not callable(stage) or not set(metrics_of(stage)) <= set(METRICS):
+            raise ValueError(
+                f"Expected a callable stage whose metrics are some of {METRICS}, got {stage!r} with metrics "
+                f"{metrics_of(stage)!r}."
+            )
+
+
+def refuse_more_than_one_process() -> None:
+    """Refuse a run of several, in which each would select for itself.
+
+    Raises:
+        NotImplementedError: there are several.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise NotImplementedError(
+            f"Expected one process, got {distributed.get_world_size()}: each would select for itself, and the "
+            "parameters would drift apart. Select in a run of one process."
+        )

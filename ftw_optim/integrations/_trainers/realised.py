@@ -1,0 +1,94 @@
+"""How much the target loss really decreased by a step's gradient."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ftw_optim._layers.randomness import own_randomness
+from ftw_optim._step.optimizer import SelectiveOptimizer
+
+
+@final
+class RealisedDecrease:
+    """Target loss after the inner optimizer's step at zero gradient, minus that after the real step.
+
+    Both steps start from the same parameters and state, both losses are of the same examples under the same random
+    state: what old momentum and weight decay do by themselves cancels. Costs two evaluations and, while the first step
+    is tried, a copy of parameters and state; everything is put back.
+
+    Args:
+        optimizer: whose steps are measured, from now on.
+        losses: the target losses, shape ``(m,)``.
+        due: whether the coming step is measured.
+        note: takes what a measured step showed, a scalar on the device.
+    """
+
+    def __init__(
+        self,
+        optimizer: SelectiveOptimizer,
+        losses: Callable[[], Tensor],
+        *,
+        due: Callable[[], bool],
+        note: Callable[[Tensor], None],
+    ) -> None:
+        self._optimizer, self._losses, self._due, self._note = optimizer, losses, due, note
+        self._idle: Tensor | None = None
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    def _before(self, *_: Any) -> None:
+        self._idle = None
+        selection = self._optimizer.selection
+        if selection is not None and not selection.skipped and self._due():
+            with after_idle_step(self._optimizer.optimizer):
+                self._idle = self._mean_loss()
+
+    def _after(self, *_: Any) -> None:
+        if self._idle is not None:
+            self._note(self._idle - self._mean_loss())
+            self._idle = None
+
+    def _mean_loss(self) -> Tensor:
+        with torch.no_grad(), own_randomness(self._optimizer.model.parameters(), self._optimizer.seed):
+            return self._losses().mean()
+
+
+@contextmanager
+def after_idle_step(optimizer: Optimizer) -> Iterator[None]:
+    """A block in which the optimizer has made a step at zero gradient; afterwards all is as it was, bit by bit."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    values = [parameter.detach().clone() for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters]
+    state = dict(optimizer.state)
+    groups = [dict(group) for group in optimizer.param_groups]
+    step = type(optimizer).step
+    if getattr(step, "hooked", False):
+        step = step.__wrapped__  # type: ignore[attr-defined]  # no trial fires anyone's hooks
+    try:
+        # The step changes copies, so that what is put back are the very objects that others may hold.
+        for key, value in state.items():
+            optimizer.state[key] = copy.deepcopy(value)
+        for group in optimizer.param_groups:
+            group.update({key: copy.deepcopy(value) for key, value in group.items() if key != "params"})
+        for parameter in parameters:
+            parameter.grad = None if parameter.grad is None else torch.zeros_like(parameter.grad)
+        with own_randomness(parameters, 0):
+            step(optimizer)
+        yield
+    finally:
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        for group, held in zip(optimizer.param_groups, groups, strict=True):
+            group.clear()
+            group.update(held)
+        with torch.no_grad():
+            for parameter, value, gradient in zip(parameters, values, gradients, strict=True):
+                parameter.copy_(value)
+                parameter.grad = gradient

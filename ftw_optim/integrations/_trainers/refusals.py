@@ -1,0 +1,129 @@
+"""What a trainer may be set to and selection cannot do: said by name, before anything runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ftw_optim._step.optimizer import SelectiveOptimizer
+from ftw_optim.integrations._trainers.weighting import WEIGHTINGS
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(SelectiveOptimizer.__init__).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+)
+"""The options of :class:`SelectiveOptimizer`, which a trainer takes as ``selective``."""
+
+
+def checked_options(selective: Mapping[str, Any] | None, weighting: str, realised_every: int) -> dict[str, Any]:
+    """The options of the :class:`SelectiveOptimizer`.
+
+    Raises:
+        ValueError: an option that it does not have, or another one out of range.
+    """
+    options = dict(selective or {})
+    if unknown := sorted(options.keys() - set(OPTIONS)):
+        hint = " The target is target_dataset." if "target" in unknown else ""
+        raise ValueError(f"selective takes {', '.join(OPTIONS)}; got {', '.join(unknown)}.{hint}")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"sample_weighting must be one of {WEIGHTINGS}, got {weighting!r}.")
+    if isinstance(realised_every, bool) or not isinstance(realised_every, int) or realised_every < 0:
+        raise ValueError(f"realised_every must be a number of steps, or 0 for never, got {realised_every!r}.")
+    return options
+
+
+def refuse_settings(args: Any) -> None:
+    """Refuse what would already be acted upon while the trainer is constructed.
+
+    Raises:
+        NotImplementedError: rows are packed in a way that leaves no documents, or activations are offloaded.
+    """
+    if getattr(args, "packing", False) and getattr(args, "packing_strategy", None) == "wrapped":
+        raise NotImplementedError(
+            'packing_strategy="wrapped" cuts documents and lets them attend across their ends, so that none has a '
+            'gradient of its own: use packing_strategy="bfd", whose batches tell where documents begin, or '
+            "packing=False."
+        )
+    if getattr(args, "activation_offloading", False):
+        raise NotImplementedError(
+            "activation_offloading does not know of the inputs that are captured for selection: leave it out."
+        )
+
+
+def refuse(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -> None:
+    """Refuse what the trainer is set to, if it must be.
+
+    Args:
+        trainer: constructed.
+        options: of the :class:`SelectiveOptimizer`.
+        own_losses: the class brings losses of its own for each position.
+
+    Raises:
+        NotImplementedError: with all reasons.
+    """
+    if reasons := [*_processes(trainer), *_losses(trainer, options, own_losses=own_losses)]:
+        raise NotImplementedError(f"{type(trainer).__name__} cannot be used like this: " + "; ".join(reasons) + ".")
+
+
+def _processes(trainer: Trainer) -> Iterator[str]:
+    args, accelerator = trainer.args, trainer.accelerator
+    if trainer.is_deepspeed_enabled:
+        yield "DeepSpeed builds its own optimizer around ours: train without it"
+    if args.fsdp or trainer.is_fsdp_enabled:
+        yield "FSDP keeps only shards of the parameters in each process: train in one process without it"
+    if accelerator.num_processes > 1:
+        yield (
+            f"there are {accelerator.num_processes} processes, each would select for itself and the parameters would "
+            "drift apart: train in one"
+        )
+    if args.n_gpu > 1:
+        yield (
+            f"nn.DataParallel would copy the model to {args.n_gpu} GPUs, where its layers cannot be captured: make one "
+            "visible with CUDA_VISIBLE_DEVICES=0"
+        )
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        yield "the model was loaded in shards (distributed_config): load it whole"
+
+
+def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -> Iterator[str]:
+    args = trainer.args
+    if trainer.compute_loss_func is not None:
+        yield (
+            "compute_loss_func reduces the losses of all candidates to one: override position_losses, which returns "
+            "them position by position"
+        )
+    if args.label_smoothing_factor:
+        yield "label_smoothing_factor is not known for single candidates: leave it 0"
+    if args.use_liger_kernel:
+        yield "use_liger_kernel puts layers and a fused loss in place that cannot be captured: leave it out"
+    if getattr(trainer, "_is_vision_dataset", False):
+        yield "images are not known to belong to single candidates: train on text"
+    config: Any = getattr(trainer.model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):
+        yield (
+            "the load-balancing loss of the experts is not a sum over candidates: set "
+            "model.config.output_router_logits=False (router_aux_loss_coef=0.0 in an SFTConfig)"
+        )
+    if not own_losses and not trainer._loss_shifts_labels:
+        yield (
+            f"{type(trainer.model).__name__} is not trained by the next-token loss of Transformers: override "
+            "position_losses, which returns the losses of its positions"
+        )
+    if options.get("update") != "rerun" or args.gradient_accumulation_steps == 1:
+        return
+    if getattr(trainer, "padding_free", False):
+        yield (
+            'update="rerun" takes one batch, and packed rows cannot be put together: use "factors" or "graph", or '
+            "gradient_accumulation_steps=1"
+        )
+    if not trainer.model_accepts_loss_kwargs:
+        yield (
+            "the model divides its loss by each micro-batch's own labels, which cannot be told apart in the one batch "
+            'of update="rerun": use "factors" or "graph"'
+        )

@@ -1,0 +1,296 @@
+"""The micro-batches of one accumulation window, which are the candidates of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
+
+import torch
+from torch import Tensor
+
+from ftw_optim._matching.problem import Selection
+from ftw_optim._step.losses import shifted_labels
+from ftw_optim.integrations._trainers.packing import BOUNDARIES, Documents, documents_of
+from ftw_optim.integrations._trainers.weighting import Weighting
+
+IDS, SOURCES, TEXTS = COLUMNS = ("selection_sample_ids", "selection_sources", "selection_texts")
+"""Keys under which a collator hands over what is meant for the log, and never reaches the model."""
+
+Positions = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]
+"""``inputs -> (losses (b, t), counted (b, t))`` of a model's positions."""
+
+
+class Recorder(Protocol):
+    """What takes a trainer's selections, such as ``ftw_optim.selection_log.SelectionLog``."""
+
+    def record(
+        self,
+        step: int,
+        selection: Selection,
+        *,
+        ids: Sequence[Any],
+        sources: Sequence[str] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        texts: Sequence[str] | None = None,
+    ) -> None:
+        """Take one step's selection, with the id, source and text of each of its candidates."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold to go on from here; JSON can write it."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there: what was taken since is dropped."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MicroBatch:
+    """A batch of candidates, or of target examples.
+
+    Attributes:
+        inputs: of the model, with labels.
+        counted: bool ``(b, t)``, the positions that have a label to predict.
+        documents: where rows are packed of several candidates; else None.
+        columns: for the log, a value of each candidate; by the keys above.
+    """
+
+    inputs: dict[str, Any]
+    counted: Tensor
+    documents: Documents | None
+    columns: Mapping[str, list[Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], *, shifts: bool = True) -> MicroBatch:
+        """What a collator made.
+
+        Args:
+            batch: inputs and labels ``(b, t)``, or ``(b,)`` where rows have one label each.
+            shifts: the label of a position is what the position before predicts.
+
+        Raises:
+            ValueError: no labels, or a column with another number of values than there are documents.
+        """
+        inputs = {key: value for key, value in batch.items() if key not in COLUMNS}
+        labels = inputs.get("shift_labels")
+        if labels is None and isinstance(inputs.get("labels"), Tensor):
+            labels = shifted_labels(inputs["labels"]) if shifts else inputs["labels"]
+        if labels is None:
+            raise ValueError(
+                "Expected batches with labels (-100 where a position does not count), got the keys "
+                f"{sorted(inputs)}: use a data collator that makes them, such as DataCollatorForSeq2Seq or "
+                "DataCollatorForLanguageModeling(mlm=False)."
+            )
+        counted = (labels != -100).view(len(labels), -1)
+        documents = documents_of(inputs, counted)
+        columns = {key: _of_candidates(batch[key], documents, key) for key in COLUMNS if key in batch}
+        return cls(inputs=inputs, counted=counted, documents=documents, columns=columns)
+
+    def __len__(self) -> int:
+        return len(self.counted) if self.documents is None else len(self.documents.origins)
+
+    def sample_ids(self) -> Tensor:
+        """The candidate of each position, int64 ``(b, t)``."""
+        if self.documents is not None:
+            return self.documents.sample_ids
+        rows = torch.arange(len(self.counted), device=self.counted.device)
+        return rows[:, None].expand(self.counted.shape)
+
+    def rows(self, rows: Tensor) -> dict[str, Any]:
+        """The inputs of some rows."""
+        count = len(self.counted)
+        return {
+            key: value[rows.to(value.device)]
+            if isinstance(value, Tensor) and value.ndim and len(value) == count
+            else value
+            for key, value in self.inputs.items()
+        }
+
+
+def _of_candidates(values: Any, documents: Documents | None, key: str) -> list[Any]:
+    """The values of a column that belong to candidates."""
+    column: list[Any] = values.tolist() if isinstance(values, Tensor) else list(values)
+    if documents is None:
+        return column
+    if len(column) <= max(documents.origins, default=-1):
+        raise ValueError(
+            f"Expected one value of {key} for each of the packed documents, got {len(column)} for document "
+            f"{max(documents.origins)}: packed datasets keep no columns beside the tokens; leave the names of columns "
+            "out, or train without packing."
+        )
+    return [column[origin] for origin in documents.origins]
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Window:
+    """All candidates of one step.
+
+    Attributes:
+        batches: its micro-batches; those without any candidate are left out.
+        weighting: of their token losses.
+        positions: the losses of positions.
+        passed: called after each micro-batch, but not where some rows are run again.
+    """
+
+    batches: Sequence[MicroBatch]
+    weighting: Weighting
+    positions: Positions
+    passed: Callable[[], None] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        given: Sequence[Mapping[str, Any]],
+        positions: Positions,
+        weighting: str,
+        *,
+        over_window: bool,
+        shifts: bool = True,
+        joined: bool = False,
+        passed: Callable[[], None] | None = None,
+    ) -> Window:
+        """A window of collated batches.
+
+        Args:
+            given: micro-batches, on the device.
+            positions: see :class:`Window`.
+            weighting: ``"token_sum"`` or ``"token_mean"``.
+            over_window: see :meth:`Weighting.of`.
+            shifts: see :meth:`MicroBatch.of`.
+            joined: pad them to one batch.
+            passed: see :class:`Window`.
+        """
+        batches = [MicroBatch.of(batch, shifts=shifts) for batch in given]
+        batches = [batch for batch in batches if len(batch)]
+        if joined and len(batches) > 1:
+            batches = [_joined(batches)]
+        how = Weighting.of(
+            weighting,
+            [batch.counted for batch in batches],
+            [batch.documents for batch in batches],
+            over_window=over_window,
+        )
+        return cls(batches=batches, weighting=how, positions=positions, passed=passed)
+
+    def closure(self) -> Callable[..., Any]:
+        """What :meth:`SelectiveOptimizer.backward` runs."""
+        if len(self.batches) == 1:
+            return self._one_batch
+        return self._in_turn
+
+    def sample_ids(self) -> Tensor | list[Tensor] | None:
+        """The argument of :meth:`SelectiveOptimizer.backward`."""
+        if all(batch.documents is None for batch in self.batches):
+            return None
+        ids = [batch.sample_ids() for batch in self.batches]
+        return ids[0] if len(ids) == 1 else ids
+
+    def losses(self) -> Tensor:
+        """Of all candidates at once; for a single batch."""
+        return self._one_batch()
+
+    def token_loss(self, selection: Selection) -> Tensor:
+        """The mean loss of a token under the weights, a scalar on the device.
+
+        Under equal weights this is what a trainer without selection reports; the weighted mean of the candidates' own
+        losses is not in the unit of a token where they have different numbers of them. Skipped: under equal weights.
+        """
+        units = torch.cat(
+            [
+                self.weighting.losses(number, batch.counted.to(torch.float32), batch.counted, batch.documents)
+                for number, batch in enumerate(self.batches)
+            ]
+        )
+        share = torch.zeros(len(selection.losses), dtype=torch.float64)
+        if selection.skipped:
+            share.fill_(1.0)[selection.rejected] = 0.0
+        else:
+            share[selection.kept] = selection.weights.to(share)
+        if not bool(share.any()):
+            return units.new_full((), torch.nan)
+        counts = share > 0  # of the others, a loss that is not finite would stay so when multiplied by zero
+        total = (share[counts] * selection.losses[counts].to(share)).sum().to(units)
+        return total / (share.to(units) * units).sum().clamp(min=torch.finfo(units.dtype).tiny)
+
+    def column(self, key: str) -> list[Any] | None:
+        """A column of all candidates; None if the data has none."""
+        return _columns(self.batches).get(key)
+
+    def _one_batch(self, rows: Tensor | None = None) -> Tensor:
+        (batch,) = self.batches
+        if rows is None:
+            return self._first_pass(0, batch)
+        if batch.documents is not None:
+            return self._of(0, batch.inputs, batch.counted, batch.documents)[rows.to(batch.counted.device)]
+        return self._of(0, batch.rows(rows), batch.counted[rows.to(batch.counted.device)], None)
+
+    def _in_turn(self) -> Iterator[Tensor]:
+        for number, batch in enumerate(self.batches):
+            yield self._first_pass(number, batch)
+
+    def _first_pass(self, number: int, batch: MicroBatch) -> Tensor:
+        losses = self._of(number, batch.inputs, batch.counted, batch.documents)
+        if self.passed is not None:
+            self.passed()
+        return losses
+
+    def _of(self, number: int, inputs: dict[str, Any], counted: Tensor, documents: Documents | None) -> Tensor:
+        values, found = self.positions(dict(inputs))
+        if found.shape != counted.shape:
+            raise ValueError(
+                f"Expected losses of positions of the labels' shape {tuple(counted.shape)}, got {tuple(found.shape)}."
+            )
+        return self.weighting.losses(number, values, counted, documents)
+
+
+def _columns(batches: Sequence[MicroBatch]) -> dict[str, list[Any]]:
+    """Those that all micro-batches have, of the candidates of all."""
+    keys = [key for key in COLUMNS if all(key in batch.columns for batch in batches)]
+    return {key: [value for batch in batches for value in batch.columns[key]] for key in keys}
+
+
+_PADDING = {"labels": -100, "shift_labels": -100}
+
+
+def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
+    """All in one batch, padded on the right.
+
+    Raises:
+        ValueError: packed rows, or inputs that are not ``(b, t)``.
+    """
+    if any(batch.documents is not None for batch in batches):
+        raise ValueError(
+            'update="rerun" takes one batch, and packed rows cannot be put together: use update="factors" or "graph", '
+            "or gradient_accumulation_steps=1."
+        )
+    longest = max(batch.counted.shape[1] for batch in batches)
+    inputs: dict[str, Any] = {}
+    for key, first in batches[0].inputs.items():
+        if key in BOUNDARIES and key != "position_ids":
+            continue
+        parts = [batch.inputs[key] for batch in batches]
+        shapes_fit = all(
+            isinstance(part, Tensor) and part.shape == batch.counted.shape
+            for part, batch in zip(parts, batches, strict=True)
+        )
+        if not isinstance(first, Tensor):
+            inputs[key] = first
+        elif shapes_fit:
+            inputs[key] = torch.cat([_padded(part, longest, _PADDING.get(key, 0)) for part in parts])
+        else:
+            raise ValueError(
+                f'update="rerun" puts a window into one batch, but {key} has the shape {tuple(first.shape)} beside '
+                f'{tuple(batches[0].counted.shape)} tokens: use update="factors" or "graph", or '
+                "gradient_accumulation_steps=1."
+            )
+    return MicroBatch(
+        inputs=inputs,
+        counted=torch.cat([_padded(batch.counted, longest, False) for batch in batches]),
+        documents=None,
+        columns=_columns(batches),
+    )
+
+
+def _padded(part: Tensor, length: int, value: float) -> Tensor:
+    return torch.nn.functional.pad(part, (0, length - part.shape[1]), value=value)

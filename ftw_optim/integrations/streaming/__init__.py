@@ -1,0 +1,10 @@
+"""Candidates from interleaved streams, and targets in cycles: resumed without losing a sample or serving one twice.
+
+``_stream.py`` interleaves sources, ``_records.py`` reads them, ``_cursor.py`` remembers where each one is,
+``_screening.py`` encodes records and counts what it skips. Needs no model. To
+add a kind of source, add a reader to ``_records.py``.
+"""
+
+from ftw_optim.integrations.streaming._stream import CandidateStream as CandidateStream
+from ftw_optim.integrations.streaming._target_cycle import TargetCycle as TargetCycle
+from ftw_optim.integrations.streaming._target_cycle import pad as pad

@@ -1,0 +1,111 @@
+"""Target samples in batches without end, and samples as a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor
+
+from ftw_optim._step.losses import IGNORED
+from ftw_optim.integrations._trainers.targets import shuffled
+from ftw_optim.integrations.streaming._records import Source, reader_of
+from ftw_optim.integrations.streaming._screening import Encode, Sample, Screening
+
+
+@final
+class TargetCycle:
+    """Batches of target samples without end, each pass through them in an order of its own.
+
+    A batch is a function of its number and the seed alone: :meth:`batch`. As an iterator it counts them, and the count
+    is its whole state.
+
+    Args:
+        source: of finite length, as those of a ``CandidateStream``; read and encoded once, skipped and counted alike.
+        encode: as there.
+        batch_size: samples in a batch.
+        seed: of the orders.
+
+    Raises:
+        ValueError: the batch size is not positive, or no record gives a sample.
+    """
+
+    def __init__(self, source: Source, encode: Encode, *, batch_size: int, seed: int = 0) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}.")
+        reader = reader_of("target", source)
+        screening = Screening(encode, id_field=None, source_field=None)
+        self.samples: list[Sample] = []
+        index = 0
+        while (record := reader.read()) is not None:
+            if (sample := screening.sample(record, "target", index)) is not None:
+                self.samples.append(sample)
+            index += 1
+        if not self.samples:
+            raise ValueError(f"Expected target samples, got none from {index} records:\n{screening.table()}")
+        self.batch_size, self.seed = batch_size, seed
+        self.skipped = {reason: count for reasons in screening.skipped.values() for reason, count in reasons.items()}
+        self._batches = 0
+        self._orders: dict[int, list[int]] = {}
+
+    def batch(self, number: int) -> list[Sample]:
+        """The batch of that number, from 0 on, such as that of a step."""
+        if number < 0:
+            raise ValueError(f"Expected the number of a batch, 0 or more, got {number}.")
+        first = number * self.batch_size
+        return [self.samples[self._index(place)] for place in range(first, first + self.batch_size)]
+
+    def _index(self, place: int) -> int:
+        turn, at = divmod(place, len(self.samples))
+        if turn not in self._orders:
+            self._orders = {turn: shuffled(len(self.samples), f"{self.seed}/target/{turn}")}
+        return self._orders[turn][at]
+
+    def __iter__(self) -> TargetCycle:
+        return self
+
+    def __next__(self) -> list[Sample]:
+        self._batches += 1
+        return self.batch(self._batches - 1)
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches were given out, and of what."""
+        return {
+            "batches": self._batches,
+            "samples": len(self.samples),
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go on behind those batches.
+
+        Raises:
+            ValueError: the state is of a cycle with other samples, seed or batch size.
+        """
+        own = self.state_dict()
+        for name in ("samples", "seed", "batch_size"):
+            if state_dict.get(name) != own[name]:
+                raise ValueError(
+                    f"Expected the state of a cycle with {name} = {own[name]}, got {state_dict.get(name)}: the batches "
+                    "would not be those of the run that is resumed."
+                )
+        self._batches = state_dict["batches"]
+
+
+def pad(samples: Sequence[Sample], *, pad_token_id: int = 0, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """A batch for a causal language model: ``input_ids``, ``attention_mask``, ``labels``, each ``(n, t)`` int64.
+
+    Samples are padded on the right, with labels of -100.
+    """
+    rows = [
+        [torch.as_tensor(cast("Any", sample[key]), dtype=torch.int64) for sample in samples]
+        for key in ("input_ids", "labels")
+    ]
+    input_ids, labels = (
+        torch.nn.utils.rnn.pad_sequence(row, batch_first=True, padding_value=value)
+        for row, value in zip(rows, (pad_token_id, IGNORED), strict=True)
+    )
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows[0]], batch_first=True)
+    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}

@@ -1,0 +1,9 @@
+"""What was offered, what was kept and with which weight, at every step: a log on disk that survives a killed run.
+
+``_log.py`` records selections and reads a run back; ``_store.py`` writes and cuts the files. May import ``_matching``
+for the selection it records. To add a column, change ``_log.py``; to add a file format, ``_store.py``.
+"""
+
+from ftw_optim.selection_log._log import LoggedRun as LoggedRun
+from ftw_optim.selection_log._log import SelectionLog as SelectionLog
+from ftw_optim.selection_log._log import read_log as read_log

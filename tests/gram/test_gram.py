@@ -1,0 +1,157 @@
+"""Inner products from factors against those of whole gradients, under every form of preconditioner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ftw_optim import Diagonal, Factors, Kronecker, Preconditioner, RankOne, RotatedDiagonal, Scalar
+from ftw_optim._gram.exact import GramSums
+from ftw_optim._gram.inner_products import METRICS, inner, on_host
+from tests.factors.test_factors import gradients, random_factors
+
+ROWS, COLUMNS, N = 6, 4, 3
+
+
+def positive(size: int, generator: torch.Generator) -> Tensor:
+    root = torch.randn(size, size, dtype=torch.float64, generator=generator)
+    return root @ root.T
+
+
+def uniform(*shape: int) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8)) + 0.1
+
+
+class Mixing(Preconditioner):
+    """A dense map on all entries."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    def apply(self, gradient: Tensor) -> Tensor:
+        return (gradient.reshape(*gradient.shape[:-2], -1) @ self.matrix).reshape(gradient.shape)
+
+
+MAPS: dict[str, Callable[[torch.Generator], Preconditioner]] = {
+    "scalar": lambda g: Scalar(0.3),
+    "diagonal": lambda g: Diagonal(uniform(ROWS, COLUMNS)),
+    "rank one": lambda g: RankOne(uniform(ROWS), uniform(COLUMNS)),
+    "kronecker": lambda g: Kronecker(positive(ROWS, g), positive(COLUMNS, g)),
+    "kronecker, right alone": lambda g: Kronecker(right=positive(COLUMNS, g)),
+    "of a kind of its own": lambda g: Mixing(positive(ROWS * COLUMNS, g)),
+    "rotated, left alone": lambda g: RotatedDiagonal(
+        torch.linalg.qr(positive(ROWS, g))[0], None, uniform(ROWS, COLUMNS)
+    ),
+    "rotated": lambda g: RotatedDiagonal(
+        torch.linalg.qr(positive(ROWS, g))[0],
+        torch.linalg.qr(positive(COLUMNS, g))[0],
+        uniform(ROWS, COLUMNS),
+    ),
+}
+
+USES: dict[str, list[Factors]] = {
+    "one position": [random_factors("dense", grid=(N, 1), rows=ROWS, columns=COLUMNS, seed=6)],
+    "two uses": [
+        random_factors("dense", grid=(N, 1), rows=ROWS, columns=COLUMNS, seed=7),
+        random_factors("dense", grid=(N, 1), rows=ROWS, columns=COLUMNS, seed=8),
+    ],
+    "dense": [random_factors("dense", grid=(N, 5), rows=ROWS, columns=COLUMNS, seed=1)],
+    "embedding": [random_factors("one-hot", grid=(N, 2), rows=ROWS, columns=COLUMNS, seed=2)],
+    "tied": [
+        random_factors("one-hot", grid=(N, 5), rows=ROWS, columns=COLUMNS, seed=3),
+        random_factors("dense", grid=(N, 5), rows=ROWS, columns=COLUMNS, seed=4),
+        random_factors("dense", grid=(N, 2), rows=ROWS, columns=COLUMNS, seed=5),
+    ],
+}
+
+
+@pytest.mark.parametrize("way", [None, "tokens", "materialised"])
+@pytest.mark.parametrize("memory_limit", [2**28, 1, 8 * N * COLUMNS * 4], ids=["whole", "by row", "by four rows"])
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("uses", USES.values(), ids=USES)
+@pytest.mark.parametrize("build", MAPS.values(), ids=MAPS)
+def test_products_are_those_of_whole_gradients(
+    build: Callable[[torch.Generator], Preconditioner],
+    uses: list[Factors],
+    scale: float,
+    memory_limit: int,
+    way: str | None,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    preconditioner = build(generator)
+    target = torch.randn(ROWS, COLUMNS, dtype=torch.float64, generator=generator)
+    accepted = torch.tensor([True, False, True])
+    found = [use.without(~accepted) for use in uses]
+    whole = sum(map(gradients, found)) / scale
+    seen: list[Tensor] = []
+
+    def precondition(name: str, reference: Tensor) -> Preconditioner:
+        seen.append(reference)
+        return preconditioner
+
+    sums = GramSums(
+        accepted,
+        {"weight": target},
+        precondition,
+        shapes={"weight": torch.Size((ROWS, COLUMNS))},
+        metrics=METRICS,
+        dtype=torch.float64,
+        device=torch.device("cpu"),
+        scale=scale,
+        memory_limit=memory_limit,
+        way=way,
+    )
+    taken = sums.add("weight", found)
+    if way is not None:
+        folds = isinstance(preconditioner, Scalar | RankOne) and all(not use.indexed for use in uses)
+        assert taken == (way if folds else "materialised")
+    result = on_host(sums.products())[0]
+    torch.testing.assert_close(seen, [whole[accepted].mean(0)])
+    moved, moved_target = preconditioner.apply(whole), preconditioner.apply(target)
+    for metric, left, left_target, right, right_target in (
+        ("euclidean", whole, target, whole, target),
+        ("preconditioned", whole, target, moved, moved_target),
+        ("update", moved, moved_target, moved, moved_target),
+    ):
+        expected = torch.einsum("irc,jrc->ij", left, right)
+        torch.testing.assert_close(result[metric].gram, expected)
+        torch.testing.assert_close(result[metric].cross_gram, torch.einsum("irc,rc->i", right, left_target))
+        torch.testing.assert_close(result[metric].target_energy, (left_target * right_target).sum())
+
+
+def test_parameters_add_up_and_one_without_a_target_gradient_counts_in_the_gram_alone() -> None:
+    uses, target = USES["dense"], uniform(ROWS, COLUMNS)
+    shape = torch.Size((ROWS, COLUMNS))
+    results = []
+    for names in (["a"], ["a", "b"]):
+        sums = GramSums(
+            torch.ones(N, dtype=torch.bool),
+            {"a": target},
+            lambda name, reference: Scalar(1.0),
+            shapes={"a": shape, "b": shape},
+            metrics=["euclidean"],
+            dtype=torch.float64,
+            device=torch.device("cpu"),
+        )
+        for name in names:
+            sums.add(name, uses)
+        results.append(on_host(sums.products())[0]["euclidean"])
+    one, both = results
+    torch.testing.assert_close(both.gram, 2 * one.gram)
+    torch.testing.assert_close(both.cross_gram, one.cross_gram)
+    torch.testing.assert_close(both.target_energy, one.target_energy)
+
+
+@pytest.mark.parametrize("d", [5, 4096, 4097, 3 * 4096, 50_001])
+def test_long_rows_are_summed_in_short_runs(d: int) -> None:
+    """Float32 keeps its digits, however long the rows are."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(4, d, generator=generator) + 0.3, torch.randn(3, d, generator=generator) + 0.3
+    expected = left.double() @ right.double().T
+    error = (inner(left, right).double() - expected).abs().max() / expected.abs().max()
+    assert float(error) < 1e-6
+    wide = torch.randn(4, 2 * d, generator=generator)[:, :d]  # rows apart in memory
+    torch.testing.assert_close(inner(wide, right), wide @ right.T, rtol=1e-4, atol=1e-3)

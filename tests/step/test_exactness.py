@@ -1,0 +1,222 @@
+"""The whole step against autograd, one candidate at a time, on every model family that the README names."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ftw_optim import (
+    GreedyFilter,
+    KeepAll,
+    SelectiveOptimizer,
+    UniformWeights,
+    last_blocks,
+    preconditioner_of,
+)
+from ftw_optim.testing import recorded
+from tests.support.models import CASES, Case, precision
+from tests.support.oracles import candidate_gradients, explicit_matching, mean_gradient
+
+N = 5
+# Relative to the norms of the two gradients. float32 keeps seven digits, of which the sum over parameters costs one.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+}
+
+
+def build(name: str, dtype: torch.dtype, inner: str, **options: Any) -> tuple[Case, SelectiveOptimizer]:
+    case = CASES[name](dtype, N)
+    trained = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
+    options = {"filter": GreedyFilter(keep=3), **options}
+    return case, SelectiveOptimizer(OPTIMIZERS[inner](trained), case.model, case.target_losses, **options)
+
+
+def check_against_oracle(case: Case, optimizer: SelectiveOptimizer, dtype: torch.dtype) -> None:
+    """One backward, with its Gram matrix, cross-Gram and applied gradient compared to the oracle's.
+
+    ``P`` is taken at the very reference that the step used, after that was compared to the mean candidate gradient: at
+    a cold start ``P`` divides by it, and where candidates cancel in it a float32 oracle is itself off by up to 3e-5.
+    """
+    atol = TOLERANCE[dtype]
+    gradients = candidate_gradients(case)
+    target = mean_gradient(candidate_gradients(case, target=True))
+    mean = mean_gradient(gradients)
+    parameters = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
+    scored = {name: p for name, p in parameters.items() if optimizer.scored is None or optimizer.scored(name, p)}
+
+    # Some gradients are zero but for rounding, such as that of an attention key's bias.
+    floor = 1e-3 * max(float(gradient.norm()) for gradient in mean.values())
+    optimizer.zero_grad()
+    with recorded(optimizer) as shares:
+        optimizer.backward(case.losses)
+    references = {share.name: share.reference for share in shares}
+    selection = optimizer.selection
+    assert selection is not None
+    assert not selection.skipped
+
+    maps = {}
+    for name, parameter in scored.items():
+        size = torch.stack([gradient[name] for gradient in gradients]).square().mean(0).sum().sqrt()
+        assert (references[name] - mean[name]).norm() <= atol * (size + floor), name
+        maps[name] = preconditioner_of(optimizer, parameter, references[name])
+    gram, cross, energy = explicit_matching(gradients, target, maps, optimizer.metric)
+    size = gram.diagonal().sqrt()
+    torch.testing.assert_close(
+        selection.gram.double() / size / size[:, None], gram / size / size[:, None], rtol=0, atol=atol
+    )
+    torch.testing.assert_close(
+        selection.cross_gram.double() / size / energy.sqrt(), cross / size / energy.sqrt(), rtol=0, atol=atol
+    )
+    assert selection.target_energy == pytest.approx(float(energy), rel=atol)
+    for name, parameter in parameters.items():
+        parts = [
+            weight * gradients[index][name].double()
+            for index, weight in zip(selection.kept.tolist(), selection.weights, strict=True)
+        ]
+        expected = torch.stack(parts).sum(0)
+        size = torch.stack(parts).reshape(len(parts), -1).norm(dim=1).sum() + floor
+        given = torch.zeros_like(expected) if parameter.grad is None else parameter.grad.double()
+        # Relative to the whole parameter, since the gradients of single entries may cancel.
+        assert (given - expected).norm() <= atol * size, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("inner", OPTIMIZERS)
+@pytest.mark.parametrize("metric", ["preconditioned", "update", "euclidean"])
+@pytest.mark.parametrize("name", CASES)
+def test_gram_cross_gram_and_gradient_are_autograds(name: str, metric: str, inner: str, dtype: torch.dtype) -> None:
+    """Cold, and once more when the optimizer has seen gradients."""
+    with precision(dtype):
+        case, optimizer = build(name, dtype, inner, metric=metric)
+        check_against_oracle(case, optimizer, dtype)
+        for _ in range(2):
+            optimizer.step(case.losses)
+        check_against_oracle(case, optimizer, dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_factors_and_graph_give_the_same_parameters(name: str) -> None:
+    with precision(torch.float64):
+        results = []
+        for update in ("factors", "graph"):
+            case, optimizer = build(name, torch.float64, "adamw", update=update)
+            for _ in range(3):
+                optimizer.step(case.losses)
+                assert optimizer.selection is not None
+                assert optimizer.selection.update == update
+            results.append(list(case.model.parameters()))
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
+
+
+class Gated(nn.Module):
+    """A layer that no rule knows: it owns two parameters, and neither acts entry by entry alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.power = nn.Parameter(torch.ones(width)), nn.Parameter(torch.full((width,), 1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x.abs().clamp(min=1e-3) ** self.power * x.sign()
+
+
+@pytest.mark.parametrize("update", ["graph", "auto"])
+def test_last_block_alone_is_scored_and_everything_is_updated_exactly(update: str) -> None:
+    """On a model with a layer that has no rule."""
+    case, _ = build("small-gpt", torch.float64, "adamw")
+    case.model.norm = nn.Sequential(case.model.norm, Gated(8).double())  # type: ignore[assignment,operator,arg-type]
+    scored = last_blocks(case.model, 1)
+    optimizer = SelectiveOptimizer(
+        torch.optim.AdamW(case.model.parameters(), lr=0.01),
+        case.model,
+        case.target_losses,
+        filter=GreedyFilter(keep=3),
+        scored=scored,
+        update=update,
+    )
+    check_against_oracle(case, optimizer, torch.float64)
+    optimizer.step(case.losses)
+    check_against_oracle(case, optimizer, torch.float64)
+    assert optimizer.selection is not None
+    assert optimizer.selection.update == "graph"
+
+
+@pytest.mark.parametrize("update", ["factors", "graph", "rerun"])
+def test_last_block_alone_is_scored_with_rules_for_all(update: str) -> None:
+    case, _ = build("gpt2-tied", torch.float64, "adamw")
+    with precision(torch.float64):
+        optimizer = SelectiveOptimizer(
+            torch.optim.AdamW(case.model.parameters(), lr=0.01),
+            case.model,
+            case.target_losses,
+            scored=last_blocks(case.model, 1),
+            update=update,
+            filter=GreedyFilter(keep=3),
+        )
+        check_against_oracle(case, optimizer, torch.float64)
+        optimizer.step(case.losses)
+        check_against_oracle(case, optimizer, torch.float64)
+
+
+@pytest.mark.parametrize("update", ["factors", "graph", "rerun"])
+def test_a_step_of_sgd_is_its_formula(update: str) -> None:
+    case, optimizer = build("small-gpt", torch.float64, "sgd", update=update)
+    before = {name: p.detach().clone() for name, p in case.model.named_parameters()}
+    gradients = candidate_gradients(case)
+    loss = optimizer.step(case.losses)
+    selection = optimizer.selection
+    assert selection is not None
+    for name, parameter in case.model.named_parameters():
+        moved = sum(
+            weight * gradients[i][name] for i, weight in zip(selection.kept.tolist(), selection.weights, strict=True)
+        )
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.1 * moved, rtol=1e-10, atol=1e-12)
+    share = selection.weights / selection.weights.sum()
+    torch.testing.assert_close(loss, (share * case_losses_before(before, case)[selection.kept]).sum())
+
+
+def case_losses_before(before: dict[str, Tensor], case: Case) -> Tensor:
+    """The losses at earlier parameters."""
+    model = copy.deepcopy(case.model)
+    model.load_state_dict(before, strict=False)
+    return case.losses_of(model, case.candidates).detach()
+
+
+@pytest.mark.parametrize("update", ["factors", "graph"])
+def test_all_kept_at_one_over_n_is_the_bare_optimizer_for_a_hundred_steps(update: str) -> None:
+    """With dropout: the masks are those of a bare run, although the target's pass draws some of its own."""
+    from tests.support.models import SmallGPT, language_model, seeded
+
+    runs = []
+    for selective in (False, True):
+        case = language_model(seeded(lambda: SmallGPT(dropout=0.2)).double().train(), N)
+        optimizer: Optimizer = torch.optim.AdamW(case.model.parameters(), lr=3e-3, weight_decay=0.1)
+        if selective:
+            optimizer = SelectiveOptimizer(
+                optimizer,
+                case.model,
+                case.target_losses,
+                filter=KeepAll(),
+                weight=UniformWeights(),
+                update=update,
+            )
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            for _ in range(100):
+                if selective:
+                    optimizer.step(case.losses)  # type: ignore[arg-type]
+                else:
+                    optimizer.zero_grad()
+                    case.losses().mean().backward()
+                    optimizer.step()
+        runs.append([p.detach() for p in case.model.parameters()])
+    # A hundred steps of AdamW amplify the rounding of the first ones.
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-7, atol=1e-9)

@@ -1,0 +1,85 @@
+"""Which parameters ``last_blocks`` accepts."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from ftw_optim import last_blocks
+from tests.support.models import SmallGPT, transformers_model
+
+
+def accepted(model: nn.Module, count: int) -> set[str]:
+    predicate = last_blocks(model, count)
+    return {name for name, parameter in model.named_parameters() if predicate(name, parameter)}
+
+
+def test_the_last_blocks_are_those_at_the_end_of_the_stack() -> None:
+    model = SmallGPT(depth=12)
+    names = [name for name, _ in model.named_parameters()]
+    assert accepted(model, 1) == {name for name in names if name.startswith("blocks.11.")}
+    assert accepted(model, 11) == {
+        name for name in names if name.startswith("blocks.") and not name.startswith("blocks.0.")
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "prefix"),
+    [
+        ("llama", False, "model.layers.1."),
+        ("gpt2", False, "transformer.h.1."),
+        ("llama", True, "base_model.model.model.layers.1."),
+    ],
+)
+def test_the_stack_is_found_in_model_families_and_under_peft(family: str, lora: bool, prefix: str) -> None:
+    import torch
+
+    model = transformers_model(family, lora=lora)(torch.float32, 2).model
+    found = accepted(model, 1)
+    assert found
+    assert found == {name for name, _ in model.named_parameters() if name.startswith(prefix)}
+
+
+class EncoderDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.decoder = nn.ModuleList(Experts() for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+
+def test_stacks_inside_blocks_do_not_count_and_of_two_the_last_does() -> None:
+    names = {name for name, _ in EncoderDecoder().named_parameters()}
+    assert accepted(EncoderDecoder(), 2) == {name for name in names if name.startswith(("decoder.1.", "decoder.2."))}
+
+
+def test_counts_and_models_that_do_not_fit_are_refused() -> None:
+    for count in (0, 3):
+        with pytest.raises(ValueError, match="count must be from 1 to the 2 blocks of 'blocks'"):
+            last_blocks(SmallGPT(), count)
+    with pytest.raises(ValueError, match="Expected a stack of repeated blocks"):
+        last_blocks(nn.Linear(2, 2), 1)
+
+
+def test_blocks_of_two_classes_of_one_kind_are_one_stack() -> None:
+    """As in hybrid models, whose attention layers and mixers have a common parent."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+    class Attention(Layer):
+        pass
+
+    class Mixer(Layer):
+        pass
+
+    model = nn.ModuleDict({"layers": nn.ModuleList([Mixer(), Attention(), Mixer()]), "head": nn.Linear(2, 2)})
+    assert last_blocks(model, 2).blocks == ("layers.1.", "layers.2.")

@@ -1,0 +1,80 @@
+"""How often a step would wait for an accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ftw_optim import GreedyFilter, SelectiveOptimizer, Sketch, TargetGradient
+from tests.gram.test_sketch import cases, in_batches, trained
+from tests.support.models import Case
+from tests.support.taint import Device
+
+
+def waits(case: Case, closure: Any, **options: Any) -> dict[str, int]:
+    """Of the third step, by place."""
+    optimizer = SelectiveOptimizer(
+        torch.optim.AdamW(trained(case).values(), lr=0.01),
+        case.model,
+        TargetGradient(case.target_losses, refresh_every=2, decay=0.5),
+        filter=GreedyFilter(keep=3),
+        **options,
+    )
+    for _ in range(2):
+        optimizer.step(closure)
+    there = [*case.model.parameters(), *case.model.buffers()]
+    there += [value for value in case.candidates.values() if isinstance(value, Tensor)]
+    with Device(there) as device:
+        optimizer.step(closure)
+    assert optimizer.selection is not None
+    assert not optimizer.selection.skipped
+    return dict(device.waits)
+
+
+@pytest.mark.parametrize("metric", ["preconditioned", "update"])
+@pytest.mark.parametrize("gram", ["exact", Sketch(dim=64)], ids=str)
+@pytest.mark.parametrize("build", cases().values(), ids=cases())
+def test_a_step_from_factors_waits_once(build: Callable[[], Case], gram: Any, metric: str) -> None:
+    """For the small Gram system, with all that must be known of losses, factors and target in the same copy."""
+    case = build()
+    found = waits(case, case.losses, update="factors", gram=gram, metric=metric)
+    assert list(found.values()) == [1]
+    assert next(iter(found)).startswith("_products.py")
+
+
+@pytest.mark.parametrize("update", ["graph", "rerun"])
+@pytest.mark.parametrize("build", cases().values(), ids=cases())
+def test_a_step_by_a_second_backward_waits_once_more(build: Callable[[], Case], update: str) -> None:
+    """For whether its gradient is finite, and that of the factors."""
+    case = build()
+    found = waits(case, case.losses, update=update)
+    assert sorted(found.values()) == [1, 1]
+    assert {place.split(":")[0] for place in found} == {"_products.py", "_checks.py"}
+
+
+def test_micro_batches_wait_no_more_often() -> None:
+    case = cases()["tied, shared positions"]()
+    assert sorted(waits(case, in_batches(case, [4, 1, 3]), update="factors").values()) == [1]
+    assert sorted(waits(case, in_batches(case, [4, 1, 3]), update="rerun", gram=Sketch()).values()) == [1, 1]
+
+
+def test_what_waits_is_seen() -> None:
+    """The stand-in counts what it should, and nothing that stays on the host."""
+    from ftw_optim._capture.self_check import told
+    from ftw_optim._factors.factors import weighted_sum
+    from tests.factors.test_factors import random_factors
+
+    there, here = torch.ones(3, dtype=torch.bool), torch.ones(3, dtype=torch.float64)
+    uses = [random_factors("dense", grid=(3, 2), rows=2, columns=2, seed=0)]
+    with Device([there, uses[0].left]) as device:
+        told([there.any(), (there & there).all()])
+        weighted_sum(uses, here, torch.Size((2, 2)))
+    assert list(device.waits.values()) == [1]
+    with Device([here]) as device:
+        weighted_sum(uses, here, torch.Size((2, 2)))
+    assert list(device.waits.values()) == [1]
+    assert "nonzero" in next(iter(device.waits))
