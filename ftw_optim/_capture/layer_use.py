@@ -9,7 +9,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ftw_optim._capture.layouts import TIME_FIRST, Grid, Layout
@@ -17,6 +16,7 @@ from ftw_optim._capture.owners import Owner
 from ftw_optim._capture.replay.axes import SHARED, Axis, candidate_axes
 from ftw_optim._capture.replay.calls import Call
 from ftw_optim._layers.registry import LayerRule
+from ftw_optim._layers.special import has_no_rows
 
 
 @final
@@ -166,7 +166,7 @@ def _layout(owner: Owner, call: Call, output: Any, grid: Grid) -> tuple[Layout, 
     inputs = call.tensors()
     if isinstance(owner.rule, LayerRule):
         return grid.layout(inputs[0] if inputs else torch.empty(0), owner.rule), None
-    if any(isinstance(value, PackedSequence) for value in (*call.args, *call.kwargs.values())):
+    if any(map(has_no_rows, (*call.args, *call.kwargs.values()))):
         return Layout(reading="unknown", trouble="rows of one length, not a PackedSequence"), None
     if grid.sample_ids is not None:
         return Layout(reading="run again, sample_ids"), None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ftw_optim._factors.factors import Factors
-from ftw_optim._layers.registry import add_rule
+from ftw_optim._layers.registry import register_layer
 
 _DEFAULTS = (None, True, None, True, False)
 """Of key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal."""
@@ -20,7 +20,7 @@ def _refuses(module: nn.Module) -> str | None:
     return None if module.batch_first else "MultiheadAttention takes the time first; build it with batch_first=True"
 
 
-@add_rule(
+@register_layer(
     nn.MultiheadAttention,
     parameters=[
         "in_proj_weight",

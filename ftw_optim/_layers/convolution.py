@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ftw_optim._factors.factors import Factors
-from ftw_optim._layers.registry import add_rule
+from ftw_optim._layers.registry import register_layer
 
 
-@add_rule(nn.Conv1d, parameters=["weight", "bias"], channels_second=True)
-@add_rule(nn.Conv2d, parameters=["weight", "bias"], channels_second=True)
-@add_rule(nn.Conv3d, parameters=["weight", "bias"], channels_second=True)
+@register_layer(nn.Conv1d, parameters=["weight", "bias"], channels_second=True)
+@register_layer(nn.Conv2d, parameters=["weight", "bias"], channels_second=True)
+@register_layer(nn.Conv3d, parameters=["weight", "bias"], channels_second=True)
 def convolution(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors | Tensor]:
     """``y = W * patches(x) + b``: outer products of output gradients and patches, within each group.
 

@@ -9,17 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ftw_optim._factors.factors import Factors, PositionMap
-from ftw_optim._layers.registry import (
-    PROBE_ERRORS,
-    LayerRule,
-    add_rule,
-    by_position,
-    own_parameters,
-    probed,
-    recognise,
-    register_layer,
-    swapped,
-)
+from ftw_optim._layers.module_parts import PROBE_ERRORS, own_parameters, probed, swapped
+from ftw_optim._layers.registry import LayerRule, recognise, register_layer
 
 
 def _refuses(module: nn.Module) -> str | None:
@@ -37,14 +28,14 @@ def embedding(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -
     assert isinstance(module, nn.Embedding)
     ids = inputs[0].long()  # row indices arrive as int32 too
     ids = ids.reshape(len(ids), math.prod(ids.shape[1:]))  # not -1: a time axis may be empty
-    values = by_position(output_grad)
+    values = output_grad.reshape(*ids.shape, output_grad.shape[-1])
     if module.padding_idx is not None:
         padding = (ids == module.padding_idx)[..., None]
         values = torch.where(padding, torch.zeros((), dtype=values.dtype, device=values.device), values)
     return {"weight": Factors(left=ids, right=values, rows=module.num_embeddings)}
 
 
-@add_rule(
+@register_layer(
     nn.EmbeddingBag,
     parameters=["weight"],
     refuses=_refuses,

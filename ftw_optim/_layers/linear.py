@@ -7,24 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ftw_optim._factors.factors import Factors
-from ftw_optim._layers.registry import by_position, register_layer
+from ftw_optim._layers.registry import register_layer
 
 
 @register_layer(nn.Linear, parameters=["weight", "bias"])
 def linear(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
     """``y = x W' + b``: the weight's gradient is ``sum_t outer(output_grad[t], x[t])``."""
-    output_grads = by_position(output_grad)
-    return {
-        "weight": Factors(left=output_grads, right=by_position(inputs[0])),
-        "bias": Factors(left=output_grads),
-    }
+    return {"weight": Factors(left=output_grad, right=inputs[0]), "bias": Factors(left=output_grad)}
 
 
 @register_layer("transformers.pytorch_utils.Conv1D", parameters=["weight", "bias"])
 def transposed_linear(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
     """``y = x W + b``, the weight stored as ``(d_in, d_out)``: the factors change places."""
-    output_grads = by_position(output_grad)
-    return {
-        "weight": Factors(left=by_position(inputs[0]), right=output_grads),
-        "bias": Factors(left=output_grads),
-    }
+    return {"weight": Factors(left=inputs[0], right=output_grad), "bias": Factors(left=output_grad)}

@@ -9,16 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ftw_optim._factors.factors import Factors
-from ftw_optim._layers.registry import (
-    PROBE_ERRORS,
-    LayerRule,
-    add_rule,
-    own_parameters,
-    probed,
-    recognise,
-    register_layer,
-    swapped,
-)
+from ftw_optim._layers.module_parts import PROBE_ERRORS, own_parameters, probed, swapped
+from ftw_optim._layers.registry import LayerRule, recognise, register_layer
 
 
 def _summed(values: Tensor, parameter_shape: torch.Size) -> Factors:
@@ -37,7 +29,7 @@ def layer_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) 
     return {"weight": _summed(output_grad * normalised, shape), "bias": _summed(output_grad, shape)}
 
 
-@add_rule(nn.GroupNorm, parameters=["weight", "bias"], channels_second=True)
+@register_layer(nn.GroupNorm, parameters=["weight", "bias"], channels_second=True)
 def group_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Tensor]:
     """``y = weight * normalised(x) + bias``, one of each for a channel."""
     assert isinstance(module, nn.GroupNorm)
@@ -45,9 +37,9 @@ def group_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) 
     return _by_channel(output_grad, normalised)
 
 
-@add_rule(nn.InstanceNorm1d, parameters=["weight", "bias"], channels_second=True)
-@add_rule(nn.InstanceNorm2d, parameters=["weight", "bias"], channels_second=True)
-@add_rule(nn.InstanceNorm3d, parameters=["weight", "bias"], channels_second=True)
+@register_layer(nn.InstanceNorm1d, parameters=["weight", "bias"], channels_second=True)
+@register_layer(nn.InstanceNorm2d, parameters=["weight", "bias"], channels_second=True)
+@register_layer(nn.InstanceNorm3d, parameters=["weight", "bias"], channels_second=True)
 def instance_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Tensor]:
     """As GroupNorm with a group for each channel, or with running statistics in evaluation."""
     assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
@@ -69,9 +61,9 @@ def _mixes_rows(module: nn.Module) -> str | None:
     return None
 
 
-@add_rule(nn.BatchNorm1d, parameters=["weight", "bias"], refuses=_mixes_rows, channels_second=True)
-@add_rule(nn.BatchNorm2d, parameters=["weight", "bias"], refuses=_mixes_rows, channels_second=True)
-@add_rule(nn.BatchNorm3d, parameters=["weight", "bias"], refuses=_mixes_rows, channels_second=True)
+@register_layer(nn.BatchNorm1d, parameters=["weight", "bias"], refuses=_mixes_rows, channels_second=True)
+@register_layer(nn.BatchNorm2d, parameters=["weight", "bias"], refuses=_mixes_rows, channels_second=True)
+@register_layer(nn.BatchNorm3d, parameters=["weight", "bias"], refuses=_mixes_rows, channels_second=True)
 def batch_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Tensor]:
     """In evaluation: ``y = weight * (x - running_mean) / sqrt(running_var + eps) + bias``."""
     return _by_channel(output_grad, _with_running_statistics(module, inputs[0]))

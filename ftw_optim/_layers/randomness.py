@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @final
@@ -71,11 +71,6 @@ def own_randomness(tensors: Iterable[Tensor], seed: int) -> Iterator[None]:
         yield
     finally:
         before.restore()
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters are."""
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def _equal_states(one: Any, other: Any) -> bool:

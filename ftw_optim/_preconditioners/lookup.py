@@ -20,7 +20,7 @@ from ftw_optim._preconditioners.probing.probe import (
     follows_signs,
     probed,
 )
-from ftw_optim._preconditioners.registry import dotted, registered_rule
+from ftw_optim._preconditioners.registry import registered_rule
 from ftw_optim._preconditioners.rules.adam import adam
 
 LOOK_EVERY = 16
@@ -123,8 +123,8 @@ class Preconditioners:
             except Exception as error:  # such as a kernel that takes other devices or precisions than the copy's
                 alike = True
                 self._warn(
-                    f"{dotted(type(self._optimizer))} has the state of Adam and cannot be tried on a copy ({error}): "
-                    "it is taken for Adam."
+                    f"{torch.typename(type(self._optimizer))} has the state of Adam and cannot be tried on a copy "
+                    f"({error}): it is taken for Adam."
                 )
             self._looks.like_adam[id(param)] = alike
         return self._looks.like_adam[id(param)]
@@ -144,9 +144,9 @@ class Preconditioners:
                 self._looks.refusals[id(param)] = refusal
             if follows_signs(self._optimizer, param, group, expected):
                 self._warn(
-                    f"The step of {dotted(type(self._optimizer))} follows signs alone, which no linear map describes: "
-                    "entries that the coming gradient cannot turn count as nothing, and predicted_decrease is "
-                    "approximate."
+                    f"The step of {torch.typename(type(self._optimizer))} follows signs alone, which no linear map "
+                    "describes: entries that the coming gradient cannot turn count as nothing, and predicted_decrease "
+                    "is approximate."
                 )
         if id(param) in self._looks.refusals:
             raise self._looks.refusals[id(param)]
@@ -154,7 +154,9 @@ class Preconditioners:
 
     def _unknown(self, group: dict[str, Any], error: Exception) -> Scalar:
         cls = type(self._optimizer)
-        unknown = f"No preconditioner is known for {dotted(cls)}, and trying it on a copy did not tell one: {error}."
+        unknown = (
+            f"No preconditioner is known for {torch.typename(cls)}, and trying it on a copy did not tell one: {error}."
+        )
         if not self._unknown_as_identity:
             raise NotImplementedError(
                 f"{unknown} Register one with @register_preconditioner({cls.__name__}), or ask for "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, final
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -48,7 +49,7 @@ def register_preconditioner(
     Returns:
         A decorator that returns the rule unchanged.
     """
-    key = cls if isinstance(cls, str) else dotted(cls)
+    key = cls if isinstance(cls, str) else torch.typename(cls)
 
     def register(rule: Rule) -> Rule:
         _RULES[key] = Registered(rule, attributes, note)
@@ -76,7 +77,7 @@ def registered_rule(optimizer: Optimizer) -> Registered | None:
     """
     cls = type(optimizer)
     for parent in cls.__mro__:
-        name = dotted(parent)
+        name = torch.typename(parent)
         found = _RULES.get(name)
         if found is not None and not _steps_otherwise(cls, parent):
             return found
@@ -99,8 +100,3 @@ def _steps_otherwise(cls: type, parent: type) -> bool:
         if of_parent is not None and not special and inspect.unwrap(own) is not inspect.unwrap(of_parent):
             return True
     return False
-
-
-def dotted(cls: type) -> str:
-    """The full name of a class, as rules are registered under."""
-    return f"{cls.__module__}.{cls.__qualname__}"

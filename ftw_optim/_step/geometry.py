@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ftw_optim._preconditioners.lookup import Preconditioners
 from ftw_optim._preconditioners.maps import Preconditioner
-from ftw_optim._preconditioners.registry import ACCELERATED, dotted
+from ftw_optim._preconditioners.registry import ACCELERATED
 from ftw_optim._step.wrapper import OptimizerWrapper
 
 
@@ -32,7 +33,7 @@ def preconditioner_of(optimizer: Optimizer, param: Tensor, reference: Tensor | N
         ValueError: ``param`` is not one of the optimizer's, or ``reference`` has another shape.
     """
     inner = optimizer
-    while isinstance(inner, OptimizerWrapper) or dotted(type(inner)) == ACCELERATED:
+    while isinstance(inner, OptimizerWrapper) or torch.typename(type(inner)) == ACCELERATED:
         inner = inner.optimizer  # type: ignore[attr-defined]
         optimizer = inner if isinstance(inner, OptimizerWrapper) else optimizer
     if reference is not None and reference.shape != param.shape:

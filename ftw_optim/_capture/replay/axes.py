@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ftw_optim._capture.replay.calls import Call
+from ftw_optim._layers.special import candidate_axis_of_input, candidate_axis_of_output
 
 SHARED = -1
 """The axis of an output that all candidates share, until it is expanded in front."""
@@ -44,8 +45,8 @@ def candidate_axes(call: Call, n: int, output: Any) -> list[Axis | None]:
 def _axis(value: Tensor, number: int, call: Call, n: int, inputs: Sequence[Tensor]) -> Axis | None:
     if value.ndim == 0:
         return None
-    if isinstance(call.module, nn.RNNBase):
-        return Axis(0 if number == 0 else 1)  # the last hidden states have their layers first
+    if (fixed := candidate_axis_of_output(call.module, number)) is not None:
+        return Axis(fixed)
     rows = value.shape[0]
     first = next((leaf for leaf in inputs if leaf.ndim), None)
     positions = first.shape[1] if first is not None and first.ndim > 1 else None
@@ -79,8 +80,7 @@ def candidate_dims(call: Call, n: int) -> dict[int, int]:
     rows = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
     dims = {}
     for number, leaf in enumerate(leaves):
-        # The hidden state of a recurrent layer comes second and has its layers first.
-        dim = 1 if isinstance(call.module, nn.RNNBase) and number > 0 else 0
+        dim = candidate_axis_of_input(call.module, number)
         if isinstance(leaf, Tensor) and leaf.ndim > dim and leaf.shape[dim] in (n, rows) and not leaf.shape[dim] % n:
             dims[number] = dim
     return dims

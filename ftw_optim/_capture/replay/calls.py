@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointFunction
 
-from ftw_optim._layers.randomness import RandomState, device_of
-from ftw_optim._layers.registry import dotted, swapped
+from ftw_optim._layers.module_parts import device_of, swapped
+from ftw_optim._layers.randomness import RandomState
+from ftw_optim._layers.special import is_cache
 
 
 @final
@@ -93,11 +94,11 @@ def detached(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[An
     def leaf(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.detach()
-        return None if _is_cache(value) else value
+        return None if is_cache(value) else value
 
     if _only_tensors(args, kwargs):
         return tuple(value.detach() for value in args), kwargs
-    inputs: tuple[tuple[Any, ...], Mapping[str, Any]] = tree_map(leaf, (args, kwargs), is_leaf=_is_cache)
+    inputs: tuple[tuple[Any, ...], Mapping[str, Any]] = tree_map(leaf, (args, kwargs), is_leaf=is_cache)
     return inputs
 
 
@@ -160,7 +161,3 @@ def _refill(container: Any, content: Any) -> None:
 
 def _only_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return not kwargs and all(type(value) is Tensor for value in args)
-
-
-def _is_cache(value: Any) -> bool:
-    return any(dotted(cls) == "transformers.cache_utils.Cache" for cls in type(value).__mro__)
