@@ -139,7 +139,7 @@ def _tilt_all(start: Start) -> Step:
         target=TargetGradient(start.target_losses(), refresh_every=start.options.refresh_every),
         filter=KeepAll(),
         weight=NonNegativeLeastSquares(anchor=start.options.anchor),
-        update="graph",
+        combine="graph",
         scored=last_blocks(start.model, 1),
         seed=start.seed,
     )

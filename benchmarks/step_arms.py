@@ -99,7 +99,7 @@ def plain_arm(point: Point, device: str) -> tuple[Step, torch.optim.Optimizer]:
 
 
 def selective_arm(point: Point, way: str, device: str) -> tuple[Step, SelectiveOptimizer]:
-    """One selective step, with this value of ``update``."""
+    """One selective step, with this value of ``combine``."""
     model = build_model(point, device)
     optimizer = SelectiveOptimizer(
         torch.optim.AdamW(trained(model).values(), lr=1e-4),
@@ -108,7 +108,7 @@ def selective_arm(point: Point, way: str, device: str) -> tuple[Step, SelectiveO
             lambda: losses_of(point, model, batch(point, point.m, TARGET_SEED, device), device), refresh_every=point.r
         ),
         filter=KeepAll() if point.k == point.n else GreedyFilter(keep=point.k),
-        update=way,
+        combine=way,
         scored=last_blocks(model, point.scored) if point.scored else None,
         self_check=False,
     )

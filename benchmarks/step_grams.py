@@ -54,7 +54,7 @@ class Problem:
                 lambda: losses_of(point, self.model, batch(point, 1, TARGET_SEED, device, TARGET_TOKENS), device)
             ),
             filter=GreedyFilter(keep=1),
-            update="factors",
+            combine="factors",
             self_check=False,
         )
         mean = torch.autograd.grad(self.losses().mean(), list(self.parameters.values()))
@@ -223,7 +223,7 @@ def errors_of(gram: Tensor, shares: Sequence[RecordedShare], exact: Tensor) -> d
 
 def _exact_share(share: RecordedShare) -> Tensor:
     """One parameter's share of the Gram matrix, in float64 from its factors as they are."""
-    gradients = sum(map(_gradients, share.factors)) / share.scale
+    gradients = sum(map(_gradients, share.factors))
     assert isinstance(gradients, Tensor)
     moved = share.preconditioner.apply(gradients.reshape(-1, *share.shape))
     return gradients.flatten(1) @ moved.flatten(1).T

@@ -101,7 +101,7 @@ def measure(
     }
     for way, optimizer in optimizers.items():
         assert optimizer.selection is not None
-        applied_by = optimizer.selection.update
+        applied_by = optimizer.selection.combine
         ratios = [one[way] / one["plain"] for one in rounds]
         floor = point.floor(applied_by)
         found["ways"][way] = {

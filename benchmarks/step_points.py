@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 WAYS = ("factors", "graph", "rerun", "auto")
-"""The values of ``update``."""
+"""The values of ``combine``."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": {
@@ -53,7 +53,7 @@ class Point:
         dtype: of the parameters.
         autocast: to bfloat16.
         checkpoint: gradient checkpointing.
-        ways: values of ``update`` that are measured.
+        ways: values of ``combine`` that are measured.
         also: beyond the ratios: ``"kept pages"`` (the same where glibc keeps freed memory), ``"errors"`` (of the Gram
             matrix), ``"other ways"`` (to the same Gram matrix), ``"chart t"``, ``"chart n"``.
     """

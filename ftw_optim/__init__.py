@@ -5,14 +5,14 @@ from ftw_optim._capture.coverage import coverage as coverage
 from ftw_optim._factors.factors import Factors as Factors
 from ftw_optim._gram.sketch import Sketch as Sketch
 from ftw_optim._layers.registry import register_layer as register_layer
-from ftw_optim._matching.active_set import WeightSolution as WeightSolution
 from ftw_optim._matching.filters import FilterStage as FilterStage
 from ftw_optim._matching.filters import GreedyFilter as GreedyFilter
 from ftw_optim._matching.filters import KeepAll as KeepAll
 from ftw_optim._matching.filters import TopKFilter as TopKFilter
 from ftw_optim._matching.nnls import solve_nnls as solve_nnls
 from ftw_optim._matching.problem import Matching as Matching
-from ftw_optim._matching.problem import Selection as Selection
+from ftw_optim._matching.selection import Selection as Selection
+from ftw_optim._matching.solution import WeightSolution as WeightSolution
 from ftw_optim._matching.weights import NonNegativeLeastSquares as NonNegativeLeastSquares
 from ftw_optim._matching.weights import UniformWeights as UniformWeights
 from ftw_optim._matching.weights import WeightStage as WeightStage

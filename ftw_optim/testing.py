@@ -22,9 +22,11 @@ from ftw_optim._capture.plan import plan
 from ftw_optim._factors.factors import Factors, weighted_sum
 from ftw_optim._gram.blocks import Block
 from ftw_optim._gram.blocks import Buffer as Buffer
-from ftw_optim._gram.exact import DEFAULT_MEMORY_LIMIT, GramSums
-from ftw_optim._gram.inner_products import METRICS, on_host
+from ftw_optim._gram.exact import GramSums
+from ftw_optim._gram.inner_products import on_host
+from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import Sketch, SketchSums
+from ftw_optim._gram.spec import DEFAULT_MEMORY_LIMIT, GramSpec
 from ftw_optim._preconditioners.maps import Preconditioner
 from ftw_optim._step.optimizer import SelectiveOptimizer
 
@@ -164,33 +166,26 @@ def products_of(
     Raises:
         ValueError: the metric, the Gram matrix or the way is none of those above.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(map(repr, METRICS))}, got {metric!r}.")
+    if metric not in (known := [one.value for one in Metric]):
+        raise ValueError(f"metric must be one of {', '.join(map(repr, known))}, got {metric!r}.")
     if gram != "exact" and not isinstance(gram, Sketch):
         raise ValueError(f'gram must be "exact" or a Sketch, got {gram!r}.')
     uses = [factors] if isinstance(factors, Factors) else list(factors)
-    everyone, of = torch.ones(uses[0].count, dtype=torch.bool), {"parameter": target}
-    what: dict[str, Any] = {
-        "shapes": {"parameter": target.shape},
-        "metrics": [metric],
-        "dtype": torch.promote_types(torch.float32, target.dtype),
-        "device": target.device,
-        "scale": 1.0,
-        "memory_limit": DEFAULT_MEMORY_LIMIT if memory_limit is None else memory_limit,
-        "buffer": Buffer() if buffer is None else buffer,
-        "way": way,
-    }
-
-    def precondition(name: str, reference: Tensor) -> Preconditioner:
-        return preconditioner
-
-    sums: GramSums | SketchSums
-    if isinstance(gram, Sketch):
-        sums = SketchSums(everyone, of, precondition, sketch=gram, seed=seed, **what)
-    else:
-        sums = GramSums(everyone, of, precondition, **what)
+    spec = GramSpec(
+        shapes={"parameter": target.shape},
+        target={"parameter": target},
+        precondition=lambda name, reference: preconditioner,
+        metrics=[Metric(metric)],
+        dtype=torch.promote_types(torch.float32, target.dtype),
+        device=target.device,
+        memory_limit=DEFAULT_MEMORY_LIMIT if memory_limit is None else memory_limit,
+        buffer=Buffer() if buffer is None else buffer,
+        way=way,
+    )
+    everyone = torch.ones(uses[0].count, dtype=torch.bool)
+    sums = SketchSums(spec, everyone, sketch=gram, seed=seed) if isinstance(gram, Sketch) else GramSums(spec, everyone)
     taken = sums.add("parameter", uses)
-    found = on_host(sums.products())[0][metric]
+    found = on_host(sums.products())[0][Metric(metric)]
     return FormedProducts(
         gram=found.gram,
         cross_gram=found.cross_gram,
@@ -205,14 +200,12 @@ def products_of(
 class RecordedShare:
     """What one parameter's share of a Gram matrix was formed from; made by :func:`recorded`.
 
-    Candidate ``i`` has the gradient ``factors[0].g_i / scale + factors[1].g_i / scale + ...``, and the share is
-    ``<g_i, P g_j>``.
+    Candidate ``i`` has the gradient ``factors[0].g_i + factors[1].g_i + ...``, and the share is ``<g_i, P g_j>``.
 
     Attributes:
         name: of the parameter.
-        factors: with one row of positions for each candidate.
+        factors: with one row of positions for each candidate; the scale of the losses is divided out.
         shape: of the parameter.
-        scale: what the factors were multiplied by.
         reference: the gradient that ``P`` was taken at.
         preconditioner: ``P``; it may share memory with the inner optimizer's state, so read it before the next step.
     """
@@ -220,7 +213,6 @@ class RecordedShare:
     name: str
     factors: tuple[Factors, ...]
     shape: torch.Size
-    scale: float
     reference: Tensor
     preconditioner: Preconditioner
 
@@ -252,7 +244,6 @@ def recorded(optimizer: SelectiveOptimizer) -> Iterator[list[RecordedShare]]:
                 name=name,
                 factors=tuple(block.uses),
                 shape=block.shape,
-                scale=block.scale,
                 reference=reference.clone(),
                 preconditioner=preconditioner,
             )

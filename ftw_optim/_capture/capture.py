@@ -110,7 +110,7 @@ class Capture:
             error.add_note(
                 f"The output of {names} has one row for all candidates and was expanded to one for each. If the model "
                 f"cannot take that, do not score these: scored=lambda name, parameter: not name.startswith("
-                f'({", ".join(map(repr, sorted(self._expanded)[:5]))},)), with update="graph".'
+                f'({", ".join(map(repr, sorted(self._expanded)[:5]))},)), with combine="graph".'
             )
 
     def pause(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import final
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ftw_optim._capture.owners import Owner, owners
+from ftw_optim._factors.micro_batches import Footprint
 from ftw_optim._layers.registry import LayerRule
 
 
@@ -111,26 +112,26 @@ class Coverage:
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
-    def after(
-        self,
-        scored: Callable[[str], bool],
-        uses: Mapping[str, int],
-        multiplications: Mapping[str, int],
-        sizes: Mapping[str, int],
-    ) -> Coverage:
-        """The same table after a backward."""
-        return Coverage(
-            tuple(
+    def after(self, scored: Collection[str], footprints: Mapping[str, Footprint]) -> Coverage:
+        """The same table after a backward.
+
+        Args:
+            scored: names of the parameters that count in the Gram matrix.
+            footprints: what the factors of each captured parameter came to.
+        """
+        rows = []
+        for row in self.rows:
+            took, counts = footprints.get(row.name, Footprint.of([])), row.name in scored
+            rows.append(
                 replace(
                     row,
-                    scored=scored(row.name),
-                    uses=uses.get(row.name, 0),
-                    multiplications=multiplications.get(row.name, 0),
-                    bytes=sizes.get(row.name, 0),
+                    scored=counts,
+                    uses=took.uses,
+                    multiplications=took.multiplications if counts else 0,
+                    bytes=took.bytes,
                 )
-                for row in self.rows
             )
-        )
+        return Coverage(tuple(rows))
 
 
 def coverage(model: nn.Module) -> Coverage:

@@ -13,7 +13,7 @@ from ftw_optim._factors.factors import Factors, projection, weighted_sum
 
 WAYS_OUT = (
     "Leave it out of what is scored (scored=last_blocks(model, 1), or a predicate (name, parameter) that says no to "
-    'it) with update="graph", which updates every parameter exactly; freeze it; or register a rule with '
+    'it) with combine="graph", which updates every parameter exactly; freeze it; or register a rule with '
     "@register_layer."
 )
 

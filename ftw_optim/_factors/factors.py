@@ -152,6 +152,15 @@ class Factors:
         right = None if self.right is None else regroup(self.right)
         return replace(self, left=regroup(self.left), right=right, positions=None, whole=False)
 
+    def divided(self, scale: float) -> Factors:
+        """The gradients over ``scale``: one side is divided, in the computing dtype, and the other one is shared."""
+        if scale == 1.0:
+            return self
+        if self.indexed or self.whole or (self.right is not None and self.columns < self.rows):
+            assert self.right is not None
+            return replace(self, right=self.right.to(self.dtype()) / scale)
+        return replace(self, left=self.left.to(self.dtype()) / scale)
+
     def spread(self, weights: Tensor) -> Tensor:
         """``weights`` (n,), one for each candidate, as one for each position: broadcastable to ``(b, t)``."""
         if self.positions is None:

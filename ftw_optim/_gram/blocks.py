@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ftw_optim._factors.factors import Factors, materialise, weighted_sum
 from ftw_optim._gram.profiling import profiled
+from ftw_optim._preconditioners.maps import Preconditioner
 
 
 @final
@@ -38,18 +39,21 @@ class Block:
     """The candidates' gradients of one parameter, seen as matrices and multiplied out a range of rows at a time.
 
     Attributes:
-        uses: with one row of positions for each candidate.
+        uses: with one row of positions for each candidate, and no scale.
         shape: of the parameter.
-        scale: what the factors were multiplied by.
         limit: bytes that may be multiplied out at a time.
         buffer: their memory.
     """
 
     uses: Sequence[Factors]
     shape: torch.Size
-    scale: float
     limit: int
     buffer: Buffer
+
+    @classmethod
+    def of(cls, uses: Sequence[Factors], shape: torch.Size, *, scale: float, limit: int, buffer: Buffer) -> Block:
+        """The block of a parameter's uses as they were captured: the one place where their ``scale`` is divided out."""
+        return cls(uses=[use.by_row().divided(scale) for use in uses], shape=shape, limit=limit, buffer=buffer)
 
     @property
     def count(self) -> int:
@@ -58,23 +62,24 @@ class Block:
 
     @property
     def rows(self) -> int:
-        """Of each gradient."""
+        """Rows of each gradient."""
         return self.uses[0].rows
 
     @property
     def columns(self) -> int:
-        """Of each gradient."""
+        """Columns of each gradient."""
         return self.uses[0].columns
 
     @property
     def dtype(self) -> torch.dtype:
-        """To compute in."""
+        """The dtype of the arithmetic, at least float32."""
         return self.uses[0].dtype()
 
     @property
-    def dense(self) -> bool:
-        """Whether all uses are outer products of whole rows, into which a map can be folded."""
-        return all(not use.indexed and not use.whole and use.right is not None for use in self.uses)
+    def is_matrix(self) -> bool:
+        """Whether a map can be folded in on either side: a matrix whose uses are all outer products of whole rows."""
+        dense = all(not use.indexed and not use.whole and use.right is not None for use in self.uses)
+        return dense and tuple(self.shape) == (self.rows, self.columns)
 
     def at_once(self, copies: int = 1) -> int:
         """How many rows fit into the limit, ``copies`` times."""
@@ -100,8 +105,6 @@ class Block:
             first, size = self.uses[0], (stop - start) * self.columns
             memory = self.buffer.of((self.count + 1) * size, self.dtype, first.left.device)
             block = materialise(self.uses, start, stop, out=memory)
-            if self.scale != 1.0:
-                block.div_(self.scale)
             if beside is None:
                 return block
             whole = memory[: (self.count + 1) * size].view(-1, stop - start, self.columns)
@@ -110,21 +113,32 @@ class Block:
 
     def mean(self, weights: Tensor) -> Tensor:
         """``sum_i weights[i] g_i``, shaped like the parameter, without forming any ``g_i``."""
-        return weighted_sum(self.uses, weights / self.scale, self.shape)
+        return weighted_sum(self.uses, weights, self.shape)
 
-    def folded(self, left: Tensor | None, right: Tensor | None) -> Block:
-        """The block of ``left g right``, where ``dense``; None for the identity."""
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Left and right sides of all uses of a matrix, one use after another: shape ``(n, t, rows | columns)``."""
+        left = torch.cat([use.left for use in self.uses], dim=1).to(self.dtype)
+        return left, torch.cat([use.right for use in self.uses if use.right is not None], dim=1).to(self.dtype)
+
+    def folded(self, preconditioner: Preconditioner) -> Block:
+        """The block of ``P g``, of a matrix under a map that folds."""
+        return self._changed(preconditioner.fold)
+
+    def turned(self, left: Tensor | None, right: Tensor | None) -> Block:
+        """The block of ``left' g right``, of a matrix; None for the identity."""
+
+        def turn(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+            rows = rows if left is None else rows @ left.to(rows)
+            return rows, columns if right is None else columns @ right.to(columns)
+
+        return self._changed(turn)
+
+    def _changed(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Block:
         uses = []
         for use in self.uses:
             assert use.right is not None
-            of_rows, of_columns = use.left.to(self.dtype), use.right.to(self.dtype)
-            uses.append(
-                replace(
-                    use,
-                    left=of_rows if left is None else of_rows @ left.T.to(self.dtype),
-                    right=of_columns if right is None else of_columns @ right.to(self.dtype),
-                )
-            )
+            left, right = change(use.left.to(self.dtype), use.right.to(self.dtype))
+            uses.append(replace(use, left=left, right=right))
         return replace(self, uses=uses)
 
     def compact(self) -> tuple[Block, Tensor | None]:
@@ -138,10 +152,12 @@ class Block:
         ]
         return replace(self, uses=uses), touched
 
-
-def is_matrix(block: Block) -> bool:
-    """Whether a matrix can be folded in on either side of the parameter."""
-    return block.dense and tuple(block.shape) == (block.rows, block.columns)
+    def some(self, part: slice) -> Block:
+        """The block of some candidates."""
+        uses = [
+            replace(use, left=use.left[part], right=None if use.right is None else use.right[part]) for use in self.uses
+        ]
+        return replace(self, uses=uses)
 
 
 def parts(n: int, size: int, limit: int) -> Iterator[slice]:
@@ -149,20 +165,6 @@ def parts(n: int, size: int, limit: int) -> Iterator[slice]:
     at_once = max(1, limit // max(1, size))
     for start in range(0, n, at_once):
         yield slice(start, min(n, start + at_once))
-
-
-def sides(block: Block) -> tuple[Tensor, Tensor]:
-    """Left and right of all uses of a block that is :attr:`Block.dense`, one after another: (n, t, rows | columns)."""
-    left = torch.cat([use.left for use in block.uses], dim=1).to(block.dtype)
-    return left, torch.cat([use.right for use in block.uses if use.right is not None], dim=1).to(block.dtype)
-
-
-def some_of(block: Block, part: slice) -> Block:
-    """The block of some candidates."""
-    uses = [
-        replace(use, left=use.left[part], right=None if use.right is None else use.right[part]) for use in block.uses
-    ]
-    return replace(block, uses=uses)
 
 
 def _distinct(indices: Tensor, rows: int) -> Tensor:

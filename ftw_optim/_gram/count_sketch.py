@@ -42,7 +42,7 @@ class Hash:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Hash:
-        """At random, on the CPU: the same on every device."""
+        """A hash drawn at random, on the CPU: the same on every device."""
 
         def buckets(count: int) -> Tensor:
             return (torch.randperm(max(count, size), generator=generator)[:count] % size).to(device)
@@ -59,7 +59,7 @@ class Hash:
         )
 
     def signs(self, start: int, stop: int) -> Tensor:
-        """Of the entries in rows ``start`` to ``stop``."""
+        """Signs of the entries in rows ``start`` to ``stop``."""
         return self.row_signs[start:stop, None] * self.column_signs
 
     def add_signed(self, sums: Tensor, matrices: Tensor, start: int) -> None:

@@ -9,9 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.profiling import profiled
-
-METRICS = ("preconditioned", "update", "euclidean")
 
 
 @final
@@ -42,13 +41,13 @@ class Products:
         )
 
     def add(self, left: Tensor, right: Tensor, target: Tensor | None) -> None:
-        """Add those of the candidates' rows ``left`` (n, d) with ``right`` (n, d), and of ``left`` with ``target``."""
+        """Add products of the rows ``left`` and ``right``, both (n, d), and of ``left`` with ``target`` (d,)."""
         with profiled("products"):
             self.gram += inner(left, right).to(self.gram)
             self.add_cross(left, target)
 
     def add_square(self, rows: Tensor, n: int) -> None:
-        """Add those of the candidates' rows with each other, and with that of the target if it is behind them.
+        """Add the products of the candidates' rows with each other, and with the target's row if it is behind them.
 
         Args:
             rows: shape ``(n, d)`` or ``(n + 1, d)``.
@@ -61,7 +60,7 @@ class Products:
                 self.cross_gram += both[:n, n]
 
     def add_cross(self, rows: Tensor, target: Tensor | None) -> None:
-        """Add those of the candidates' ``rows`` (n, d) with ``target`` (d,), if there is one."""
+        """Add the products of the candidates' ``rows`` (n, d) with ``target`` (d,), if there is one."""
         if target is not None:
             self.cross_gram += inner(rows, target[None])[:, 0].to(self.cross_gram)
 
@@ -70,7 +69,7 @@ class Products:
         self.target_energy += inner(left.flatten()[None], right.flatten()[None])[0, 0].to(self.target_energy)
 
     def among(self, n: int, rows: Tensor) -> Products:
-        """Those of ``n`` candidates of whom these are the ``rows``; zero for the others."""
+        """These products inside a system of ``n`` candidates; zero for those not in ``rows``."""
         whole = Products.zeros(n, dtype=self.gram.dtype, device=self.gram.device)
         whole.gram[rows[:, None], rows] = self.gram
         whole.cross_gram[rows] = self.cross_gram
@@ -78,7 +77,7 @@ class Products:
         return whole
 
     def of(self, accepted: Tensor) -> Products:
-        """With zeros for all but the ``accepted`` candidates, bool (n,)."""
+        """The same products with zeros for all but the ``accepted`` candidates, bool (n,)."""
         both, zero = accepted[:, None] & accepted, self.gram.new_zeros(())
         return replace(
             self,
@@ -87,8 +86,8 @@ class Products:
         )
 
 
-def on_host(problem: Mapping[str, Products], *others: Tensor) -> tuple[dict[str, Products], list[Tensor]]:
-    """The same on the CPU, and other small tensors with them, in one copy: a device is waited for once.
+def on_host(problem: Mapping[Metric, Products], *others: Tensor) -> tuple[dict[Metric, Products], list[Tensor]]:
+    """Products on the CPU, and other small tensors with them, in one copy: a device is waited for once.
 
     Args:
         problem: the products in each metric.

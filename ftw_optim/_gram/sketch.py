@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -17,20 +17,13 @@ import torch
 from torch import Tensor
 
 from ftw_optim._factors.factors import Factors
-from ftw_optim._gram.blocks import Block, Buffer, is_matrix, parts, sides, some_of
+from ftw_optim._gram.blocks import Block, parts
 from ftw_optim._gram.count_sketch import Hash
 from ftw_optim._gram.inner_products import Products
-from ftw_optim._gram.ways import BYTE, CONVOLVED, MATERIALISED, Observe, check_way, rotated
-from ftw_optim._preconditioners.maps import (
-    Diagonal,
-    Elementwise,
-    Kronecker,
-    Preconditioner,
-    RankOne,
-    RotatedDiagonal,
-    Scalar,
-    root_of,
-)
+from ftw_optim._gram.metric import Metric
+from ftw_optim._gram.spec import CONVOLVED, MATERIALISED, GramSpec
+from ftw_optim._gram.ways import BYTE, rotated
+from ftw_optim._preconditioners.maps import Preconditioner, Scalar
 
 COPIES = 2
 """Independent halves of a sketch; how far they are apart tells its error."""
@@ -42,7 +35,7 @@ class Sketch:
     """Has the Gram matrix estimated from ``dim`` numbers for each candidate in place of its gradient.
 
     For many candidates, whose exact Gram matrix takes ``n ** 2`` products of whole gradients, and for micro-batches
-    under ``update="rerun"``, whose factors are dropped as soon as they are sketched. Gram matrix, cross products and
+    under ``combine="rerun"``, whose factors are dropped as soon as they are sketched. Gram matrix, cross products and
     target energy are all of the same sketch, drawn anew at each step from the optimizer's seed, and positive
     semi-definite; each is unbiased, with a standard error of about ``(2 / dim) ** 0.5`` of the norms it is of.
     ``selection.sketch`` holds the error measured in the step.
@@ -68,51 +61,22 @@ class SketchSums:
     mean: so no candidate's sketch depends on another's, and they may come in any number of micro-batches.
 
     Args:
+        spec: what they are made with.
         accepted: bool (n,), on the CPU: candidates that are not rejected; the factors of the others are zero.
-        target: target gradient of each scored parameter.
-        precondition: ``(name, reference) -> P``.
-        shapes: of the parameters.
-        metrics: some of :data:`METRICS`.
-        dtype: to sum in.
-        device: to sum on.
-        scale: what the factors were multiplied by.
-        memory_limit: bytes of multiplied-out gradients that may exist at a time.
-        buffer: memory for them that outlives the sums.
         sketch: its size.
         seed: of its random numbers.
-        way: that of every parameter that allows it, ``"convolved"`` or ``"materialised"``; None: the cheaper one.
-        observe: told of each parameter before it is added, once for each micro-batch.
     """
 
-    def __init__(
-        self,
-        accepted: Tensor,
-        target: Mapping[str, Tensor],
-        precondition: Callable[[str, Tensor], Preconditioner],
-        *,
-        shapes: Mapping[str, torch.Size],
-        metrics: Sequence[str],
-        dtype: torch.dtype,
-        device: torch.device,
-        scale: float,
-        memory_limit: int,
-        buffer: Buffer,
-        sketch: Sketch,
-        seed: int,
-        way: str | None = None,
-        observe: Observe | None = None,
-    ) -> None:
-        check_way(way, (MATERIALISED, CONVOLVED))
-        self._metrics, self._dtype, self._device = tuple(metrics), dtype, device
-        self._target, self._precondition, self._shapes, self._scale = target, precondition, shapes, scale
-        self._limit, self._buffer = memory_limit, buffer
+    def __init__(self, spec: GramSpec, accepted: Tensor, *, sketch: Sketch, seed: int) -> None:
+        spec.refuse_other_ways(MATERIALISED, CONVOLVED)
+        self._spec = spec
         self._size, self._seed = sketch.dim // COPIES, seed
-        self._way, self._observe = way, observe
         self._of_target = self._zeros(1)
         self._counted: set[str] = set()
-        self._batches: list[dict[str, Tensor]] = []
-        norms = [torch.linalg.vector_norm(gradient).to(device, dtype) for gradient in target.values()]
-        count = sum(gradient.numel() for gradient in target.values())
+        self._batches: list[dict[Metric, Tensor]] = []
+        target = spec.target.values()
+        norms = [torch.linalg.vector_norm(gradient).to(spec.device, spec.dtype) for gradient in target]
+        count = sum(gradient.numel() for gradient in target)
         self._usual = torch.linalg.vector_norm(torch.stack(norms)) / count**0.5 if norms else None
         self.more(len(accepted))
 
@@ -120,58 +84,45 @@ class SketchSums:
         """Begin with ``n`` further candidates; what is added from now on is theirs."""
         self._batches.append(self._zeros(n))
 
-    def _zeros(self, n: int) -> dict[str, Tensor]:
+    def _zeros(self, n: int) -> dict[Metric, Tensor]:
         shape = (COPIES, n, self._size)
-        return {metric: torch.zeros(shape, dtype=self._dtype, device=self._device) for metric in self._metrics}
+        return {m: torch.zeros(shape, dtype=self._spec.dtype, device=self._spec.device) for m in self._spec.metrics}
 
     @torch.no_grad()
     def add(self, name: str, uses: Sequence[Factors]) -> str:
         """Add one scored parameter that the candidates reached; ``"convolved"`` if it was so in every metric."""
-        block = Block(
-            uses=[use.by_row() for use in uses],
-            shape=self._shapes[name],
-            scale=self._scale,
-            limit=self._limit,
-            buffer=self._buffer,
-        )
-        target = self._target.get(name)
-        preconditioner = self._at(self._reference(name, target), name, block)
+        block = self._spec.block(name, uses)
+        target = self._spec.target.get(name)
+        preconditioner = self._spec.preconditioner(name, block, self._reference(name, target))
         hashes = self._hashes(name, block)
         first, target = name not in self._counted, None if target is None else target.to(block.dtype)
         taken = set()
-        for metric in self._metrics:
-            side = _side_of(metric, preconditioner)
-            taken.add(_add_block(self._batches[-1][metric], block, side, hashes, way=self._way))
+        for metric in self._spec.metrics:
+            side = preconditioner.power(metric.power)
+            taken.add(_add_block(self._batches[-1][metric], block, side, hashes, way=self._spec.way))
             if target is not None and first:
                 _add_matrices(self._of_target[metric], _moved(target, block, side)[None], 0, hashes)
         self._counted.add(name)
         return CONVOLVED if taken == {CONVOLVED} else MATERIALISED
 
-    def _at(self, reference: Tensor, name: str, block: Block) -> Preconditioner:
-        """``P``; an argument of its own, so that the reference is gone when gradients are multiplied out."""
-        preconditioner = self._precondition(name, reference)
-        if self._observe is not None:
-            self._observe(name, block, reference, preconditioner)
-        return preconditioner
-
     def _reference(self, name: str, target: Tensor | None) -> Tensor:
         """The target gradient, which the step is to match; its usual size where it has nothing of a parameter."""
         if target is None:
-            target = torch.zeros(self._shapes[name], dtype=self._dtype, device=self._device)
+            target = torch.zeros(self._spec.shapes[name], dtype=self._spec.dtype, device=self._spec.device)
         return target if self._usual is None else torch.where(target.any(), target, self._usual.to(target))
 
     def _hashes(self, name: str, block: Block) -> list[Hash]:
         """The same for every micro-batch, in whatever order parameters come."""
         generator = torch.Generator().manual_seed(self._seed ^ zlib.crc32(name.encode()))
         return [
-            Hash.drawn(block.rows, block.columns, self._size, generator, dtype=block.dtype, device=self._device)
+            Hash.drawn(block.rows, block.columns, self._size, generator, dtype=block.dtype, device=self._spec.device)
             for _ in range(COPIES)
         ]
 
-    def products(self) -> dict[str, Products]:
+    def products(self) -> dict[Metric, Products]:
         """For each metric the estimated products, of all candidates so far."""
         found = {}
-        for metric in self._metrics:
+        for metric in self._spec.metrics:
             rows = torch.cat([batch[metric] for batch in self._batches], dim=1)
             both = torch.cat([rows, self._of_target[metric]], dim=1)
             halves = both @ both.mT
@@ -193,13 +144,6 @@ def _relative_error(halves: Tensor) -> Tensor:
     return (torch.where(some, apart, 0.0).square().sum() / some.sum().clamp(min=1)).sqrt()
 
 
-def _side_of(metric: str, preconditioner: Preconditioner) -> Preconditioner:
-    """The map ``M`` with ``<M g_i, M g_j>`` the inner product of the metric."""
-    if metric == "update":
-        return preconditioner
-    return Scalar(1.0) if metric == "euclidean" else root_of(preconditioner)
-
-
 def _add_block(
     sums: Tensor, block: Block, side: Preconditioner, hashes: Sequence[Hash], *, way: str | None = None
 ) -> str:
@@ -215,23 +159,22 @@ def _add_block(
     Returns:
         The way that was taken; one-hot factors count as multiplied out.
     """
-    if isinstance(side, Kronecker | RotatedDiagonal) and is_matrix(block):
-        if isinstance(side, Kronecker):
-            block, side = block.folded(side.left, side.right), Scalar(1.0)
-        else:
-            block, side = block.folded(None if side.left is None else side.left.T, side.right), Diagonal(side.values)
-    if not isinstance(side, Elementwise):
+    if block.is_matrix and (turned := side.basis()) is not None:
+        left, right, side = turned
+        block = block.turned(left, right)
+    factor = side.factor
+    if factor is None and block.is_matrix and side.folds:
+        block, side, factor = block.folded(side), Scalar(1.0), 1.0
+    if factor is None:
         for part in parts(block.count, 2 * block.rows * block.columns * block.dtype.itemsize, block.limit):
-            some = some_of(block, part)
-            moved = side.apply(some.out(0, block.rows).view(-1, *block.shape))
+            moved = side.apply(block.some(part).out(0, block.rows).view(-1, *block.shape))
             _add_matrices(sums[:, part], moved.reshape(-1, block.rows, block.columns).to(block.dtype), 0, hashes)
         return MATERIALISED
-    factor = side.factor
-    if isinstance(factor, Tensor) and factor.ndim:
-        factor = factor.to(block.dtype).reshape(block.rows, block.columns)
-    if isinstance(side, RankOne | Scalar) and is_matrix(block) and _convolves(block, hashes[0].size, way):
+    if side.folds and block.is_matrix and _convolves(block, hashes[0].size, way):
         _add_outer(sums, block, side, hashes)
         return CONVOLVED
+    if isinstance(factor, Tensor) and factor.ndim:
+        factor = factor.to(block.dtype).reshape(block.rows, block.columns)
     for use in block.uses:
         if use.indexed and not use.whole:
             _add_indexed(sums, use, block, factor, hashes)
@@ -247,8 +190,9 @@ def _add_block(
 
 def _moved(target: Tensor, block: Block, side: Preconditioner) -> Tensor:
     """The target gradient as :func:`_add_block` has those of the block, (rows, columns)."""
-    if isinstance(side, RotatedDiagonal) and is_matrix(block):
-        return side.values.to(target) * rotated(target, side.left, side.right)
+    if block.is_matrix and (turned := side.basis()) is not None:
+        left, right, diagonal = turned
+        return diagonal.values.to(target) * rotated(target, left, right)
     return side.apply(target).reshape(block.rows, block.columns)
 
 
@@ -270,7 +214,7 @@ def _convolving_is_cheaper(block: Block, size: int) -> bool:
 
 
 def _add_matrices(sums: Tensor, matrices: Tensor, start: int, hashes: Sequence[Hash]) -> None:
-    """Of rows ``start`` and on, shape ``(n, some, columns)``; they are overwritten."""
+    """Add sketches of rows ``start`` and on, shape ``(n, some, columns)``, which are overwritten."""
     signs: Tensor | None = None
     for into, one in zip(sums, hashes, strict=True):
         new = one.signs(start, start + matrices.shape[1])
@@ -279,14 +223,9 @@ def _add_matrices(sums: Tensor, matrices: Tensor, start: int, hashes: Sequence[H
         signs = new
 
 
-def _add_outer(sums: Tensor, block: Block, side: RankOne | Scalar, hashes: Sequence[Hash]) -> None:
-    """Of factors into which the map is folded, without multiplying them out."""
-    left, right = sides(block)
-    if isinstance(side, RankOne):
-        left, right = left * side.rows.to(left), right * side.columns.to(right)
-    else:
-        left = left * side.value
-    left = left / block.scale
+def _add_outer(sums: Tensor, block: Block, side: Preconditioner, hashes: Sequence[Hash]) -> None:
+    """Add sketches of factors into which the map is folded, without multiplying them out."""
+    left, right = side.fold(*block.sides())
     at_once = 6 * left.shape[1] * hashes[0].size * block.dtype.itemsize
     for part in parts(block.count, at_once, block.limit):
         for into, one in zip(sums[:, part], hashes, strict=True):
@@ -294,11 +233,11 @@ def _add_outer(sums: Tensor, block: Block, side: RankOne | Scalar, hashes: Seque
 
 
 def _add_indexed(sums: Tensor, use: Factors, block: Block, factor: Tensor | float, hashes: Sequence[Hash]) -> None:
-    """Of one-hot factors, position by position."""
+    """Add sketches of one-hot factors, position by position."""
     assert use.right is not None
     at_once = 6 * use.right[0].numel() * block.dtype.itemsize
     for part in parts(block.count, at_once, block.limit):
-        index, values = use.left[part], use.right[part].to(block.dtype) / block.scale
+        index, values = use.left[part], use.right[part].to(block.dtype)
         values = values * (factor[index] if isinstance(factor, Tensor) and factor.ndim else factor)
         for into, one in zip(sums[:, part], hashes, strict=True):
             one.add_rows(into, index, values)

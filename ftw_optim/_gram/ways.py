@@ -8,30 +8,23 @@ into the factors first: ``L G R`` has the factors ``L left`` and ``R' right``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 from torch import Tensor
 
-from ftw_optim._gram.blocks import Block, Buffer, is_matrix, parts, sides, some_of
+from ftw_optim._gram.blocks import Block, Buffer, parts
 from ftw_optim._gram.inner_products import Products, inner
-from ftw_optim._preconditioners.maps import Diagonal, Elementwise, Kronecker, Preconditioner, RankOne, RotatedDiagonal
-
-Side = TypeVar("Side")
-
-Observe = Callable[[str, Block, Tensor, Preconditioner], None]
-"""Told of each parameter that is added: its name, its gradients, the reference, and the ``P`` taken at that."""
-
-MATERIALISED, TOKENS, CONVOLVED = "materialised", "tokens", "convolved"
-"""Ways: gradients multiplied out; pairs of positions; and, in a sketch, both sides apart."""
+from ftw_optim._gram.metric import Metric
+from ftw_optim._gram.spec import MATERIALISED, TOKENS
+from ftw_optim._preconditioners.maps import Preconditioner
 
 BYTE = 10.0
 """What moving a byte costs, in multiplications: memory is what a large layer's gradients wait for."""
 
 
 def add_parameter(
-    sums: Mapping[str, Products],
+    sums: Mapping[Metric, Products],
     block: Block,
     target: Tensor | None,
     precondition: Callable[[Tensor], Preconditioner],
@@ -64,28 +57,26 @@ def add_parameter(
         reference = block.mean(mean)
     # Of a candidate that is not finite nothing will be kept; until that is known, no rule is to meet it.
     preconditioner = precondition(reference.nan_to_num_(0.0, 0.0, 0.0))
-    if isinstance(preconditioner, Kronecker | RotatedDiagonal) and is_matrix(block):
-        left, right = preconditioner.left, preconditioner.right
-        if isinstance(preconditioner, Kronecker):
-            _add_pair(sums, block, block.folded(left, right), target, preconditioner, first)
-            return MATERIALISED
-        block = some = block.folded(None if left is None else left.T, right)
-        target = None if target is None else rotated(target, left, right)
-        preconditioner, first = Diagonal(preconditioner.values), None
-    if not isinstance(preconditioner, Elementwise):
-        _add_general(sums, block, target, preconditioner)
-        return MATERIALISED
-    matrix = None if target is None else target.reshape(block.rows, block.columns)
+    if block.is_matrix and (turned := preconditioner.basis()) is not None:
+        left, right, preconditioner = turned
+        block = some = block.turned(left, right)
+        target, first = None if target is None else rotated(target, left, right), None
     factor = preconditioner.factor
+    if factor is None:
+        if block.is_matrix and preconditioner.folds:
+            _add_pair(sums, block, target, preconditioner, first)
+        else:
+            _add_general(sums, block, target, preconditioner)
+        return MATERIALISED
+    if target is not None:
+        for metric, summed in sums.items():
+            summed.add_energy(*metric.sides(target, preconditioner.apply(target).to(target)))
+    if preconditioner.folds and _takes_tokens(block, len(sums), way):
+        _add_tokens(sums, block, target, preconditioner)
+        return TOKENS
+    matrix = None if target is None else target.reshape(block.rows, block.columns)
     if isinstance(factor, Tensor) and factor.ndim:
         factor = factor.to(block.dtype).reshape(block.rows, block.columns)
-    if matrix is not None:
-        for metric, energy in sums.items():
-            energy.add_energy(matrix, _times(matrix, factor, metric))
-    folds = isinstance(preconditioner, RankOne) or not isinstance(factor, Tensor)
-    if folds and _takes_tokens(block, len(sums), way):
-        _add_tokens(sums, block, matrix, preconditioner)
-        return TOKENS
     if touched is not None:
         matrix = None if matrix is None else matrix[touched]
         factor = factor[touched] if isinstance(factor, Tensor) and factor.ndim else factor
@@ -97,24 +88,14 @@ def add_parameter(
     return MATERIALISED
 
 
-def check_way(way: str | None, known: Collection[str]) -> None:
-    """Raise unless the way is None or one of the known ones.
-
-    Raises:
-        ValueError: it is another.
-    """
-    if way is not None and way not in known:
-        raise ValueError(f"way must be None or one of {', '.join(map(repr, known))}, got {way!r}.")
-
-
 def _takes_tokens(block: Block, metrics: int, way: str | None) -> bool:
     """Whether pairs of positions are to be formed, if the map can be folded."""
-    return tokens_are_cheaper(block, metrics) if way is None else way == TOKENS and is_matrix(block)
+    return tokens_are_cheaper(block, metrics) if way is None else way == TOKENS and block.is_matrix
 
 
 def tokens_are_cheaper(block: Block, metrics: int) -> bool:
     """Whether pairs of positions cost less than gradients multiplied out, if the map can be folded."""
-    if not is_matrix(block):
+    if not block.is_matrix:
         return False
     n, rows, columns = block.count, block.rows, block.columns
     positions = sum(use.left.shape[1] for use in block.uses)
@@ -124,60 +105,50 @@ def tokens_are_cheaper(block: Block, metrics: int) -> bool:
     return product * (1 + metrics) + metrics * pairs * (2.0 * (rows + columns) + 2 * BYTE * size) < out
 
 
-def _add_elementwise(sums: Mapping[str, Products], rows: Tensor, n: int, factor: Tensor | float) -> None:
-    """Products of ``n`` candidates and the target behind them, which are overwritten.
+def _add_elementwise(sums: Mapping[Metric, Products], rows: Tensor, n: int, factor: Tensor | float) -> None:
+    """Add products of ``n`` candidates and the target behind them, ``(n + 1, some, columns)``, which are overwritten.
 
     Those of ``g``, then of ``R g``, then of ``P g``, where ``P = R R``.
     """
-    flat = rows.flatten(1)
     root = factor.sqrt() if isinstance(factor, Tensor) else factor**0.5
-    left = set(sums)
-    for metric in ("euclidean", "preconditioned", "update"):
-        if metric in left:
-            sums[metric].add_square(flat, n)
-            left.remove(metric)
-        if not left:
-            return
-        rows.mul_(root)
+    power = 0.0
+    for metric in sorted(sums, key=lambda metric: metric.power):
+        while power < metric.power:
+            rows.mul_(root)
+            power += 0.5
+        sums[metric].add_square(rows.flatten(1), n)
 
 
-def _add_tokens(sums: Mapping[str, Products], block: Block, target: Tensor | None, preconditioner: Elementwise) -> None:
-    """Over pairs of positions, a range of candidates at a time, with the map or its root folded into the factors."""
+def _add_tokens(
+    sums: Mapping[Metric, Products], block: Block, target: Tensor | None, preconditioner: Preconditioner
+) -> None:
+    """Add sums over pairs of positions, some candidates at a time, with a power of the map folded into the factors."""
     n, dtype = block.count, block.dtype
-    left, right = sides(block)
+    left, right = block.sides()
     positions = left.shape[1]
     for metric, summed in sums.items():
-        power = {"euclidean": 0.0, "preconditioned": 0.5, "update": 1.0}[metric]
-        if isinstance(preconditioner, RankOne):
-            rows, columns = (part.to(dtype) ** power for part in (preconditioner.rows, preconditioner.columns))
-            one, other = left * rows, right * columns
-            goal = None if target is None else target * rows[:, None] * columns
-        else:
-            share = float(preconditioner.factor) ** power
-            one, other = left * share, right
-            goal = None if target is None else target * share
-        one = one / block.scale
-        flat_one, flat_other = one.flatten(0, 1), other.flatten(0, 1)
+        side = preconditioner.power(metric.power)
+        one, other = (part.flatten(0, 1) for part in side.fold(left, right))
         for part in parts(n, 2 * n * positions * positions * dtype.itemsize, block.limit):
-            pairs = one[part].flatten(0, 1) @ flat_one.T
-            pairs *= other[part].flatten(0, 1) @ flat_other.T
+            some = slice(part.start * positions, part.stop * positions)
+            pairs = one[some] @ one.T
+            pairs *= other[some] @ other.T
             kernel = pairs.view(-1, positions, n, positions).sum((1, 3))
             summed.gram[part] += kernel.to(summed.gram)
-        if goal is not None:
-            terms = (flat_other @ goal.T) * flat_one
+        if target is not None:
+            terms = (other @ side.apply(target).to(other).T) * one
             summed.cross_gram += terms.view(n, -1).sum(1).to(summed.cross_gram)
 
 
 def _add_pair(
-    sums: Mapping[str, Products],
+    sums: Mapping[Metric, Products],
     block: Block,
-    moved: Block,
     target: Tensor | None,
     preconditioner: Preconditioner,
     first: Tensor | None,
 ) -> None:
-    """Under a map that is folded into a second block: ``<g, P g>`` a range of rows at a time."""
-    moved = replace(moved, buffer=Buffer())
+    """Add ``<g, P g>`` under a map that is folded into a second block, a range of rows at a time."""
+    moved = replace(block.folded(preconditioner), buffer=Buffer())
     moved_target = None if target is None else preconditioner.apply(target)
     whole = first is not None and block.at_once(copies=2) == block.rows
     for start, stop in block.ranges(copies=2):
@@ -185,7 +156,7 @@ def _add_pair(
         part, moved_part = (None if t is None else t[start:stop].flatten() for t in (target, moved_target))
         moved_rows = moved.out(start, stop).flatten(1)
         for metric, summed in sums.items():
-            (left, left_target), (right, right_target) = _sides(metric, (rows, part), (moved_rows, moved_part))
+            (left, left_target), (right, right_target) = metric.sides((rows, part), (moved_rows, moved_part))
             summed.add(left, right, None)
             summed.add_cross(right, left_target)
             if left_target is not None and right_target is not None:
@@ -193,9 +164,9 @@ def _add_pair(
 
 
 def _add_general(
-    sums: Mapping[str, Products], block: Block, target: Tensor | None, preconditioner: Preconditioner
+    sums: Mapping[Metric, Products], block: Block, target: Tensor | None, preconditioner: Preconditioner
 ) -> None:
-    """Under a map that mixes entries: it is applied to every candidate's gradient, some candidates at a time."""
+    """Add products under a map that mixes entries, which is applied to the gradients of some candidates at a time."""
     n, size = block.count, block.rows * block.columns * block.dtype.itemsize
     fits = 2 * n * size <= block.limit
     ranges = [slice(0, n)] if fits else list(parts(n, 4 * size, block.limit))
@@ -203,14 +174,14 @@ def _add_general(
     moved_target = None if target is None else preconditioner.apply(target).flatten()
 
     def both(part: slice) -> tuple[Tensor, Tensor]:
-        rows = some_of(block, part).out(0, block.rows)
+        rows = block.some(part).out(0, block.rows)
         return rows.flatten(1), preconditioner.apply(rows.view(-1, *block.shape)).flatten(1).to(rows)
 
     for number, one in enumerate(ranges):
         rows, moved = both(one)
         rows = rows if fits else rows.clone()  # out of the buffer
         for metric, summed in sums.items():
-            (left, left_target), (right, right_target) = _sides(metric, (rows, flat_target), (moved, moved_target))
+            (left, left_target), (right, right_target) = metric.sides((rows, flat_target), (moved, moved_target))
             if left_target is not None and right_target is not None:
                 summed.cross_gram[one] += inner(right, left_target[None])[:, 0].to(summed.cross_gram)
                 if number == 0:
@@ -219,26 +190,14 @@ def _add_general(
         for other in ranges[number + 1 :]:
             others, others_moved = both(other)
             for metric, summed in sums.items():
-                left, _ = _sides(metric, rows, moved)
-                _, right = _sides(metric, others, others_moved)
+                left, _ = metric.sides(rows, moved)
+                _, right = metric.sides(others, others_moved)
                 corner = inner(left, right).to(summed.gram)
                 summed.gram[one, other] += corner
                 summed.gram[other, one] += corner.T
-
-
-def _sides(metric: str, plain: Side, moved: Side) -> tuple[Side, Side]:
-    """What stands on either side of an inner product in a metric."""
-    return moved if metric == "update" else plain, plain if metric == "euclidean" else moved
 
 
 def rotated(target: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """``left' target right``."""
     target = target if left is None else left.T.to(target) @ target
     return target if right is None else target @ right.to(target)
-
-
-def _times(matrix: Tensor, factor: Tensor | float, metric: str) -> Tensor:
-    """``matrix`` under the map of the metric."""
-    if metric == "euclidean":
-        return matrix
-    return matrix * factor if metric == "preconditioned" else matrix * factor * factor

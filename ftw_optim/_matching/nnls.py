@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ftw_optim._matching.active_set import ActiveSet, WeightSolution
+from ftw_optim._matching.active_set import ActiveSet
+from ftw_optim._matching.solution import WeightSolution
 
 
 def solve_nnls(gram: Tensor, cross_gram: Tensor, *, tol: float = 1e-10) -> WeightSolution:

@@ -9,9 +9,10 @@ from typing import ClassVar, Literal, final
 
 import torch
 
-from ftw_optim._matching.active_set import ActiveSet, WeightSolution
+from ftw_optim._matching.active_set import ActiveSet
 from ftw_optim._matching.nnls import damped
 from ftw_optim._matching.problem import Matching
+from ftw_optim._matching.solution import WeightSolution
 
 Normalization = Literal["sum", "norm"] | None
 

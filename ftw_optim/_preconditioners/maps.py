@@ -5,18 +5,62 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 
 class Preconditioner(ABC):
-    """``P`` in ``update = update_at_zero_gradient - P gradient``, in the unit of the parameter over the gradient."""
+    """``P`` in ``update = update_at_zero_gradient - P gradient``, in the unit of the parameter over the gradient.
+
+    A form must know :meth:`apply`; what else it knows makes it faster. With :meth:`root` it can be sketched; with
+    :meth:`fold` or :meth:`basis` it is taken into the factors of a layer, before anything is multiplied out.
+    """
 
     @abstractmethod
     def apply(self, gradient: Tensor) -> Tensor:
         """``P gradient``; axes in front of the parameter's own, such as one for candidates, are batch axes."""
+
+    @property
+    def factor(self) -> Tensor | float | None:
+        """What each entry of the gradient is multiplied by: a number or a tensor shaped like it; None: entries mix."""
+        return None
+
+    def root(self) -> Preconditioner:
+        """The map that makes this one when it is applied twice.
+
+        Raises:
+            NotImplementedError: only :meth:`apply` is known of this form.
+        """
+        raise NotImplementedError(
+            f"Expected a preconditioner whose root is known, one of Scalar, Diagonal, RankOne, Kronecker and "
+            f"RotatedDiagonal, got {type(self).__name__}: a sketch in the preconditioned metric needs the root. Use "
+            'gram="exact", give the form a method root(), or let the rule return one of these.'
+        )
+
+    @final
+    def power(self, exponent: float) -> Preconditioner:
+        """``P`` to the power of 0, 1/2 or 1."""
+        if exponent == 1.0:
+            return self
+        return self.root() if exponent == 0.5 else Scalar(1.0)
+
+    folds: ClassVar[bool] = False
+    """Whether :meth:`fold` is known."""
+
+    def fold(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Two sides whose outer products are ``P outer(left, right)``.
+
+        Args:
+            left: shape ``(..., rows)``, of a parameter that is a matrix.
+            right: shape ``(..., columns)``.
+        """
+        raise NotImplementedError
+
+    def basis(self) -> tuple[Tensor | None, Tensor | None, Diagonal] | None:
+        """Matrices ``left``, ``right`` and the diagonal that this map is of ``left' G right``; or None."""
+        return None
 
 
 class Elementwise(Preconditioner):
@@ -38,12 +82,21 @@ class Elementwise(Preconditioner):
 class Scalar(Elementwise):
     """``P = value``, as for SGD."""
 
+    folds: ClassVar[bool] = True
     value: float
 
     @property
     def factor(self) -> float:
         """The number itself."""
         return self.value
+
+    def root(self) -> Scalar:
+        """The root of the number."""
+        return Scalar(self.value**0.5)
+
+    def fold(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """The left side times the number."""
+        return left * self.value, right
 
 
 @final
@@ -58,12 +111,17 @@ class Diagonal(Elementwise):
         """The diagonal."""
         return self.values
 
+    def root(self) -> Diagonal:
+        """The root of each entry."""
+        return Diagonal(self.values.sqrt())
+
 
 @final
 @dataclass(frozen=True, eq=False)
 class RankOne(Elementwise):
     """``P = diag(outer(rows, columns))`` of a matrix, ``(d_out,)`` and ``(d_in,)``, as for Adafactor."""
 
+    folds: ClassVar[bool] = True
     rows: Tensor
     columns: Tensor
 
@@ -71,6 +129,14 @@ class RankOne(Elementwise):
     def factor(self) -> Tensor:
         """The outer product."""
         return self.rows[:, None] * self.columns
+
+    def root(self) -> RankOne:
+        """The roots of both sides."""
+        return RankOne(self.rows.sqrt(), self.columns.sqrt())
+
+    def fold(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Each side times its own vector."""
+        return left * self.rows.to(left), right * self.columns.to(right)
 
 
 @final
@@ -84,6 +150,7 @@ class Kronecker(Preconditioner):
         between: of the axes between them, as convolutions have; None for the identity. ``left`` is the axis before.
     """
 
+    folds: ClassVar[bool] = True
     left: Tensor | None = None
     right: Tensor | None = None
     between: tuple[Tensor | None, ...] = ()
@@ -91,6 +158,15 @@ class Kronecker(Preconditioner):
     def apply(self, gradient: Tensor) -> Tensor:
         """``left gradient right``."""
         return along_axes(gradient, (self.left, *self.between, self.right))
+
+    def root(self) -> Kronecker:
+        """The symmetric root of each matrix."""
+        return Kronecker(_root(self.left), _root(self.right), tuple(map(_root, self.between)))
+
+    def fold(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Each side times its own matrix."""
+        left = left if self.left is None else left @ self.left.T.to(left)
+        return left, right if self.right is None else right @ self.right.to(right)
 
 
 @final
@@ -116,6 +192,14 @@ class RotatedDiagonal(Preconditioner):
         rotated = along_axes(gradient, [None if basis is None else basis.T for basis in bases])
         return along_axes(self.values * rotated, bases)
 
+    def root(self) -> RotatedDiagonal:
+        """The root of each value, in the same basis."""
+        return replace(self, values=self.values.sqrt())
+
+    def basis(self) -> tuple[Tensor | None, Tensor | None, Diagonal]:
+        """The two bases, and the values as a diagonal in them."""
+        return self.left, self.right, Diagonal(self.values)
+
 
 def along_axes(gradient: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     """``gradient`` with each matrix applied from the left along one of its last axes; None for the identity."""
@@ -123,30 +207,6 @@ def along_axes(gradient: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
         if matrix is not None:
             gradient = (gradient.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
     return gradient
-
-
-def root_of(preconditioner: Preconditioner) -> Preconditioner:
-    """The map that makes the preconditioner when it is applied twice.
-
-    Raises:
-        NotImplementedError: it is of a kind of its own, of which only ``apply`` is known.
-    """
-    match preconditioner:
-        case Scalar(value):
-            return Scalar(value**0.5)
-        case Diagonal(values):
-            return Diagonal(values.sqrt())
-        case RankOne(rows, columns):
-            return RankOne(rows.sqrt(), columns.sqrt())
-        case Kronecker(left, right, between):
-            return Kronecker(_root(left), _root(right), tuple(map(_root, between)))
-        case RotatedDiagonal(values=values):
-            return replace(preconditioner, values=values.sqrt())
-    raise NotImplementedError(
-        f"Expected a preconditioner whose root is known, one of Scalar, Diagonal, RankOne, Kronecker and "
-        f"RotatedDiagonal, got {type(preconditioner).__name__}: a sketch in the preconditioned metric needs the root. "
-        'Use gram="exact", or let the rule return one of these.'
-    )
 
 
 def _root(matrix: Tensor | None) -> Tensor | None:

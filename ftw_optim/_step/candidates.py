@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftw_optim._capture.capture import Capture
-from ftw_optim._capture.plan import CapturePlan
-from ftw_optim._capture.self_check import SelfChecks
 from ftw_optim._factors.factors import Factors
 from ftw_optim._factors.micro_batches import Footprint, joined, largest
 from ftw_optim._gram.profiling import profiled
-from ftw_optim._step.closures import checked_losses
+from ftw_optim._step.closures import CandidateClosure, Plain, checked_losses
+from ftw_optim._step.run import Run, full_precision
 
 Taker = Callable[[Tensor], Callable[[str, list[Factors]], None]]
 """``losses -> take``, and ``take(name, factors)`` for each captured parameter."""
@@ -41,145 +41,132 @@ class Candidates:
 
 
 @final
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Plain:
-    """The closure only wants the inner optimizer's step; this is what it returned."""
+class CandidatePass:
+    """A context in which the closure is run and its layers are captured; leaving it ends every capture.
 
-    value: Any
-
-
-@final
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Pass:
-    """How the candidates are passed over.
-
-    Attributes:
-        model: that the closure calls.
-        plan: what is captured.
-        sample_ids: see :meth:`SelectiveOptimizer.backward`.
-        scale: multiplies the losses.
-        keep_graph: leave the graphs for a second backward.
-        one_batch: micro-batches are refused.
-        checks: what the self-check has seen; None: no self-check.
-        generator: of the checks.
+    Where a graph is kept for a second backward, its captures last as long: checkpointed layers may run again.
     """
 
-    model: nn.Module
-    plan: CapturePlan
-    sample_ids: Tensor | Sequence[Tensor] | None
-    scale: float
-    keep_graph: bool
-    one_batch: bool
-    checks: SelfChecks | None
-    generator: torch.Generator
+    def __init__(self, run: Run, closure: CandidateClosure) -> None:
+        self._run, self.closure = run, closure
+        self._keeps_graph = run.combine == "graph"
+        self._generator = run.generator("check")
+        self._captures = ExitStack()
 
-    def over(
-        self,
-        closure: Callable[..., Any],
-        is_plain: Callable[[Any], bool],
-        captured: ExitStack,
-        taker: Taker | None = None,
-    ) -> Candidates | Plain:
-        """Run the closure once.
+    def __enter__(self) -> CandidatePass:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._captures.__exit__(kind, error, trace)
+
+    def again(self, rows: Tensor) -> Any:
+        """What the closure returns for some rows, when nothing is captured any longer."""
+        self._captures.close()
+        return self.closure(rows)
+
+    def candidates(self, rows: Tensor | None = None, taker: Taker | None = None) -> Candidates | Plain:
+        """Losses and factors of the candidates, by one call of the closure.
 
         Args:
-            closure: returns losses ``(n,)``, or an iterator of such tensors.
-            is_plain: whether a returned value asks for the inner step alone.
-            captured: holds the captures that are still needed where graphs are kept.
+            rows: those of the candidates to run; None: all.
             taker: takes the factors layer by layer, as they come; then none are returned.
 
         Raises:
-            ValueError: an iterator without any losses, or together with ``update="rerun"`` or ``sample_ids`` that are
+            ValueError: an iterator without any losses, or together with ``combine="rerun"`` or ``sample_ids`` that are
                 not one for each micro-batch.
         """
-        batches: list[Candidates] = []
-        iterator: Iterator[Any] | None = None
-        while True:
-            ids = self._ids(len(batches))
-            capture = captured.enter_context(Capture(self.model, self.plan, sample_ids=ids))
+        with self._run.clock.phase("candidates"):
+            capture = self._begun(0)
             with torch.enable_grad():
-                if iterator is None:
-                    value = closure()
-                    if is_plain(value):
-                        return Plain(value=value)
-                    iterator = self._checked(value) if isinstance(value, Iterator) else None
-                    if iterator is None and self._several_ids:
-                        raise ValueError("Expected one tensor of sample_ids for one batch of candidates, got a list.")
-                if iterator is not None:
-                    value = next(iterator, _END)
-                    if value is _END:
-                        break
-                    if self._several_ids and ids is None:
-                        raise self._other_ids(f"at least {len(batches) + 1}")
-                losses = checked_losses(value, capture.count)
-                with full_precision(losses), profiled("backward"):
-                    found, footprints = self._differentiated(capture, losses, taker)
-            capture.pause()
-            batches.append(
-                Candidates(
-                    losses=losses if self.keep_graph else losses.detach(),
-                    found=found,
-                    footprints=footprints,
-                    computed_in=capture.computed_in,
-                )
-            )
-            if not self.keep_graph:
-                captured.close()
-            if iterator is None:
-                capture.resume()
-                return batches[0]
+                value = self.closure(rows)
+            if isinstance(value, Plain):
+                return value
+            if isinstance(value, Iterator):
+                self._check_micro_batches()
+                return self._in_turn(value, capture, taker)
+            if self._several_ids:
+                raise ValueError("Expected one tensor of sample_ids for one batch of candidates, got a list.")
+            found = self._differentiated(capture, value, taker)
+            capture.resume()
+            return found
+
+    def _in_turn(self, iterator: Iterator[Any], capture: Capture, taker: Taker | None) -> Candidates:
+        """All micro-batches as one batch."""
+        batches: list[Candidates] = []
+        while True:
+            with torch.enable_grad():
+                value = next(iterator, _END)
+            if value is _END:
+                break
+            if self._several_ids and self._ids(len(batches)) is None:
+                raise self._other_ids(f"at least {len(batches) + 1}")
+            batches.append(self._differentiated(capture, value, taker))
+            capture = self._begun(len(batches))
         if not batches:
             raise ValueError("Expected an iterator that yields losses (n,) of micro-batches, but it yielded nothing.")
         if self._ids(len(batches)) is not None:
             raise self._other_ids(str(len(batches)))
         return _together(batches)
 
+    def _begun(self, batch: int) -> Capture:
+        capture = Capture(self._run.model, self._run.plan, sample_ids=self._ids(batch))
+        return self._captures.enter_context(capture)
+
+    def _differentiated(self, capture: Capture, value: Any, taker: Taker | None) -> Candidates:
+        """The backward pass of one batch; without a graph to keep, its capture ends here."""
+        losses, run = checked_losses(value, capture.count), self._run
+        footprints: dict[str, Footprint] = {}
+        found: dict[str, list[Factors]] = {}
+        with torch.enable_grad(), full_precision(losses), profiled("backward"):
+            if taker is None:
+                found = capture.differentiate(
+                    losses, scale=run.scale, keep_graph=self._keeps_graph, checks=run.checks, generator=self._generator
+                )
+                footprints = {name: Footprint.of(uses) for name, uses in found.items()}
+            else:
+                take = taker(losses)
+
+                def note(name: str, uses: list[Factors]) -> None:
+                    footprints[name] = Footprint.of(uses)
+                    take(name, uses)
+
+                capture.stream(losses, note, scale=run.scale, checks=run.checks, generator=self._generator)
+        capture.pause()
+        if not self._keeps_graph:
+            losses = losses.detach()
+            self._captures.close()
+        return Candidates(losses=losses, found=found, footprints=footprints, computed_in=capture.computed_in)
+
     @property
     def _several_ids(self) -> bool:
-        return self.sample_ids is not None and not isinstance(self.sample_ids, Tensor)
+        return self._run.sample_ids is not None and not isinstance(self._run.sample_ids, Tensor)
 
     def _ids(self, batch: int) -> Tensor | None:
-        """Those of a micro-batch; None where there are none, or none left."""
-        if self.sample_ids is None or isinstance(self.sample_ids, Tensor):
-            return self.sample_ids
-        return self.sample_ids[batch] if batch < len(self.sample_ids) else None
+        """The sample_ids of a micro-batch; None where there are none, or none left."""
+        ids = self._run.sample_ids
+        if ids is None or isinstance(ids, Tensor):
+            return ids
+        return ids[batch] if batch < len(ids) else None
 
     def _other_ids(self, batches: str) -> ValueError:
-        assert self.sample_ids is not None
+        assert self._run.sample_ids is not None
         return ValueError(
-            f"Expected a list of sample_ids, one for each micro-batch, got {len(self.sample_ids)} for {batches}."
+            f"Expected a list of sample_ids, one for each micro-batch, got {len(self._run.sample_ids)} for {batches}."
         )
 
-    def _differentiated(
-        self, capture: Capture, losses: Tensor, taker: Taker | None
-    ) -> tuple[Mapping[str, list[Factors]], Mapping[str, Footprint]]:
-        if taker is None:
-            found = capture.differentiate(
-                losses, scale=self.scale, keep_graph=self.keep_graph, checks=self.checks, generator=self.generator
-            )
-            return found, {name: Footprint.of(uses) for name, uses in found.items()}
-        footprints = {}
-        take = taker(losses)
-
-        def note(name: str, uses: list[Factors]) -> None:
-            footprints[name] = Footprint.of(uses)
-            take(name, uses)
-
-        capture.stream(losses, note, scale=self.scale, checks=self.checks, generator=self.generator)
-        return {}, footprints
-
-    def _checked(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        if self.one_batch:
+    def _check_micro_batches(self) -> None:
+        if self._run.combine == "rerun" and self._run.sketch is None:
             raise ValueError(
-                'update="rerun" takes the losses of one batch: several micro-batches need their factors or graphs '
-                'alive together, or gram=Sketch(). Use these, update="factors" or "graph", or return one tensor.'
+                'combine="rerun" takes the losses of one batch: several micro-batches need their factors or graphs '
+                'alive together, or gram=Sketch(). Use these, combine="factors" or "graph", or return one tensor.'
             )
-        if self.sample_ids is not None and not self._several_ids:
+        if isinstance(self._run.sample_ids, Tensor):
             raise ValueError(
                 "sample_ids tells the candidates of one batch apart; with an iterator of micro-batches give a list of "
                 "one tensor for each, in which the numbers start at 0 anew."
             )
-        return iterator
 
 
 _END = object()
@@ -196,8 +183,3 @@ def _together(batches: Sequence[Candidates]) -> Candidates:
         or largest(batch.footprints for batch in batches),
         computed_in=set.union(*(batch.computed_in for batch in batches)),
     )
-
-
-def full_precision(losses: Tensor) -> torch.autocast:
-    """Out of an autocast region around the step: it is meant for the closure, not for our products."""
-    return torch.autocast(losses.device.type, enabled=False)

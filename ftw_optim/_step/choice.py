@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ftw_optim._gram.inner_products import Products
-from ftw_optim._matching.active_set import WeightSolution
-from ftw_optim._matching.problem import Matching, Selection
+from ftw_optim._gram.metric import Metric
+from ftw_optim._matching.problem import Matching
+from ftw_optim._matching.selection import Selection, SketchReport
+from ftw_optim._matching.solution import WeightSolution
+from ftw_optim._preconditioners.lookup import learning_rate_is_zero
+from ftw_optim._step.comparison import Comparison
+from ftw_optim._step.run import Run, metrics_of
 
 Filter = Callable[..., Tensor]
 Weight = Callable[..., WeightSolution]
@@ -19,17 +24,33 @@ Weight = Callable[..., WeightSolution]
 NORMALIZATIONS = ("sum", "norm", None)
 
 
-def metrics_of(stage: Callable[..., Any]) -> tuple[str, ...]:
-    """The further metrics a stage asks for."""
-    return tuple(getattr(stage, "metrics", ()))
+def choose(run: Run, comparison: Comparison) -> Selection:
+    """Filter, then weights: whom this step selects and how much of each; nothing is applied yet."""
+    if not comparison.problem:
+        return Selection.nothing(comparison.losses, comparison.accepted)
+    with run.clock.phase("solve"):
+        selection = select(
+            comparison.problem,
+            comparison.losses,
+            comparison.accepted,
+            metric=run.metric,
+            filter_stage=run.filter,
+            weight_stage=run.weight,
+            generator=run.generator("stages"),
+            learning_rate_is_zero=learning_rate_is_zero(run.inner),
+        )
+    if run.sketch is None:
+        return selection
+    error = float(comparison.problem[run.metric].error)
+    return replace(selection, sketch=SketchReport(dim=run.sketch.dim, error=error))
 
 
 def select(
-    products: Mapping[str, Products],
+    products: Mapping[Metric, Products],
     losses: Tensor,
     accepted: Tensor,
     *,
-    metric: str,
+    metric: Metric,
     filter_stage: Filter,
     weight_stage: Weight,
     generator: torch.Generator,
@@ -48,12 +69,12 @@ def select(
         learning_rate_is_zero: nothing can be decreased.
 
     Returns:
-        The outcome, with indices into all ``n`` candidates, and ``update`` still open.
+        The outcome, with indices into all ``n`` candidates, and ``combine`` still open.
     """
     names = accepted.nonzero()[:, 0]
 
-    def matching(name: str) -> Matching:
-        one = products[name]
+    def matching(metric: Metric) -> Matching:
+        one = products[metric]
         return Matching(
             gram=one.gram[names][:, names],
             cross_gram=one.cross_gram[names],
@@ -83,7 +104,7 @@ def select(
         weights = _normalised(
             fitted / total,
             total,
-            products["preconditioned"],
+            products[Metric.PRECONDITIONED],
             kept,
             names,
             getattr(weight_stage, "normalize", "sum"),
@@ -92,7 +113,7 @@ def select(
     energy, length, inner = _energies(products[metric], kept, weights)
     size = (length * energy) ** 0.5
     cosine = max(-1.0, min(1.0, inner / size)) if size > 0.0 else 0.0
-    _, curvature, slope = _energies(products["preconditioned"], kept, weights)
+    _, curvature, slope = _energies(products[Metric.PRECONDITIONED], kept, weights)
     return Selection(
         losses=losses,
         kept=kept,
@@ -108,7 +129,7 @@ def select(
         rejected=(~accepted).nonzero()[:, 0],
         skipped=skipped,
         converged=converged,
-        update="skipped",
+        combine="skipped",
     )
 
 

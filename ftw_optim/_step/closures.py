@@ -2,22 +2,76 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 
-def takes_rows(closure: Callable[..., Any]) -> bool:
-    """Whether the closure can be called as ``closure(rows=kept)``."""
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plain:
+    """A closure's request for nothing but the inner optimizer's step.
+
+    Attributes:
+        value: None, or the scalar that it returned after a backward of its own.
+    """
+
+    value: Any
+
+
+@final
+class CandidateClosure:
+    """A user's closure: called once for the candidates' losses, and perhaps again for some rows of them.
+
+    Args:
+        function: the closure.
+        parameters: those that a backward of its own would give a ``.grad``.
+        may_be_plain: whether it may ask for the inner step alone.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], parameters: Mapping[str, nn.Parameter], *, may_be_plain: bool
+    ) -> None:
+        self._function, self._parameters, self._may_be_plain = function, parameters, may_be_plain
+        self.takes_rows = _takes_rows(function)
+        """Whether it can be called as ``closure(rows=kept)``."""
+
+    def __call__(self, rows: Tensor | None = None) -> Any:
+        """What it returns for all candidates or some ``rows``; :class:`Plain` where that asks for the inner step."""
+        if rows is not None:
+            return self._function(rows=rows)
+        before = self._gradient_marks()
+        with torch.enable_grad():
+            value = self._function()
+        if not self._may_be_plain:
+            return value
+        ran_backward = _is_scalar(value) and self._gradient_marks() != before
+        return Plain(value=value) if value is None or ran_backward else value
+
+    def _gradient_marks(self) -> dict[str, tuple[int, int]]:
+        """Equal before and after a call only if it replaced or changed no ``.grad``."""
+        return {
+            name: (id(parameter.grad), parameter.grad._version)
+            for name, parameter in self._parameters.items()
+            if parameter.grad is not None
+        }
+
+
+def _takes_rows(function: Callable[..., Any]) -> bool:
     try:
-        inspect.signature(closure).bind(rows=None)
+        inspect.signature(function).bind(rows=None)
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether this is what a closure with a backward of its own returns."""
+    return isinstance(value, float) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def checked_losses(losses: Any, count: int | None = None) -> Tensor:
@@ -42,28 +96,3 @@ def checked_losses(losses: Any, count: int | None = None) -> Tensor:
             f"The closure returned {len(losses)} losses, but the model ran on {count} rows; expected {wanted}."
         )
     return losses
-
-
-def is_scalar(value: Any) -> bool:
-    """Whether a closure returned what one with a backward of its own returns."""
-    return isinstance(value, float) or (isinstance(value, Tensor) and value.ndim == 0)
-
-
-def gradient_marks(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, int]]:
-    """Equal before and after a closure only if it replaced or changed no ``.grad``."""
-    return {
-        name: (id(parameter.grad), parameter.grad._version)
-        for name, parameter in parameters.items()
-        if parameter.grad is not None
-    }
-
-
-def released_first(closure: Callable[..., Any], captured: ExitStack) -> Callable[..., Any]:
-    """The closure, to be called once more when nothing is captured any longer."""
-
-    @functools.wraps(closure)
-    def again(*args: Any, **kwargs: Any) -> Any:
-        captured.close()
-        return closure(*args, **kwargs)
-
-    return again

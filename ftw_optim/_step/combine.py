@@ -2,108 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ftw_optim._capture.backward import Graph, finite, gradients_set_aside
+from ftw_optim._capture.owners import Owner
+from ftw_optim._capture.plan import uncovered
 from ftw_optim._capture.self_check import told, verify_projection
-from ftw_optim._factors.factors import Factors, weighted_sum
-from ftw_optim._matching.problem import Selection
-from ftw_optim._step.closures import checked_losses, takes_rows
-from ftw_optim._step.parameters import Members
+from ftw_optim._factors.factors import weighted_sum
+from ftw_optim._matching.selection import Selection
+from ftw_optim._step.candidates import CandidatePass
+from ftw_optim._step.closures import checked_losses
+from ftw_optim._step.comparison import Comparison, PassFactors
+from ftw_optim._step.parameters import StepParameters
+from ftw_optim._step.run import Run, full_precision
 
-UPDATES = ("auto", "factors", "graph", "rerun")
+Combined = tuple[dict[str, Tensor], bool]
+"""Gradients by parameter name, and whether all of them are finite."""
 
 
-def usable_updates(update: str, selection: Selection, members: Members, closure: Callable[..., Any]) -> list[str]:
-    """The ways that can serve, the first one that gives a finite gradient to be taken; empty where none can.
+def cheapest_way(model: nn.Module, parameters: StepParameters, layers: Sequence[Owner]) -> str:
+    """The way of ``combine="auto"``.
 
-    A backward through the common graph would multiply a rejected candidate's NaN by zero inside the layers.
+    With a rule for every updated parameter the factors cost less than a second backward, however few are scored; to run
+    modules again for parameters that are not scored costs more.
     """
-    if update != "graph":
-        return [update]
-    usable = [] if len(selection.rejected) else ["graph"]
-    if members.scored.keys() == members.parameters.keys():
-        usable.append("factors")
-    return [*usable, "rerun"] if takes_rows(closure) else usable
+    again = {name for owner in layers if owner.rule is None for name in owner.parameters.values()}
+    costly = again & (parameters.updated.keys() - parameters.scored.keys())
+    return "graph" if costly or uncovered(layers, parameters.updated, model) else "factors"
 
 
-def combined_gradients(
-    update: str,
-    selection: Selection,
-    found: Mapping[str, list[Factors]],
-    losses: Tensor,
-    members: Members,
-    model: nn.Module,
-    closure: Callable[..., Any],
-    *,
-    scale: float,
-    generator: torch.Generator,
-    computed_in: Iterable[torch.dtype] = (),
-) -> tuple[dict[str, Tensor], bool]:
-    """``scale * sum_i weights[i] g_i`` of every updated parameter that was reached, and whether all of it is finite.
+def combine(
+    run: Run, comparison: Comparison, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
+) -> tuple[Selection, Mapping[str, Tensor]]:
+    """``scale * sum_i weights[i] g_i`` of every updated parameter that was reached, in the first way that can serve.
 
     ``.grad`` is left alone.
 
     Args:
-        update: ``"factors"``, ``"graph"`` or ``"rerun"``.
+        run: the step.
+        comparison: the small problem; where it overflowed, the gradient is infinite: a GradScaler looks for that.
         selection: whom to combine, with which weights.
-        found: factors, multiplied by ``scale``.
-        losses: shape ``(n,)``, with their graph if ``update`` is ``"graph"``.
-        members: which parameters.
-        model: whose ``.grad`` is set aside during a backward.
-        closure: called as ``closure(rows=kept)`` if ``update`` is ``"rerun"``; may return an iterator of micro-batches.
-        scale: of the losses.
-        generator: of the projections that compare graph and factors.
-        computed_in: the dtypes the captured layers computed in.
+        factors: of the candidates, multiplied by the scale.
+        candidate_pass: runs the kept candidates once more.
+
+    Returns:
+        The selection, with the way that was taken; skipped where none can serve. And the gradients by parameter name.
 
     Raises:
         RuntimeError: the graph's gradient is not that of the factors.
         ValueError: the closure did not return the losses of ``rows``.
     """
-    if update == "rerun":
-        gradients = _ordinary_backward(_run_again(closure, selection, scale), members, model)
-        return gradients, all(told([finite(gradients.values())]))
-    weights = torch.zeros(len(losses), dtype=torch.float64)
-    weights[selection.kept] = selection.weights
-    if update == "factors":
-        gradients = {
-            name: weighted_sum(uses, weights, members.parameters[name].shape).to(members.parameters[name].dtype)
-            for name, uses in found.items()
-        }
-        # What the Gram matrix has seen is finite, unless it is too large for the parameter.
-        unseen = [g for name, g in gradients.items() if name not in members.scored or g.dtype == torch.float16]
-        return gradients, not unseen or all(told([finite(unseen)]))
-    gradients = _ordinary_backward([(weights.to(losses) * losses).sum() * scale], members, model)
-    scored = {name: gradients[name] for name in members.scored if name in gradients}
-    more = [finite(gradients.values())]
-    return gradients, all(verify_projection(found, scored, weights, generator, computed_in, more=more))
+    if comparison.overflowed:
+        updated = run.parameters.updated
+        return selection, {name: torch.full_like(updated[name], torch.inf) for name in factors.candidates.footprints}
+    for way in _usable_ways(run, selection, candidate_pass):
+        precision = nullcontext() if way == "rerun" else full_precision(factors.candidates.losses)
+        with torch.enable_grad(), precision, run.clock.phase("combine"):
+            gradients, is_finite = _WAYS[way](run, selection, factors, candidate_pass)
+        # Where nothing is captured, a candidate's infinite gradient shows only now. A scaler wants to see it.
+        if run.scale > 1.0 or is_finite:
+            return selection.applied_by(way), gradients
+    return selection.applied_by(None), {}
 
 
-def _run_again(closure: Callable[..., Any], selection: Selection, scale: float) -> Iterator[Tensor]:
+def _usable_ways(run: Run, selection: Selection, candidate_pass: CandidatePass) -> list[str]:
+    """The ways that can serve, the first one that gives a finite gradient to be taken; empty where none can.
+
+    A backward through the common graph would multiply a rejected candidate's NaN by zero inside the layers.
+    """
+    if selection.skipped:
+        return []
+    if run.combine != "graph":
+        return [run.combine]
+    usable = [] if len(selection.rejected) else ["graph"]
+    if run.parameters.scored.keys() == run.parameters.updated.keys():
+        usable.append("factors")
+    return [*usable, "rerun"] if candidate_pass.closure.takes_rows else usable
+
+
+def _from_factors(run: Run, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass) -> Combined:
+    """The weighted sum of the captured factors."""
+    weights, updated = selection.spread_weights(), run.parameters.updated
+    gradients = {
+        name: weighted_sum(uses, weights, updated[name].shape).to(updated[name].dtype)
+        for name, uses in factors.found.items()
+    }
+    # What the Gram matrix has seen is finite, unless it is too large for the parameter.
+    unseen = [g for name, g in gradients.items() if name not in run.parameters.scored or g.dtype == torch.float16]
+    return gradients, not unseen or all(told([finite(unseen)]))
+
+
+def _from_graph(run: Run, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass) -> Combined:
+    """A weighted backward over the same graph, looked at beside the factors that were captured of it."""
+    weights, losses = selection.spread_weights(), factors.candidates.losses
+    gradients = _ordinary_backward(run, [(weights.to(losses) * losses).sum() * run.scale])
+    scored = {name: gradients[name] for name in run.parameters.scored if name in gradients}
+    flags = verify_projection(
+        factors.found,
+        scored,
+        weights,
+        run.generator("projection"),
+        factors.candidates.computed_in,
+        more=[finite(gradients.values())],
+    )
+    return gradients, all(flags)
+
+
+def _from_rerun(run: Run, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass) -> Combined:
+    """A weighted backward over the kept candidates, run once more."""
+    gradients = _ordinary_backward(run, _losses_again(run, selection, candidate_pass))
+    return gradients, all(told([finite(gradients.values())]))
+
+
+_WAYS: dict[str, Callable[[Run, Selection, PassFactors, CandidatePass], Combined]] = {
+    "factors": _from_factors,
+    "graph": _from_graph,
+    "rerun": _from_rerun,
+}
+COMBINES = ("auto", *_WAYS)
+"""What the option ``combine`` may be."""
+
+
+def _losses_again(run: Run, selection: Selection, candidate_pass: CandidatePass) -> Iterator[Tensor]:
     """The weighted losses of the kept candidates, a micro-batch at a time."""
     kept, weights = selection.kept, selection.weights
-    value, done = closure(rows=kept), 0
+    value, done = candidate_pass.again(kept), 0
     for batch in value if isinstance(value, Iterator) else [value]:
         losses = checked_losses(batch)
         share = weights[done : done + len(losses)]
         done += len(losses)
         if done > len(kept):
             break
-        yield (share.to(losses) * losses).sum() * scale
+        yield (share.to(losses) * losses).sum() * run.scale
     if done != len(kept):
         raise ValueError(f"closure(rows=kept) must return the losses of these {len(kept)} rows, got {done}.")
 
 
-def _ordinary_backward(totals: Iterable[Tensor], members: Members, model: nn.Module) -> dict[str, Tensor]:
+def _ordinary_backward(run: Run, totals: Iterable[Tensor]) -> dict[str, Tensor]:
     """What ``total.backward()`` forms for the updated parameters, one after another."""
-    with gradients_set_aside(model.parameters()):
+    updated = run.parameters.updated
+    with gradients_set_aside(run.model.parameters()):
         for total in totals:
             # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect, and the
             # only one that reentrant checkpointing takes.
-            named = members.others_train and not Graph(total).reentrant
-            torch.autograd.backward(total, inputs=list(members.parameters.values()) if named else None)
-        return {name: p.grad for name, p in members.parameters.items() if p.grad is not None}
+            named = run.parameters.others_train and not Graph(total).reentrant
+            torch.autograd.backward(total, inputs=list(updated.values()) if named else None)
+        return {name: p.grad for name, p in updated.items() if p.grad is not None}

@@ -1,12 +1,11 @@
-"""The order of one step, and all lasting state."""
+"""What users hold: the options, the two ways to make a step, and all that lasts from one step to the next."""
 
 from __future__ import annotations
 
 import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -14,39 +13,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftw_optim._capture.coverage import Coverage, coverage
-from ftw_optim._capture.owners import Owner, owners
-from ftw_optim._capture.plan import plan, uncovered
+from ftw_optim._capture.owners import owners
+from ftw_optim._capture.plan import plan
 from ftw_optim._capture.self_check import SelfChecks
 from ftw_optim._factors.micro_batches import Footprint
 from ftw_optim._gram.blocks import Buffer
+from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import Sketch
-from ftw_optim._gram.ways import Observe
+from ftw_optim._gram.spec import Observe
 from ftw_optim._matching.filters import FilterStage, GreedyFilter
-from ftw_optim._matching.problem import Selection
+from ftw_optim._matching.selection import Selection
 from ftw_optim._matching.weights import NonNegativeLeastSquares, WeightStage
 from ftw_optim._preconditioners.registry import registered_rule
-from ftw_optim._step.candidates import Pass, Plain
 from ftw_optim._step.checkpoint import read_state, written_state
 from ftw_optim._step.clock import Clock
-from ftw_optim._step.closures import gradient_marks, is_scalar, released_first, takes_rows
-from ftw_optim._step.decision import Decision
+from ftw_optim._step.closures import CandidateClosure
+from ftw_optim._step.combine import cheapest_way
 from ftw_optim._step.options import check_options, refuse_more_than_one_process
-from ftw_optim._step.parameters import Members, Scored, members_of
+from ftw_optim._step.parameters import Scored, parameters_of
+from ftw_optim._step.run import Run
+from ftw_optim._step.step import StepResult, selective_step
 from ftw_optim._step.target import TargetGradient
 from ftw_optim._step.wrapper import OptimizerWrapper
-
-
-@final
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Outcome:
-    """What one backward found; nothing is applied yet."""
-
-    loss: Tensor
-    selection: Selection
-    gradients: Mapping[str, Tensor]
-    members: Members
-    target: Mapping[str, Tensor] | None
-    footprints: Mapping[str, Footprint]
 
 
 @final
@@ -65,7 +53,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         filter: which candidates are kept.
         weight: how much each of the kept counts.
         metric: ``"preconditioned"`` (``<g_i, P g_j>``), ``"update"`` (``<P g_i, P g_j>``) or ``"euclidean"``.
-        update: where the combined gradient comes from: ``"factors"`` (the captured factors), ``"graph"`` (a weighted
+        combine: where the combined gradient comes from: ``"factors"`` (the captured factors), ``"graph"`` (a weighted
             backward over the same graph), ``"rerun"`` (the kept candidates once more, ``closure(rows=kept)``) or
             ``"auto"``: factors where every updated parameter has a layer rule, else graph.
         scored: predicate ``(name, parameter)`` of what counts in the Gram matrix, such as ``last_blocks(model, 1)``;
@@ -96,7 +84,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         filter: FilterStage | None = None,
         weight: WeightStage | None = None,
         metric: str = "preconditioned",
-        update: str = "auto",
+        combine: str = "auto",
         scored: Scored | None = None,
         gram: str | Sketch = "exact",
         memory_limit: int | None = None,
@@ -105,11 +93,11 @@ class SelectiveOptimizer(OptimizerWrapper):
     ) -> None:
         filter = GreedyFilter(keep=0.25) if filter is None else filter
         weight = NonNegativeLeastSquares() if weight is None else weight
-        check_options(optimizer, model, (filter, weight), metric, update, gram, memory_limit)
+        check_options(optimizer, model, (filter, weight), metric, combine, gram, memory_limit)
         registered = registered_rule(optimizer)
         super().__init__(optimizer)
         self.model, self.filter, self.weight = model, filter, weight
-        self.metric, self.update, self.scored = metric, update, scored
+        self.metric, self.combine, self.scored = metric, combine, scored
         self.gram, self.memory_limit, self.self_check, self.seed = gram, memory_limit, self_check, seed
         self.target = target
         self._selection: Selection | None = None
@@ -118,13 +106,11 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._pending: bool | None = None  # since the last step: None no backward, False all skipped, True one applied
         self._checks = SelfChecks()
         self._buffer = Buffer()
-        self._last_capture: tuple[frozenset[str], Mapping[str, int], Mapping[str, int], Mapping[str, int]] | None = None
+        self._last_capture: tuple[frozenset[str], Mapping[str, Footprint]] | None = None
         self._warned_own_backward = False
-        members_of(self.model, self.param_groups, self.scored)  # says now what a step would say
+        parameters_of(self.model, self.param_groups, self.scored)  # says now what a step would say
         if registered is not None and registered.note is not None:
             warnings.warn(f"{type(optimizer).__name__}: {registered.note}", stacklevel=2)
-
-    # ------------------------------------------------------------------ what the user sees
 
     @property
     def target(self) -> TargetGradient:
@@ -155,8 +141,8 @@ class SelectiveOptimizer(OptimizerWrapper):
         table = coverage(self.model)
         if self._last_capture is None:
             return table
-        scored, uses, multiplications, sizes = self._last_capture
-        return table.after(scored.__contains__, uses, multiplications, sizes)
+        scored, footprints = self._last_capture
+        return table.after(scored, footprints)
 
     def step(self, closure: Callable[..., Any] | None = None, *, select: bool = True) -> Any:
         """Select among the closure's candidates and apply the inner optimizer's step to their combined gradient.
@@ -197,30 +183,36 @@ class SelectiveOptimizer(OptimizerWrapper):
         if not skipped:
             self.optimizer.step()
 
-    def _selective_step(self, closure: Callable[..., Any]) -> Any:
-        outcome = self._select(closure, scale=1.0, sample_ids=None, plain_allowed=True)
-        if not isinstance(outcome, _Outcome):
-            self._pending = self._pending if outcome is None else None  # it ran a backward of its own
-            self._plain_step()
-            return outcome
-        self._pending = None
+    def _selective_step(self, function: Callable[..., Any]) -> Any:
+        run, closure = self._run(function, scale=1.0, may_be_plain=True)
+        result = selective_step(run, closure, self._replace_gradients_and_step)
+        if isinstance(result, StepResult):
+            return result.loss
+        if result.value is not None:
+            self._pending = None
+            self._warn_of_own_backward()
+        self._plain_step()
+        return result.value
+
+    def _replace_gradients_and_step(self, result: StepResult) -> None:
+        """Apply a result as :meth:`step` does; on an exception everything is as before."""
         # Frozen ones too: what they hold from before they were would still move them.
         held = [(p, p.grad) for group in self.param_groups for p in group["params"]]
         before = dict(self.__dict__)
         try:
             for parameter, _ in held:
                 parameter.grad = None
-            for name, gradient in outcome.gradients.items():
-                outcome.members.parameters[name].grad = gradient
-            self._commit(outcome)
-            if not outcome.selection.skipped:
+            for name, gradient in result.gradients.items():
+                result.parameters.updated[name].grad = gradient
+            self._pending = None
+            self._commit(result)
+            if not result.selection.skipped:
                 self.optimizer.step()
         except BaseException:
             self.__dict__.update(before)
             for parameter, gradient in held:
                 parameter.grad = gradient
             raise
-        return outcome.loss
 
     def backward(
         self,
@@ -255,148 +247,83 @@ class SelectiveOptimizer(OptimizerWrapper):
             )
         if not grad_scale > 0.0:
             raise ValueError(f"grad_scale must be positive, got {grad_scale!r}.")
-        outcome = self._select(closure, scale=float(grad_scale), sample_ids=sample_ids, plain_allowed=False)
-        assert isinstance(outcome, _Outcome)
-        with torch.no_grad():
-            for name, parameter in outcome.members.parameters.items():
-                gradient = outcome.gradients.get(name)
-                if gradient is None and outcome.selection.skipped and grad_scale != 1.0 and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)  # a GradScaler must find something to unscale
-                elif gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        self._pending = bool(self._pending) or not outcome.selection.skipped
-        self._commit(outcome)
-        return outcome.loss
+        run, checked = self._run(closure, scale=float(grad_scale), sample_ids=sample_ids, may_be_plain=False)
+        result = selective_step(run, checked, partial(self._add_gradients, scaled=run.scale != 1.0))
+        assert isinstance(result, StepResult)
+        return result.loss
+
+    @torch.no_grad()
+    def _add_gradients(self, result: StepResult, *, scaled: bool) -> None:
+        """Apply a result as :meth:`backward` does."""
+        for name, parameter in result.parameters.updated.items():
+            gradient = result.gradients.get(name)
+            if gradient is None and result.selection.skipped and scaled and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # a GradScaler must find something to unscale
+            elif gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        self._pending = bool(self._pending) or not result.selection.skipped
+        self._commit(result)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the inner optimizer does; a backward before it no longer counts."""
         super().zero_grad(set_to_none)
         self._pending = None
 
-    # ------------------------------------------------------------------ one selection
-
-    def _select(
+    def _run(
         self,
-        closure: Callable[..., Any],
+        function: Callable[..., Any],
         *,
         scale: float,
-        sample_ids: Tensor | Sequence[Tensor] | None,
-        plain_allowed: bool,
-    ) -> _Outcome | Any:
-        """One selection, applied to nothing; or the value of a closure after which the inner step is due."""
+        may_be_plain: bool,
+        sample_ids: Tensor | Sequence[Tensor] | None = None,
+    ) -> tuple[Run, CandidateClosure]:
+        """What one step is made with, and the closure that it calls; what could not be made is refused here."""
         refuse_more_than_one_process()
-        members = members_of(self.model, self.param_groups, self.scored)
+        parameters = parameters_of(self.model, self.param_groups, self.scored)
+        closure = CandidateClosure(function, parameters.updated, may_be_plain=may_be_plain)
         layers = owners(self.model)
-        update = self._update(members, layers)
-        if update == "rerun" and not takes_rows(closure):
-            raise TypeError('update="rerun" needs a closure that accepts rows: closure(rows=kept) -> losses (k,).')
-        what = plan(self.model, members.parameters if update == "factors" else members.scored, layers)
-        clock = Clock()
-        with clock.phase("target"):
-            target = self.target.gradients(
-                members.scored,
-                self._kept_target,
-                self.model,
-                calls=self._backwards,
-                scale=scale,
-                seed=self._seed("target"),
-            )
-        marks = gradient_marks(members.parameters)
-        candidates = Pass(
+        way = self.combine if self.combine != "auto" else cheapest_way(self.model, parameters, layers)
+        if way == "rerun" and not closure.takes_rows:
+            raise TypeError('combine="rerun" needs a closure that accepts rows: closure(rows=kept) -> losses (k,).')
+        run = Run(
+            inner=self.optimizer,
             model=self.model,
-            plan=what,
-            sample_ids=sample_ids,
-            scale=scale,
-            keep_graph=update == "graph",  # whose second backward may run checkpointed layers again
-            one_batch=update == "rerun" and not isinstance(self.gram, Sketch),
-            checks=self._checks if self.self_check else None,
-            generator=self._generator("check"),
-        )
-        decision = Decision(
-            optimizer=self.optimizer,
-            model=self.model,
-            members=members,
+            parameters=parameters,
+            plan=plan(self.model, parameters.updated if way == "factors" else parameters.scored, layers),
+            combine=way,
+            target=self.target,
+            kept_target=self._kept_target,
             filter=self.filter,
             weight=self.weight,
-            metric=self.metric,
-            gram=self.gram if isinstance(self.gram, Sketch) else None,
+            metric=Metric(self.metric),
+            sketch=self.gram if isinstance(self.gram, Sketch) else None,
             memory_limit=self.memory_limit,
             buffer=self._buffer,
             scale=scale,
-            generator=self._generator,
-            clock=clock,
+            sample_ids=sample_ids,
+            checks=self._checks if self.self_check else None,
+            backwards=self._backwards,
+            # A seed that depends on the step count alone, so that no random state needs saving.
+            seed_of=lambda purpose: random.Random(f"{self.seed}/{self._backwards}/{purpose}").getrandbits(32),
+            clock=Clock(),
             observe=self._observe,
         )
+        return run, closure
 
-        def is_plain(value: Any) -> bool:
-            return plain_allowed and self._is_plain(value, members, marks)
-
-        if update == "rerun" and sample_ids is None:  # which would not fit the rows of a second pass
-            made = decision.streamed(candidates, target, closure, is_plain)
-            if isinstance(made, Plain):
-                return made.value
-        else:
-            with ExitStack() as captured:
-                with clock.phase("candidates"):
-                    passed = candidates.over(closure, is_plain, captured)
-                if isinstance(passed, Plain):
-                    return passed.value
-                made = decision.made(update, passed, target, released_first(closure, captured))
-        return _Outcome(
-            loss=made.selection.weighted_loss().to(made.candidates.losses.device),
-            selection=replace(made.selection, milliseconds=clock.milliseconds),
-            gradients=made.gradients,
-            members=members,
-            # The average of target gradients survives one that overflowed.
-            target=(self._kept_target if made.overflowed else target.gradients) if self.target.remembers else None,
-            footprints=made.candidates.footprints,
-        )
-
-    def _update(self, members: Members, layers: list[Owner]) -> str:
-        """The way of this step."""
-        if self.update != "auto":
-            return self.update
-        # With a rule for every updated parameter the factors cost less than a second backward, however few are scored;
-        # to run modules again for parameters that are not scored costs more.
-        again = {name for owner in layers if owner.rule is None for name in owner.parameters.values()}
-        costly = again & (members.parameters.keys() - members.scored.keys())
-        return "graph" if costly or uncovered(layers, members.parameters, self.model) else "factors"
-
-    def _is_plain(self, value: Any, members: Members, before: Mapping[str, tuple[int, int]]) -> bool:
-        """Whether the closure only wants the inner optimizer's step: it returned None, or ran its own backward."""
-        ran_backward = gradient_marks(members.parameters) != before
-        if value is not None and not (is_scalar(value) and ran_backward):
-            return False
-        if value is not None and not self._warned_own_backward:
+    def _warn_of_own_backward(self) -> None:
+        if not self._warned_own_backward:
             self._warned_own_backward = True
             warnings.warn(
                 "The closure ran its own backward and returned a scalar, so nothing is selected: SelectiveOptimizer is "
                 "its inner optimizer here. Return the candidates' losses, shape (n,), without a backward.",
                 stacklevel=4,
             )
-        return True
 
-    # ------------------------------------------------------------------ lasting state
-
-    def _commit(self, outcome: _Outcome) -> None:
-        self._selection = outcome.selection
-        self._kept_target = outcome.target
-        scored = frozenset(outcome.members.scored)
-        taken = outcome.footprints
-        self._last_capture = (
-            scored,
-            {name: one.uses for name, one in taken.items()},
-            {name: one.multiplications if name in scored else 0 for name, one in taken.items()},
-            {name: one.bytes for name, one in taken.items()},
-        )
+    def _commit(self, result: StepResult) -> None:
+        self._selection = result.selection
+        self._kept_target = result.kept_target
+        self._last_capture = frozenset(result.parameters.scored), result.footprints
         self._backwards += 1
-
-    def _seed(self, purpose: str) -> int:
-        """A seed that depends on the step count alone, so that no random state needs saving."""
-        return random.Random(f"{self.seed}/{self._backwards}/{purpose}").getrandbits(32)
-
-    def _generator(self, purpose: str) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed(purpose))
 
     def extra_state(self) -> dict[str, Any]:
         """Step count, seed and, where it must outlive a step, the target gradient."""

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ftw_optim._gram.inner_products import METRICS
+from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import Sketch
-from ftw_optim._step.choice import NORMALIZATIONS, metrics_of
-from ftw_optim._step.combine import UPDATES
+from ftw_optim._step.choice import NORMALIZATIONS
+from ftw_optim._step.combine import COMBINES
+
+METRICS = tuple(metric.value for metric in Metric)
 
 
 def check_options(
@@ -20,7 +22,7 @@ def check_options(
     model: Any,
     stages: Sequence[Any],
     metric: str,
-    update: str,
+    combine: str,
     gram: str | Sketch,
     memory_limit: int | None,
 ) -> None:
@@ -31,7 +33,7 @@ def check_options(
         model: the module that the closures call.
         stages: the filter and the weight stage.
         metric: of the matching.
-        update: where the combined gradient comes from.
+        combine: where the combined gradient comes from.
         gram: ``"exact"`` or a sketch.
         memory_limit: in bytes, or None.
 
@@ -43,7 +45,7 @@ def check_options(
         raise TypeError(f"Expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"Expected the model as an nn.Module, got {type(model).__name__}.")
-    for name, value, known in (("metric", metric, METRICS), ("update", update, UPDATES)):
+    for name, value, known in (("metric", metric, METRICS), ("combine", combine, COMBINES)):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")
     if gram != "exact" and not isinstance(gram, Sketch):
@@ -53,10 +55,10 @@ def check_options(
     if (normalize := getattr(stages[1], "normalize", "sum")) not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}.")
     for stage in stages:
-        if not callable(stage) or not set(metrics_of(stage)) <= set(METRICS):
+        if not callable(stage) or not set(getattr(stage, "metrics", ())) <= set(METRICS):
             raise ValueError(
                 f"Expected a callable stage whose metrics are some of {METRICS}, got {stage!r} with metrics "
-                f"{metrics_of(stage)!r}."
+                f"{getattr(stage, 'metrics', ())!r}."
             )
 
 

@@ -1,4 +1,4 @@
-"""The optimizer's parameters by their names in the model."""
+"""The optimizer's parameters by their names in the model: those that are updated, and those that are scored."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ Scored = Callable[[str, nn.Parameter], bool]
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Members:
+class StepParameters:
     """The optimizer's parameters that require a gradient, found anew for each step: wrappers swap parameters.
 
     Attributes:
-        parameters: all that are updated.
+        updated: all of them.
         groups: the group of each.
         scored: those that count in the Gram matrix.
         others_train: some other parameter of the model requires a gradient too.
     """
 
-    parameters: Mapping[str, nn.Parameter]
+    updated: Mapping[str, nn.Parameter]
     groups: Mapping[str, dict[str, Any]]
     scored: Mapping[str, nn.Parameter]
     others_train: bool
 
 
-def members_of(model: nn.Module, groups: Sequence[dict[str, Any]], scored: Scored | None) -> Members:
+def parameters_of(model: nn.Module, groups: Sequence[dict[str, Any]], scored: Scored | None) -> StepParameters:
     """The parameters in ``groups``, by the names the model gives them.
 
     Raises:
         ValueError: one is not the model's, none requires a gradient, or ``scored`` accepts none.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    parameters: dict[str, nn.Parameter] = {}
+    updated: dict[str, nn.Parameter] = {}
     group_of: dict[str, dict[str, Any]] = {}
     for number, group in enumerate(groups):
         for parameter in group["params"]:
@@ -47,13 +47,13 @@ def members_of(model: nn.Module, groups: Sequence[dict[str, Any]], scored: Score
                     "expected parameters of the model given to SelectiveOptimizer. Optimize the others apart."
                 )
             if parameter.requires_grad:
-                parameters[name], group_of[name] = parameter, group
-    if not parameters:
+                updated[name], group_of[name] = parameter, group
+    if not updated:
         raise ValueError("None of the optimizer's parameters requires a gradient; expected at least one.")
-    counted = {name: p for name, p in parameters.items() if scored is None or scored(name, p)}
+    counted = {name: p for name, p in updated.items() if scored is None or scored(name, p)}
     if not counted:
         raise ValueError(
-            f"scored={scored!r} accepts none of the {len(parameters)} updated parameters; expected one or more."
+            f"scored={scored!r} accepts none of the {len(updated)} updated parameters; expected one or more."
         )
     trained = sum(parameter.requires_grad for parameter in model.parameters())
-    return Members(parameters=parameters, groups=group_of, scored=counted, others_train=trained > len(parameters))
+    return StepParameters(updated=updated, groups=group_of, scored=counted, others_train=trained > len(updated))

@@ -81,6 +81,8 @@ class TargetGradient:
             return TargetNow(
                 gradients={name: gradient.to(parameters[name].device) for name, gradient in kept.items()},
                 finite=torch.ones(0, dtype=torch.bool),
+                before=kept,
+                remembered=True,
             )
         with own_randomness(model.parameters(), seed), torch.enable_grad():
             losses: Any = self.closure()
@@ -97,7 +99,7 @@ class TargetGradient:
         if usable and self.decay:
             assert kept is not None
             new = {name: self.decay * kept[name] + (1 - self.decay) * gradient for name, gradient in new.items()}
-        return TargetNow(gradients=new, finite=flags)
+        return TargetNow(gradients=new, finite=flags, before=kept, remembered=self.remembers)
 
 
 @final
@@ -109,10 +111,20 @@ class TargetNow:
         gradients: by parameter name.
         finite: bool: whether the losses are, and the gradient; empty where they are known to be. Looked at together
             with the Gram matrix, so that a device is waited for once.
+        before: the gradient that was kept from the step before.
+        remembered: it must outlive the step.
     """
 
     gradients: Mapping[str, Tensor]
     finite: Tensor
+    before: Mapping[str, Tensor] | None
+    remembered: bool
+
+    def to_keep(self, *, overflowed: bool) -> Mapping[str, Tensor] | None:
+        """What the next step is given: an average of target gradients survives one that overflowed."""
+        if not self.remembered:
+            return None
+        return self.before if overflowed else self.gradients
 
     def overflowed(self, flags: Tensor, scale: float) -> bool:
         """Whether the gradient of the scaled losses did.

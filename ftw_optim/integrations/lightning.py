@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
-from ftw_optim._matching.problem import Selection
+from ftw_optim._matching.selection import Selection
 from ftw_optim._step.optimizer import SelectiveOptimizer
 from ftw_optim._step.target import TargetGradient
 from ftw_optim.integrations._trainers.metrics import PREFIX, numbers_of

@@ -53,7 +53,7 @@ class SelectiveTrainerMixin(_Base):
         *args: of the trainer.
         target_dataset: examples of what to train for, prepared as the training data are; with a length, found by
             number.
-        selective: options of :class:`SelectiveOptimizer`: ``filter``, ``weight``, ``metric``, ``update``, ``scored``,
+        selective: options of :class:`SelectiveOptimizer`: ``filter``, ``weight``, ``metric``, ``combine``, ``scored``,
             ``gram``, ``memory_limit``, ``self_check``, ``seed`` (by default that of the training arguments).
         sample_weighting: what a candidate's own loss is. ``"token_sum"``: ``n`` times the sum over its labels, divided
             by all labels of the window, so that equal weights make the trainer's own step and long answers count more;
@@ -145,7 +145,7 @@ class SelectiveTrainerMixin(_Base):
     def _select(self, optimizer: SelectiveOptimizer, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
         if not self._losses_compared:
             self._compare_losses(model, batches[0])
-        window = self._window(model, batches, joined=optimizer.update == "rerun", passed=self._note_batch)
+        window = self._window(model, batches, joined=optimizer.combine == "rerun", passed=self._note_batch)
         if not window.batches:
             return torch.zeros(())
         scaler = self.accelerator.scaler  # float16 on a GPU

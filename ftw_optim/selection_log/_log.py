@@ -12,7 +12,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from ftw_optim._matching.problem import Selection
+from ftw_optim._matching.selection import Selection
 from ftw_optim.selection_log._store import FORMATS, ROWS_PER_PART, Row, Store, log_files, store
 
 __all__ = ["LoggedRun", "SelectionLog", "read_log"]
@@ -29,7 +29,8 @@ class SelectionLog:
     - ``candidates``: ``step``, ``id``, ``source``, ``weight`` (0 where not kept), ``loss``, ``utility`` (the
       candidate's inner product with the target gradient in the optimizer's metric);
     - ``steps``: ``step``, ``offered``, ``kept``, ``kept_share``, ``effective_size``, ``residual``, ``cosine``,
-      ``predicted_decrease``, ``fitted_scale``, ``rejected`` (ids), ``skipped``, ``converged``, ``update``, ``metrics``;
+      ``predicted_decrease``, ``fitted_scale``, ``rejected`` (ids), ``skipped``, ``converged``, ``combine``,
+      ``metrics``;
     - ``times``: ``step``, ``ms``: the selection's milliseconds by phase, and whatever else a clock measured, apart from
       the others, so that these are the same in every repetition of a run;
     - ``texts``: ``id``, ``text``, once for each id.
@@ -138,7 +139,7 @@ class SelectionLog:
             "rejected": [names[index] for index in selection.rejected.tolist()],
             "skipped": selection.skipped,
             "converged": selection.converged,
-            "update": selection.update,
+            "combine": selection.combine,
             "metrics": {name: value for name, value in numbers.items() if not _MILLISECONDS.search(name)},
         }
         times = {f"ms_{phase}": _finite(spent) for phase, spent in selection.milliseconds.items()}

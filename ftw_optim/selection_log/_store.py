@@ -138,7 +138,7 @@ class Parquet(Store):
                 dict.fromkeys(("step", "offered", "kept"), pyarrow.int64())
                 | dict.fromkeys(numbers, number)
                 | {"rejected": pyarrow.list_(text), "skipped": pyarrow.bool_(), "converged": pyarrow.bool_()}
-                | {"update": text, "metrics": pyarrow.map_(text, number)}
+                | {"combine": text, "metrics": pyarrow.map_(text, number)}
             ),
         }
         self._held: dict[str, list[Row]] = {table: [] for table in TABLES}

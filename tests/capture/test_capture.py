@@ -328,7 +328,7 @@ def test_nothing_stays_behind_whatever_happens(keep_graph: bool) -> None:
 
 def test_uncovered_parameters_are_named_before_anything_runs() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    with pytest.raises(NotImplementedError, match=r"1\.weight: BatchNorm1d mixes the candidates.*update=\"graph\""):
+    with pytest.raises(NotImplementedError, match=r"1\.weight: BatchNorm1d mixes the candidates.*combine=\"graph\""):
         plan(model, {"0.weight", "1.weight"})
     plan(model, {"0.weight", "0.bias"})
 
@@ -454,13 +454,13 @@ def test_a_weight_that_a_hook_makes_before_the_call_is_refused_with_the_way_out(
         plan(model, {"weight_g", "weight_v", "bias"})
 
 
-@pytest.mark.parametrize("update", ["factors", "rerun"])
-def test_a_self_check_whose_own_sum_overflows_waits_for_the_next_step(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "rerun"])
+def test_a_self_check_whose_own_sum_overflows_waits_for_the_next_step(combine: str) -> None:
     """Every candidate's gradient is finite in its scale; that of a randomly weighted sum of all is not."""
     model = seeded(lambda: nn.Linear(3, 1))
     x = torch.full((8, 3), 2.0**126)
     optimizer = SelectiveOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.1), model, lambda: model(torch.ones(2, 3))[:, 0], update=update
+        torch.optim.SGD(model.parameters(), lr=0.1), model, lambda: model(torch.ones(2, 3))[:, 0], combine=combine
     )
 
     def losses(rows: Tensor | None = None) -> Tensor:

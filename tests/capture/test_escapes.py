@@ -431,9 +431,9 @@ def test_gradients_that_are_nothing_but_rounding_are_no_false_alarm(seed: int, d
     captured(model, lambda: squares(model, drawn(3, 3, 5).to(dtype)))
 
 
-@pytest.mark.parametrize("update", ["factors", "graph"])
+@pytest.mark.parametrize("combine", ["factors", "graph"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_in_another_order_are_found_out_in_a_small_part_of_a_large_model(dtype: torch.dtype, update: str) -> None:
+def test_rows_in_another_order_are_found_out_in_a_small_part_of_a_large_model(dtype: torch.dtype, combine: str) -> None:
     """A parameter whose gradient is a thousandth of all is checked by its own size, in bfloat16 too."""
 
     class Sorted(nn.Module):
@@ -457,7 +457,7 @@ def test_rows_in_another_order_are_found_out_in_a_small_part_of_a_large_model(dt
         return (squares(model, x).float() + 1.0).log() * scale
 
     optimizer = SelectiveOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.0), model, lambda: squares(model, x[:2]), update=update
+        torch.optim.SGD(model.parameters(), lr=0.0), model, lambda: squares(model, x[:2]), combine=combine
     )
     with pytest.raises(RuntimeError, match=r"Self-check.*small\.scale"):
         optimizer.step(losses)
@@ -571,9 +571,9 @@ def test_positions_looked_up_inside_of_a_checkpoint(reentrant: bool) -> None:
             torch.testing.assert_close(
                 weighted_sum(found[name], row, parameter.shape), weighted_sum(expected[name], row, parameter.shape)
             )
-    for update in ("factors", "graph"):
+    for combine in ("factors", "graph"):
         optimizer = SelectiveOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1), model, lambda: squares(model, x[:2]), update=update
+            torch.optim.SGD(model.parameters(), lr=0.1), model, lambda: squares(model, x[:2]), combine=combine
         )
         optimizer.step(lambda: squares(model, x))
 

@@ -70,8 +70,8 @@ def test_what_depends_on_the_size_of_its_batch_runs_whole() -> None:
     assert set(fallback._ways[check_batch].values()) == {"together"}
 
 
-@pytest.mark.parametrize("update", ["factors", "graph"])
-def test_random_numbers_are_drawn_again_as_they_were(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "graph"])
+def test_random_numbers_are_drawn_again_as_they_were(combine: str) -> None:
     """Candidates have the gradients of the one forward pass with its masks, and a training run is the bare one."""
     layer = Scale(function=lambda x: functional.dropout(torch.tanh(x), 0.5))
     model = model_with(layer)
@@ -100,7 +100,7 @@ def test_random_numbers_are_drawn_again_as_they_were(update: str) -> None:
                 lambda: model(x[:2]).square().sum((1, 2)),  # noqa: B023
                 filter=KeepAll(),
                 weight=UniformWeights(),
-                update=update,
+                combine=combine,
             )
         with torch.random.fork_rng():
             torch.manual_seed(3)

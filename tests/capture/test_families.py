@@ -21,7 +21,7 @@ N = 5
 
 def optimizer_of(case: Case, **options: Any) -> SelectiveOptimizer:
     trained = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
-    options = {"filter": GreedyFilter(keep=3), "update": "factors", **options}
+    options = {"filter": GreedyFilter(keep=3), "combine": "factors", **options}
     return SelectiveOptimizer(OPTIMIZERS["adamw"](trained), case.model, case.target_losses, **options)
 
 
@@ -61,7 +61,7 @@ def test_a_family_is_exact_in_all_its_parameters(name: str) -> None:
             with pytest.raises(
                 NotImplementedError,
                 match=r"Expected layer 'encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias' to take "
-                r"inputs with the 5 candidates first, not pairs of positions, got shape \(7, 7\).*update=\"graph\"",
+                r"inputs with the 5 candidates first, not pairs of positions, got shape \(7, 7\).*combine=\"graph\"",
             ):
                 optimizer_of(case).step(case.losses)
             _freeze(case.model, "relative_attention_bias")
@@ -84,10 +84,10 @@ def test_what_is_not_scored_is_updated_exactly_in_any_family(name: str) -> None:
     with precision(torch.float64):
         case = family(name, torch.float64, N)
         # That T5's bias is looked up without a candidate's axis shows only when it runs.
-        update = "graph" if name == "t5" else "auto"
-        optimizer = check(case, scored=last_blocks(case.model, 1), update=update)
+        combine = "graph" if name == "t5" else "auto"
+        optimizer = check(case, scored=last_blocks(case.model, 1), combine=combine)
         assert optimizer.selection is not None
-        assert optimizer.selection.update == "graph"
+        assert optimizer.selection.combine == "graph"
 
 
 def _freeze(model: nn.Module, pattern: str) -> None:
@@ -200,9 +200,9 @@ class _Fused(torch.autograd.Function):
         return functional.cross_entropy(logits.mT, labels[:, 1:], reduction="none").mean(1)
 
 
-@pytest.mark.parametrize("update", ["factors", "graph"])
+@pytest.mark.parametrize("combine", ["factors", "graph"])
 @pytest.mark.parametrize("self_check", [True, False])
-def test_a_fused_head_that_no_hook_sees_is_found_and_the_rest_scored(update: str, self_check: bool) -> None:
+def test_a_fused_head_that_no_hook_sees_is_found_and_the_rest_scored(combine: str, self_check: bool) -> None:
     with precision(torch.float64):
         model = FusedHead(model_of("llama")).double()
         case = case_of("llama", model, N)
@@ -212,9 +212,9 @@ def test_a_fused_head_that_no_hook_sees_is_found_and_the_rest_scored(update: str
         case = Case(model, case.candidates, case.target, lambda model, batch: model(**batch))
         before = [parameter.detach().clone() for parameter in model.parameters()]
         with pytest.raises(RuntimeError, match=r"model\.lm_head\.weight"):
-            optimizer_of(case, update=update, self_check=self_check).step(case.losses)
+            optimizer_of(case, combine=combine, self_check=self_check).step(case.losses)
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-        check(case, update="graph", scored=lambda name, parameter: "lm_head" not in name, self_check=self_check)
+        check(case, combine="graph", scored=lambda name, parameter: "lm_head" not in name, self_check=self_check)
 
 
 def test_losses_of_every_family_are_one_for_each_row() -> None:

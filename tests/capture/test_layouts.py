@@ -148,7 +148,7 @@ def test_a_layer_on_another_number_of_rows_is_refused_by_name() -> None:
         model,
         lambda: model(drawn(2, 4, 3)).square().sum((1, 2)),
         scored=lambda name, parameter: "last" in name,
-        update="graph",
+        combine="graph",
         filter=KeepAll(),
     )
     optimizer.backward(lambda: model(drawn(3, 4, 3)).square().sum((1, 2)))
@@ -248,8 +248,8 @@ def test_packed_rows_have_one_gram_row_for_each_document() -> None:
     torch.testing.assert_close(optimizer.selection.gram, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("update", ["factors", "graph"])
-def test_packed_rows_of_several_micro_batches_make_one_selection(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "graph"])
+def test_packed_rows_of_several_micro_batches_make_one_selection(combine: str) -> None:
     """Gram matrix and gradient of documents that lie in rows of different lengths."""
     model = seeded(Packed).double()
     batches = [torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.tensor([[6, 5, 4, 3], [1, 1, 2, 6]])]
@@ -265,7 +265,7 @@ def test_packed_rows_of_several_micro_batches_make_one_selection(update: str) ->
         model,
         lambda: next(losses())[:2],
         metric="euclidean",
-        update=update,
+        combine=combine,
         filter=GreedyFilter(keep=3),
     )
     optimizer.backward(losses, sample_ids=documents)

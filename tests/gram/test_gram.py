@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ftw_optim import Diagonal, Factors, Kronecker, Preconditioner, RankOne, RotatedDiagonal, Scalar
 from ftw_optim._gram.exact import GramSums
-from ftw_optim._gram.inner_products import METRICS, inner, on_host
+from ftw_optim._gram.inner_products import inner, on_host
+from ftw_optim._gram.metric import Metric
+from ftw_optim._gram.spec import GramSpec
 from tests.factors.test_factors import gradients, random_factors
 
 ROWS, COLUMNS, N = 6, 4, 3
@@ -92,18 +94,18 @@ def test_products_are_those_of_whole_gradients(
         seen.append(reference)
         return preconditioner
 
-    sums = GramSums(
-        accepted,
-        {"weight": target},
-        precondition,
+    spec = GramSpec(
         shapes={"weight": torch.Size((ROWS, COLUMNS))},
-        metrics=METRICS,
+        target={"weight": target},
+        precondition=precondition,
+        metrics=list(Metric),
         dtype=torch.float64,
         device=torch.device("cpu"),
         scale=scale,
         memory_limit=memory_limit,
         way=way,
     )
+    sums = GramSums(spec, accepted)
     taken = sums.add("weight", found)
     if way is not None:
         folds = isinstance(preconditioner, Scalar | RankOne) and all(not use.indexed for use in uses)
@@ -112,9 +114,9 @@ def test_products_are_those_of_whole_gradients(
     torch.testing.assert_close(seen, [whole[accepted].mean(0)])
     moved, moved_target = preconditioner.apply(whole), preconditioner.apply(target)
     for metric, left, left_target, right, right_target in (
-        ("euclidean", whole, target, whole, target),
-        ("preconditioned", whole, target, moved, moved_target),
-        ("update", moved, moved_target, moved, moved_target),
+        (Metric.EUCLIDEAN, whole, target, whole, target),
+        (Metric.PRECONDITIONED, whole, target, moved, moved_target),
+        (Metric.UPDATE, moved, moved_target, moved, moved_target),
     ):
         expected = torch.einsum("irc,jrc->ij", left, right)
         torch.testing.assert_close(result[metric].gram, expected)
@@ -127,18 +129,18 @@ def test_parameters_add_up_and_one_without_a_target_gradient_counts_in_the_gram_
     shape = torch.Size((ROWS, COLUMNS))
     results = []
     for names in (["a"], ["a", "b"]):
-        sums = GramSums(
-            torch.ones(N, dtype=torch.bool),
-            {"a": target},
-            lambda name, reference: Scalar(1.0),
+        spec = GramSpec(
             shapes={"a": shape, "b": shape},
-            metrics=["euclidean"],
+            target={"a": target},
+            precondition=lambda name, reference: Scalar(1.0),
+            metrics=[Metric.EUCLIDEAN],
             dtype=torch.float64,
             device=torch.device("cpu"),
         )
+        sums = GramSums(spec, torch.ones(N, dtype=torch.bool))
         for name in names:
             sums.add(name, uses)
-        results.append(on_host(sums.products())[0]["euclidean"])
+        results.append(on_host(sums.products())[0][Metric.EUCLIDEAN])
     one, both = results
     torch.testing.assert_close(both.gram, 2 * one.gram)
     torch.testing.assert_close(both.cross_gram, one.cross_gram)

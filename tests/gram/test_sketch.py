@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ftw_optim import GreedyFilter, Kronecker, Preconditioner, Scalar, SelectiveOptimizer, Sketch
 from ftw_optim._factors.factors import Factors
-from ftw_optim._gram.blocks import Buffer
 from ftw_optim._gram.exact import GramSums
-from ftw_optim._gram.inner_products import METRICS, on_host
+from ftw_optim._gram.inner_products import on_host
+from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import SketchSums
+from ftw_optim._gram.spec import GramSpec
 from ftw_optim.testing import products_of
 from tests.factors.test_factors import random_factors
 from tests.gram.test_gram import COLUMNS, MAPS, ROWS, USES, Mixing, positive
@@ -26,6 +27,7 @@ from tests.support.models import Case, SmallGPT, language_model, mlp, seeded, tr
 from tests.support.oracles import candidate_gradients
 
 N = 3
+METRICS = tuple(Metric)
 
 
 def summed(
@@ -37,35 +39,26 @@ def summed(
     seed: int = 0,
     memory_limit: int = 2**20,
     scale: float = 1.0,
-    metrics: tuple[str, ...] = METRICS,
+    metrics: Sequence[str] = METRICS,
     exact: bool = False,
     way: str | None = None,
 ) -> Any:
     count = uses[0].count
     target = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    what: dict[str, Any] = {
-        "shapes": {"weight": torch.Size(shape)},
-        "metrics": metrics,
-        "dtype": torch.float64,
-        "device": torch.device("cpu"),
-        "scale": scale,
-        "memory_limit": memory_limit,
-    }
-    accepted, of = torch.ones(count, dtype=torch.bool), {"weight": target}
+    spec = GramSpec(
+        shapes={"weight": torch.Size(shape)},
+        target={"weight": target},
+        precondition=lambda name, reference: preconditioner,
+        metrics=list(map(Metric, metrics)),
+        dtype=torch.float64,
+        device=torch.device("cpu"),
+        scale=scale,
+        memory_limit=memory_limit,
+        way=way,
+    )
+    accepted = torch.ones(count, dtype=torch.bool)
     sums: Any
-    if exact:
-        sums = GramSums(accepted, of, lambda name, reference: preconditioner, **what)
-    else:
-        sums = SketchSums(
-            accepted,
-            of,
-            lambda name, reference: preconditioner,
-            **what,
-            buffer=Buffer(),
-            sketch=Sketch(dim=dim),
-            seed=seed,
-            way=way,
-        )
+    sums = GramSums(spec, accepted) if exact else SketchSums(spec, accepted, sketch=Sketch(dim=dim), seed=seed)
     taken = sums.add("weight", uses)
     assert way in (None, taken)
     return sums
@@ -211,7 +204,7 @@ def test_reruns_are_the_same_however_candidates_are_split(build: Callable[[], Ca
     runs: list[list[Any]] = []
     for sizes in ([8], [4, 1, 3], [1] * 8):
         case = build()
-        optimizer = sketched(case, update="rerun")
+        optimizer = sketched(case, combine="rerun")
         found: list[Any] = []
         for step in range(3):
             before = copy.deepcopy(case.model.state_dict())
@@ -219,7 +212,7 @@ def test_reruns_are_the_same_however_candidates_are_split(build: Callable[[], Ca
             selection = optimizer.selection
             assert selection is not None
             assert selection.sketch is not None
-            assert selection.update == "rerun"
+            assert selection.combine == "rerun"
             found += [selection.losses, selection.gram, selection.weights, selection.sketch.error]
             found += [[p.grad for p in trained(case).values()], [p.detach() for p in trained(case).values()]]
             if step == 2:
@@ -238,15 +231,15 @@ def test_reruns_are_the_same_however_candidates_are_split(build: Callable[[], Ca
         torch.testing.assert_close(other, runs[0], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("update", ["factors", "graph", "rerun"])
-def test_a_step_with_a_sketch_is_near_the_exact_one(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
+def test_a_step_with_a_sketch_is_near_the_exact_one(combine: str) -> None:
     """In every way of applying it; the products differ by what the report says."""
     runs = []
-    for gram, way in (("exact", "factors"), (Sketch(dim=4096), update)):
+    for gram, way in (("exact", "factors"), (Sketch(dim=4096), combine)):
         case = cases()["llama with lora"]()
         # Of a map that looks at no gradient ahead: that would be the candidates' mean, and the target's.
         inner = torch.optim.SGD(trained(case).values(), lr=0.01)
-        optimizer = sketched(case, inner, gram=gram, update=way)
+        optimizer = sketched(case, inner, gram=gram, combine=way)
         optimizer.backward(case.losses)
         runs.append(optimizer)
     exact, optimizer = runs
@@ -289,7 +282,7 @@ def test_a_spoilt_candidate_of_one_micro_batch_leaves_alone(where: str) -> None:
         size[5] = 1e200
     grams = []
     for rows in (torch.arange(8), torch.tensor([0, 1, 2, 3, 4, 6, 7])):
-        optimizer = sketched(case, update="rerun")
+        optimizer = sketched(case, combine="rerun")
 
         def closure(rows: Tensor = rows, **given: Tensor) -> Iterator[Tensor]:
             chosen = given["rows"] if given else rows
@@ -308,7 +301,7 @@ def test_a_spoilt_candidate_of_one_micro_batch_leaves_alone(where: str) -> None:
 
 def test_a_closure_that_gives_other_rows_is_refused() -> None:
     case = mlp(torch.float64, 8)
-    optimizer = sketched(case, update="rerun")
+    optimizer = sketched(case, combine="rerun")
 
     def closure(rows: Tensor | None = None) -> Iterator[Tensor]:
         return (case.losses(part) for part in torch.arange(8).split(4))
@@ -332,8 +325,8 @@ def test_options_are_checked_and_copies_keep_them() -> None:
     assert optimizer.gram == Sketch(dim=64)
 
 
-@pytest.mark.parametrize("update", ["factors", "rerun"])
-def test_a_parameter_that_the_target_does_not_reach_outweighs_no_other(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "rerun"])
+def test_a_parameter_that_the_target_does_not_reach_outweighs_no_other(combine: str) -> None:
     """Its second moment would be zero at the first step, and its map the learning rate over eps."""
     model = seeded(lambda: nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)})).double()
     x = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -354,7 +347,7 @@ def test_a_parameter_that_the_target_does_not_reach_outweighs_no_other(update: s
         lambda: whole(x[:2], False),
         filter=GreedyFilter(keep=3),
         gram=Sketch(dim=512),
-        update=update,
+        combine=combine,
     )
     optimizer.backward(lambda rows=None: whole(x if rows is None else x[rows], True))
     assert optimizer.selection is not None

@@ -288,10 +288,10 @@ def test_a_grad_scaler_makes_the_unscaled_steps_and_an_overflow_skips_one(monkey
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("update", ["factors", "graph"])
-def test_bfloat16_by_accelerates_autocast(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "graph"])
+def test_bfloat16_by_accelerates_autocast(combine: str) -> None:
     """Its own run, from the same weights at every step, as exactly as the layers compute."""
-    run = Run(transformers_model("llama")(torch.float32, 8), mixed_precision="bf16", update=update, **EVERYONE)
+    run = Run(transformers_model("llama")(torch.float32, 8), mixed_precision="bf16", combine=combine, **EVERYONE)
     for batch in run.loader:
         run.accelerator.backward(token_losses(run.model, batch).mean())
         expected = [parameter.grad for parameter in trained(run.model)]
@@ -302,7 +302,7 @@ def test_bfloat16_by_accelerates_autocast(update: str) -> None:
                 assert parameter.grad is not None
                 assert gradient is not None
                 error = float((parameter.grad - gradient).norm() / gradient.norm())
-                assert error < (2e-2 if update == "factors" else 1e-6)
+                assert error < (2e-2 if combine == "factors" else 1e-6)
             run.finish()
 
 

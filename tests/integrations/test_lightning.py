@@ -292,17 +292,17 @@ def test_a_grad_scaler_makes_the_unscaled_steps_and_an_overflow_skips_one() -> N
     torch.testing.assert_close(logs[1].steps, logs[0].steps, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("update", ["factors", "graph"])
-def test_bfloat16_by_lightnings_autocast(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "graph"])
+def test_bfloat16_by_lightnings_autocast(combine: str) -> None:
     """Its own gradient, as exactly as the layers compute."""
     logs = []
     for wrapped in (False, True):
         case = transformers_model("llama")(torch.float32, 14)
         logs.append(Log(look=lambda module: [parameter.grad.clone() for parameter in module.parameters()]))
-        module = selective_of(case, options={**EVERYONE, "update": update}) if wrapped else Plain(case)
+        module = selective_of(case, options={**EVERYONE, "combine": combine}) if wrapped else Plain(case)
         trainer_of(logs[-1], max_epochs=1, limit_train_batches=1, precision="bf16-mixed").fit(module, Loader(case))
     for one, other in zip(*(log.seen[0] for log in logs), strict=True):
-        assert float((one - other).norm() / one.norm()) < (2e-2 if update == "factors" else 1e-6)
+        assert float((one - other).norm() / one.norm()) < (2e-2 if combine == "factors" else 1e-6)
 
 
 # ---------------------------------------------------------------------- the oracle
@@ -556,14 +556,14 @@ def test_what_a_selection_came_to_is_logged_and_its_target_evaluated_once() -> N
 
 
 def test_kept_candidates_are_run_again_where_batches_have_rows() -> None:
-    """With ``update="rerun"``, which takes one batch."""
+    """With ``combine="rerun"``, which takes one batch."""
     found = []
-    for update in ("factors", "rerun"):
+    for combine in ("factors", "rerun"):
         case = CASES["llama"]()
-        module = selective_of(case, options={"filter": GreedyFilter(keep=1), "update": update})
+        module = selective_of(case, options={"filter": GreedyFilter(keep=1), "combine": combine})
         trainer = trainer_of(max_epochs=1)
         trainer.fit(module, Loader(case))
-        assert trainer.optimizers[0].selection.update == update
+        assert trainer.optimizers[0].selection.combine == combine
         found.append(list(module.parameters()))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 

@@ -80,13 +80,13 @@ def logged(trainer: SFTTrainer, *names: str) -> list[list[float]]:
     [
         ({}, {}),
         (PACKED, {}),
-        ({**PACKED, "per_device_train_batch_size": 2}, {"selective": {**ALL, "update": "graph"}}),
+        ({**PACKED, "per_device_train_batch_size": 2}, {"selective": {**ALL, "combine": "graph"}}),
         (FLAT, {}),
         ({**FLAT, "pad_to_multiple_of": 8}, {}),
         ({"loss_type": "dft"}, {}),
         ({"activation_checkpointing": False}, {"peft_config": lora(lora_dropout=0.2)}),
         (PACKED, {"peft_config": lora(lora_dropout=0.2)}),
-        ({**PACKED, "gradient_accumulation_steps": 1}, {"selective": {**ALL, "update": "rerun"}}),
+        ({**PACKED, "gradient_accumulation_steps": 1}, {"selective": {**ALL, "combine": "rerun"}}),
     ],
     ids=["rows", "packed", "packed, graph", "flat", "flat, padded", "dft", "lora", "lora, packed", "packed, rerun"],
 )
@@ -294,7 +294,7 @@ def test_packed_rows_are_not_run_again_together(tmp_path: Path) -> None:
             tmp_path,
             PACKED,
             target_dataset=Dataset.from_list(examples(2)),
-            selective={"update": "rerun"},
+            selective={"combine": "rerun"},
         )
 
 

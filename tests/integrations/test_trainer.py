@@ -65,12 +65,12 @@ def logged(trainer: Trainer, *names: str) -> list[list[float]]:
     ("build", "settings", "selective"),
     [
         (model, {}, {}),
-        (lambda: model("llama", tie_word_embeddings=True), {}, {"update": "graph"}),
+        (lambda: model("llama", tie_word_embeddings=True), {}, {"combine": "graph"}),
         (lambda: model(attention_dropout=0.2), {"activation_checkpointing": True}, {}),
-        (lambda: model(attention_dropout=0.2), {"optim": "sgd", "max_grad_norm": 0.0}, {"update": "graph"}),
+        (lambda: model(attention_dropout=0.2), {"optim": "sgd", "max_grad_norm": 0.0}, {"combine": "graph"}),
         (lambda: lora_model(lora_dropout=0.2), {}, {}),
-        (lambda: lora_model(lora_dropout=0.2), {"activation_checkpointing": True}, {"update": "graph"}),
-        (model, {}, {"update": "rerun"}),
+        (lambda: lora_model(lora_dropout=0.2), {"activation_checkpointing": True}, {"combine": "graph"}),
+        (model, {}, {"combine": "rerun"}),
         (model, {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 5}, {}),
     ],
     ids=[
@@ -207,9 +207,9 @@ def test_decay_groups_and_a_given_optimizer_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("build", "selective"),
     [
-        (lambda: model(), {"update": "factors"}),
+        (lambda: model(), {"combine": "factors"}),
         (lambda: model("llama", tie_word_embeddings=True), {}),
-        (lambda: model(), {"update": "rerun"}),
+        (lambda: model(), {"combine": "rerun"}),
         (lambda: lora_model(), {}),
     ],
     ids=["qwen3", "tied", "rerun", "lora"],
@@ -264,7 +264,7 @@ def test_only_the_last_block_scored(tmp_path: Path) -> None:
         net,
         arguments(tmp_path),
         target_dataset=examples(5, seed=1),
-        selective={"scored": last_blocks(net, 1), "update": "graph"},
+        selective={"scored": last_blocks(net, 1), "combine": "graph"},
     )
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
 
@@ -625,7 +625,7 @@ def test_micro_batches_that_are_averaged_cannot_be_put_together(tmp_path: Path) 
     net = model()
     net.accepts_loss_kwargs = False  # type: ignore[assignment]
     with pytest.raises(NotImplementedError, match="divides its loss by each micro-batch's own labels"):
-        refused(tmp_path, net=net, selective={"update": "rerun"})
+        refused(tmp_path, net=net, selective={"combine": "rerun"})
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by PEFT

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ftw_optim._matching.problem import Selection
+from ftw_optim._matching.selection import Selection
 from ftw_optim.integrations._trainers.columns import WithColumns
 from ftw_optim.integrations._trainers.packing import documents_of
 from ftw_optim.integrations._trainers.realised import after_idle_step

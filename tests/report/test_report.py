@@ -236,7 +236,7 @@ def test_missing_texts_sources_and_numbers_are_no_hindrance(tmp_path: Path) -> N
                 rejected=torch.arange(5),
                 cosine=math.nan,
                 skipped=True,
-                update="skipped",
+                combine="skipped",
             )
             log.record(step, chosen, ids=range(5))
     parsed = check(page(read_log(tmp_path), title="A run"))

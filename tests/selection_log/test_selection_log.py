@@ -45,7 +45,7 @@ def selection(step: int, *, n: int = 5, keep: int = 2, **changes: Any) -> Select
         "rejected": torch.empty(0, dtype=torch.int64),
         "skipped": False,
         "converged": True,
-        "update": "factors",
+        "combine": "factors",
     }
     return Selection(**{**fields, **changes})
 
@@ -107,7 +107,7 @@ def test_what_was_recorded_is_what_is_read(tmp_path: Path, format: str) -> None:
         "rejected": [],
         "skipped": False,
         "converged": True,
-        "update": "factors",
+        "combine": "factors",
         "metrics": {"lr": 0.5},
         "ms": {},
     }
@@ -141,7 +141,7 @@ def test_times_are_apart_so_that_the_rest_is_the_same_in_every_run(tmp_path: Pat
 @pytest.mark.parametrize("format", FORMATS)
 def test_numbers_that_are_not_finite_are_null_in_strict_json(tmp_path: Path, format: str) -> None:
     nothing = torch.empty(0)
-    bad = selection(1, kept=nothing.long(), weights=nothing.double(), cosine=math.nan, update="skipped", skipped=True)
+    bad = selection(1, kept=nothing.long(), weights=nothing.double(), cosine=math.nan, combine="skipped", skipped=True)
     losses = torch.tensor([math.nan, math.inf, -math.inf, 1.0, 2.0])
     with new_log(tmp_path, format=format) as log:
         log.record(

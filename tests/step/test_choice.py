@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ftw_optim import GreedyFilter, KeepAll, Matching, NonNegativeLeastSquares, Selection, TopKFilter
 from ftw_optim._gram.inner_products import Products
+from ftw_optim._gram.metric import Metric
 from ftw_optim._step.choice import select
 from tests.support.strategies import Problem, problems
 
@@ -24,10 +25,10 @@ def chosen(problem: Problem, *, stage: Any, normalize: Any = "sum") -> Selection
         error=torch.tensor(0.0),
     )
     return select(
-        {"preconditioned": products},
+        {Metric.PRECONDITIONED: products},
         matching.losses,
         torch.ones(len(problem), dtype=torch.bool),
-        metric="preconditioned",
+        metric=Metric.PRECONDITIONED,
         filter_stage=stage,
         weight_stage=NonNegativeLeastSquares(normalize=normalize),
         generator=matching.generator,

@@ -22,11 +22,11 @@ def test_a_phase_inside_of_another_does_not_count_for_that() -> None:
     assert clock.milliseconds == {"inner": 2000.0 + 1000.0, "outer": 8000.0}
 
 
-@pytest.mark.parametrize("update", ["factors", "graph", "rerun"])
-def test_the_phases_of_a_step_make_up_most_of_it(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
+def test_the_phases_of_a_step_make_up_most_of_it(combine: str) -> None:
     case = mlp(torch.float64, 8)
     optimizer = SelectiveOptimizer(
-        torch.optim.AdamW(case.model.parameters()), case.model, case.target_losses, update=update
+        torch.optim.AdamW(case.model.parameters()), case.model, case.target_losses, combine=combine
     )
     optimizer.step(case.losses)
     slow = case.losses
@@ -42,16 +42,16 @@ def test_the_phases_of_a_step_make_up_most_of_it(update: str) -> None:
     found = optimizer.selection.milliseconds
     assert found.keys() == {"target", "candidates", "gram", "solve", "combine"}
     assert found["candidates"] >= 50.0
-    assert update != "rerun" or found["combine"] >= 20.0
+    assert combine != "rerun" or found["combine"] >= 20.0
     assert all(value >= 0.0 for value in found.values())
     assert sum(found.values()) <= whole
 
 
-@pytest.mark.parametrize("update", ["factors", "graph", "rerun"])
-def test_a_profiler_sees_the_phases_and_what_is_inside_of_them(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
+def test_a_profiler_sees_the_phases_and_what_is_inside_of_them(combine: str) -> None:
     case = mlp(torch.float64, 8)
     optimizer = SelectiveOptimizer(
-        torch.optim.AdamW(case.model.parameters()), case.model, case.target_losses, update=update
+        torch.optim.AdamW(case.model.parameters()), case.model, case.target_losses, combine=combine
     )
     optimizer.step(case.losses)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -61,7 +61,7 @@ def test_a_profiler_sees_the_phases_and_what_is_inside_of_them(update: str) -> N
         ranges.setdefault(event.name, []).append((event.time_range.start, event.time_range.end))
     for inside, outside in {
         "backward": "candidates",
-        "gram": "backward" if update == "rerun" else "",
+        "gram": "backward" if combine == "rerun" else "",
         "materialise": "gram",
         "products": "gram",
         "target": "",

@@ -107,12 +107,12 @@ def test_gram_cross_gram_and_gradient_are_autograds(name: str, metric: str, inne
 def test_factors_and_graph_give_the_same_parameters(name: str) -> None:
     with precision(torch.float64):
         results = []
-        for update in ("factors", "graph"):
-            case, optimizer = build(name, torch.float64, "adamw", update=update)
+        for combine in ("factors", "graph"):
+            case, optimizer = build(name, torch.float64, "adamw", combine=combine)
             for _ in range(3):
                 optimizer.step(case.losses)
                 assert optimizer.selection is not None
-                assert optimizer.selection.update == update
+                assert optimizer.selection.combine == combine
             results.append(list(case.model.parameters()))
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
 
@@ -128,8 +128,8 @@ class Gated(nn.Module):
         return self.weight * x.abs().clamp(min=1e-3) ** self.power * x.sign()
 
 
-@pytest.mark.parametrize("update", ["graph", "auto"])
-def test_last_block_alone_is_scored_and_everything_is_updated_exactly(update: str) -> None:
+@pytest.mark.parametrize("combine", ["graph", "auto"])
+def test_last_block_alone_is_scored_and_everything_is_updated_exactly(combine: str) -> None:
     """On a model with a layer that has no rule."""
     case, _ = build("small-gpt", torch.float64, "adamw")
     case.model.norm = nn.Sequential(case.model.norm, Gated(8).double())  # type: ignore[assignment,operator,arg-type]
@@ -140,17 +140,17 @@ def test_last_block_alone_is_scored_and_everything_is_updated_exactly(update: st
         case.target_losses,
         filter=GreedyFilter(keep=3),
         scored=scored,
-        update=update,
+        combine=combine,
     )
     check_against_oracle(case, optimizer, torch.float64)
     optimizer.step(case.losses)
     check_against_oracle(case, optimizer, torch.float64)
     assert optimizer.selection is not None
-    assert optimizer.selection.update == "graph"
+    assert optimizer.selection.combine == "graph"
 
 
-@pytest.mark.parametrize("update", ["factors", "graph", "rerun"])
-def test_last_block_alone_is_scored_with_rules_for_all(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
+def test_last_block_alone_is_scored_with_rules_for_all(combine: str) -> None:
     case, _ = build("gpt2-tied", torch.float64, "adamw")
     with precision(torch.float64):
         optimizer = SelectiveOptimizer(
@@ -158,7 +158,7 @@ def test_last_block_alone_is_scored_with_rules_for_all(update: str) -> None:
             case.model,
             case.target_losses,
             scored=last_blocks(case.model, 1),
-            update=update,
+            combine=combine,
             filter=GreedyFilter(keep=3),
         )
         check_against_oracle(case, optimizer, torch.float64)
@@ -166,9 +166,9 @@ def test_last_block_alone_is_scored_with_rules_for_all(update: str) -> None:
         check_against_oracle(case, optimizer, torch.float64)
 
 
-@pytest.mark.parametrize("update", ["factors", "graph", "rerun"])
-def test_a_step_of_sgd_is_its_formula(update: str) -> None:
-    case, optimizer = build("small-gpt", torch.float64, "sgd", update=update)
+@pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
+def test_a_step_of_sgd_is_its_formula(combine: str) -> None:
+    case, optimizer = build("small-gpt", torch.float64, "sgd", combine=combine)
     before = {name: p.detach().clone() for name, p in case.model.named_parameters()}
     gradients = candidate_gradients(case)
     loss = optimizer.step(case.losses)
@@ -190,8 +190,8 @@ def case_losses_before(before: dict[str, Tensor], case: Case) -> Tensor:
     return case.losses_of(model, case.candidates).detach()
 
 
-@pytest.mark.parametrize("update", ["factors", "graph"])
-def test_all_kept_at_one_over_n_is_the_bare_optimizer_for_a_hundred_steps(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "graph"])
+def test_all_kept_at_one_over_n_is_the_bare_optimizer_for_a_hundred_steps(combine: str) -> None:
     """With dropout: the masks are those of a bare run, although the target's pass draws some of its own."""
     from tests.support.models import SmallGPT, language_model, seeded
 
@@ -206,7 +206,7 @@ def test_all_kept_at_one_over_n_is_the_bare_optimizer_for_a_hundred_steps(update
                 case.target_losses,
                 filter=KeepAll(),
                 weight=UniformWeights(),
-                update=update,
+                combine=combine,
             )
         with torch.random.fork_rng():
             torch.manual_seed(5)

@@ -63,7 +63,7 @@ def run(build: Callable[[], Case], sizes: list[int] | None, steps: int, **option
     return [*found, [p.detach() for p in trained]]
 
 
-@pytest.mark.parametrize("options", [{"update": "factors"}, {"update": "graph"}, {"update": "auto"}], ids=str)
+@pytest.mark.parametrize("options", [{"combine": "factors"}, {"combine": "graph"}, {"combine": "auto"}], ids=str)
 @pytest.mark.parametrize("build", cases().values(), ids=cases())
 def test_micro_batches_make_the_step_of_one_batch(build: Callable[[], Case], options: dict[str, Any]) -> None:
     """Gram matrix with what lies between them, weights, gradients and parameters, over three steps."""
@@ -72,7 +72,7 @@ def test_micro_batches_make_the_step_of_one_batch(build: Callable[[], Case], opt
 
 def test_micro_batches_with_few_scored_layers() -> None:
     build = cases()["tied, shared positions"]
-    options = {"update": "graph", "last": 1}
+    options = {"combine": "graph", "last": 1}
     torch.testing.assert_close(run(build, SIZES, 2, **options), run(build, None, 2, **options), rtol=1e-7, atol=1e-10)
 
 
@@ -118,33 +118,33 @@ def test_micro_batches_of_different_lengths() -> None:
     torch.testing.assert_close(combined, (weights @ rows)[reached])
 
 
-@pytest.mark.parametrize("update", ["factors", "graph"])
-def test_a_spoilt_candidate_of_one_micro_batch_is_rejected(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "graph"])
+def test_a_spoilt_candidate_of_one_micro_batch_is_rejected(combine: str) -> None:
     case = mlp(torch.float64, 8)
     case.candidates["x"][5] = torch.nan
     optimizer = SelectiveOptimizer(
-        torch.optim.AdamW(case.model.parameters()), case.model, case.target_losses, update=update
+        torch.optim.AdamW(case.model.parameters()), case.model, case.target_losses, combine=combine
     )
     optimizer.step(lambda: (case.losses(rows) for rows in rows_of(SIZES)))
     assert optimizer.selection is not None
     assert optimizer.selection.rejected.tolist() == [5]
-    assert optimizer.selection.update == "factors"
+    assert optimizer.selection.combine == "factors"
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in case.model.parameters())
 
 
 def test_what_does_not_go_with_micro_batches_says_so_before_anything_runs() -> None:
     case = mlp(torch.float64, 8)
     optimizer = SelectiveOptimizer(
-        torch.optim.AdamW(case.model.parameters()), case.model, case.target_losses, update="rerun"
+        torch.optim.AdamW(case.model.parameters()), case.model, case.target_losses, combine="rerun"
     )
 
     def closure(rows: Tensor | None = None) -> Iterator[Tensor]:
         raise AssertionError("not run")
         yield
 
-    with pytest.raises(ValueError, match=r"update=\"rerun\" takes the losses of one batch"):
+    with pytest.raises(ValueError, match=r"combine=\"rerun\" takes the losses of one batch"):
         optimizer.step(closure)
-    optimizer.update = "factors"
+    optimizer.combine = "factors"
     with pytest.raises(ValueError, match="sample_ids tells"):
         optimizer.backward(closure, sample_ids=torch.zeros(2, 3, dtype=torch.int64))
 

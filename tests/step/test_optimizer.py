@@ -27,15 +27,15 @@ from ftw_optim import (
 from tests.support.models import SmallGPT, language_model, mlp, seeded
 from tests.support.oracles import candidate_gradients
 
-UPDATES = ["factors", "graph"]
+WAYS = ["factors", "graph"]
 
 
-def build(update: str = "factors", *, lr: float = 0.01, **options: Any) -> tuple[Any, SelectiveOptimizer]:
+def build(combine: str = "factors", *, lr: float = 0.01, **options: Any) -> tuple[Any, SelectiveOptimizer]:
     case = mlp(torch.float64, 6)
     inner = options.pop("inner", torch.optim.AdamW)(case.model.parameters(), lr=lr)
     target = options.pop("target", case.target_losses)
     return case, SelectiveOptimizer(
-        inner, case.model, target, **{"filter": GreedyFilter(keep=3), "update": update, **options}
+        inner, case.model, target, **{"filter": GreedyFilter(keep=3), "combine": combine, **options}
     )
 
 
@@ -97,13 +97,13 @@ WRONG_CLOSURES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] 
 
 
 @pytest.mark.parametrize("method", ["step", "backward"])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("combine", WAYS)
 @pytest.mark.parametrize("wrong", WRONG_CLOSURES)
 def test_wrong_returns_say_what_a_closure_must_return(
-    wrong: str, update: str, method: str, unchanged: Callable[..., None]
+    wrong: str, combine: str, method: str, unchanged: Callable[..., None]
 ) -> None:
     change, error, message = WRONG_CLOSURES[wrong]
-    case, optimizer = build(update)
+    case, optimizer = build(combine)
 
     def failing() -> None:
         with pytest.raises(error, match=message):
@@ -112,9 +112,9 @@ def test_wrong_returns_say_what_a_closure_must_return(
     unchanged(case, optimizer, failing)
 
 
-@pytest.mark.parametrize("update", UPDATES)
-def test_a_closure_that_raises_leaves_everything_as_it_was(update: str, unchanged: Callable[..., None]) -> None:
-    case, optimizer = build(update)
+@pytest.mark.parametrize("combine", WAYS)
+def test_a_closure_that_raises_leaves_everything_as_it_was(combine: str, unchanged: Callable[..., None]) -> None:
+    case, optimizer = build(combine)
 
     def raises() -> Tensor:
         case.losses()
@@ -127,9 +127,9 @@ def test_a_closure_that_raises_leaves_everything_as_it_was(update: str, unchange
     unchanged(case, optimizer, failing)
 
 
-@pytest.mark.parametrize("update", UPDATES)
-def test_a_backward_pass_that_raises_leaves_everything_as_it_was(update: str, unchanged: Callable[..., None]) -> None:
-    case, optimizer = build(update)
+@pytest.mark.parametrize("combine", WAYS)
+def test_a_backward_pass_that_raises_leaves_everything_as_it_was(combine: str, unchanged: Callable[..., None]) -> None:
+    case, optimizer = build(combine)
     broken = True
 
     class Fails(torch.autograd.Function):
@@ -157,9 +157,9 @@ def test_a_backward_pass_that_raises_leaves_everything_as_it_was(update: str, un
     unchanged(case, optimizer, failing)
 
 
-@pytest.mark.parametrize("update", UPDATES)
-def test_a_closure_is_run_once_with_gradients_enabled(update: str) -> None:
-    case, optimizer = build(update)
+@pytest.mark.parametrize("combine", WAYS)
+def test_a_closure_is_run_once_with_gradients_enabled(combine: str) -> None:
+    case, optimizer = build(combine)
     seen = []
 
     def closure() -> Tensor:
@@ -188,9 +188,9 @@ def test_step_without_a_closure_is_the_inner_step() -> None:
 
 
 @pytest.mark.parametrize("as_float", [False, True])
-@pytest.mark.parametrize("update", UPDATES)
-def test_a_closure_with_its_own_backward_gets_the_inner_step_and_one_warning(update: str, as_float: bool) -> None:
-    case, optimizer = build(update)
+@pytest.mark.parametrize("combine", WAYS)
+def test_a_closure_with_its_own_backward_gets_the_inner_step_and_one_warning(combine: str, as_float: bool) -> None:
+    case, optimizer = build(combine)
     twin = copy.deepcopy(case.model)
     bare = torch.optim.AdamW(twin.parameters(), lr=0.01)
 
@@ -237,11 +237,11 @@ def combined(case: Any, optimizer: SelectiveOptimizer) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("update", UPDATES)
-def test_one_candidate_is_kept_whole_or_not_at_all(update: str) -> None:
+@pytest.mark.parametrize("combine", WAYS)
+def test_one_candidate_is_kept_whole_or_not_at_all(combine: str) -> None:
     case = mlp(torch.float64, 1)
     inner = torch.optim.AdamW(case.model.parameters(), lr=0.01)
-    optimizer = SelectiveOptimizer(inner, case.model, case.losses, update=update)
+    optimizer = SelectiveOptimizer(inner, case.model, case.losses, combine=combine)
     optimizer.backward(case.losses)
     selection = optimizer.selection
     assert selection is not None
@@ -261,9 +261,9 @@ def test_a_budget_of_all_and_more_keeps_whatever_helps(keep: float) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 8.0])
-@pytest.mark.parametrize("update", UPDATES)
-def test_when_nothing_is_kept_the_step_is_skipped_untouched(update: str, scale: float) -> None:
-    case, optimizer = build(update)
+@pytest.mark.parametrize("combine", WAYS)
+def test_when_nothing_is_kept_the_step_is_skipped_untouched(combine: str, scale: float) -> None:
+    case, optimizer = build(combine)
     for tensor in case.candidates.values():
         tensor[:] = tensor[:1].clone()  # all alike, so that one target is opposed to all of them
     optimizer.target = case.losses  # type: ignore[assignment]
@@ -275,7 +275,7 @@ def test_when_nothing_is_kept_the_step_is_skipped_untouched(update: str, scale: 
     selection = optimizer.selection
     assert selection is not None
     assert selection.skipped
-    assert selection.update == "skipped"
+    assert selection.combine == "skipped"
     assert (selection.residual, selection.cosine, selection.effective_size) == (1.0, 0.0, 0.0)
     torch.testing.assert_close(loss, case.losses().detach().mean())
     after = snapshot(case, optimizer)
@@ -381,11 +381,11 @@ def spoilt(case: Any, rows: list[int], value: float) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("metric", ["preconditioned", "euclidean"])
-@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("combine", WAYS)
 def test_spoilt_candidates_are_rejected_and_the_others_treated_as_if_alone(
-    update: str, metric: str, value: float
+    combine: str, metric: str, value: float
 ) -> None:
-    case, optimizer = build(update, metric=metric, filter=GreedyFilter(keep=2))
+    case, optimizer = build(combine, metric=metric, filter=GreedyFilter(keep=2))
     optimizer.backward(spoilt(case, [1, 4], value))
     selection = optimizer.selection
     assert selection is not None
@@ -402,7 +402,7 @@ def test_spoilt_candidates_are_rejected_and_the_others_treated_as_if_alone(
     torch.testing.assert_close(selection.weights, alone.selection.weights)
     torch.testing.assert_close(given, [p.grad for p in alone_case.model.parameters()])
     # Every layer has a rule and all are scored, so even without a usable graph the factors serve.
-    assert selection.update == "factors"
+    assert selection.combine == "factors"
 
 
 def test_a_loss_that_is_not_finite_rejects_although_the_gradient_would_be() -> None:
@@ -428,7 +428,7 @@ def test_graph_with_partial_rules_reruns_the_finite_rows_or_skips(accepts_rows: 
     selection = optimizer.selection
     assert selection is not None
     assert selection.rejected.tolist() == [1]
-    assert selection.update == ("rerun" if accepts_rows else "skipped")
+    assert selection.combine == ("rerun" if accepts_rows else "skipped")
     assert selection.skipped != accepts_rows
     if accepts_rows:
         for name, parameter in case.model.named_parameters():
@@ -437,9 +437,9 @@ def test_graph_with_partial_rules_reruns_the_finite_rows_or_skips(accepts_rows: 
         assert all(p.grad is None for p in case.model.parameters())
 
 
-@pytest.mark.parametrize("update", UPDATES)
-def test_all_rejected_skips_and_returns_nan(update: str) -> None:
-    case, optimizer = build(update)
+@pytest.mark.parametrize("combine", WAYS)
+def test_all_rejected_skips_and_returns_nan(combine: str) -> None:
+    case, optimizer = build(combine)
     before = snapshot(case, optimizer)
     loss = optimizer.step(spoilt(case, list(range(6)), math.nan))
     assert loss.isnan()
@@ -487,13 +487,13 @@ def test_a_target_that_cannot_serve_is_an_error_that_changes_nothing(bad: str, u
 # ---------------------------------------------------------------------- accumulation, clipping, mixed precision
 
 
-@pytest.mark.parametrize("update", [*UPDATES, "rerun"])
-def test_backward_adds_and_scales_as_a_loss_does(update: str) -> None:
-    case, optimizer = build(update)
+@pytest.mark.parametrize("combine", [*WAYS, "rerun"])
+def test_backward_adds_and_scales_as_a_loss_does(combine: str) -> None:
+    case, optimizer = build(combine)
     first, second = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
     expected: dict[str, Tensor] = {}
     for rows, scale in ((first, 1.0), (second, 512.0)):
-        twin_case, twin = build(update)
+        twin_case, twin = build(combine)
         twin.backward(lambda rows=None, part=rows, c=twin_case: c.losses(part if rows is None else part[rows]))
         for name, parameter in twin_case.model.named_parameters():
             assert parameter.grad is not None
@@ -506,14 +506,14 @@ def test_backward_adds_and_scales_as_a_loss_does(update: str) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("update", UPDATES)
-def test_a_grad_scaler_with_clipping_makes_the_unscaled_steps(update: str, fused: bool) -> None:
+@pytest.mark.parametrize("combine", WAYS)
+def test_a_grad_scaler_with_clipping_makes_the_unscaled_steps(combine: str, fused: bool) -> None:
     """In its usual place; an overflow makes it back off, and the step after is clean."""
     results = []
     for scaled in (False, True):
         case = mlp(torch.float32, 6)
         inner = torch.optim.AdamW(case.model.parameters(), lr=0.01, fused=fused)
-        optimizer = SelectiveOptimizer(inner, case.model, case.target_losses, update=update)
+        optimizer = SelectiveOptimizer(inner, case.model, case.target_losses, combine=combine)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
         for step in range(4):
             optimizer.zero_grad()
@@ -539,10 +539,10 @@ def test_a_grad_scaler_with_clipping_makes_the_unscaled_steps(update: str, fused
 
 
 def test_parameters_outside_the_optimizer_get_no_gradient() -> None:
-    for update in UPDATES:
+    for combine in WAYS:
         case = mlp(torch.float64, 6)
         inner = torch.optim.AdamW([*case.model.first.parameters(), case.model.last.weight])  # type: ignore[misc,union-attr]
-        optimizer = SelectiveOptimizer(inner, case.model, case.target_losses, update=update)
+        optimizer = SelectiveOptimizer(inner, case.model, case.target_losses, combine=combine)
         optimizer.step(case.losses)
         got = [name for name, p in case.model.named_parameters() if p.grad is not None]
         assert got == ["first.weight", "first.bias", "last.weight"]
@@ -560,11 +560,11 @@ def test_parameters_frozen_and_thawed_between_steps() -> None:
 
 
 def test_a_parameter_the_losses_do_not_reach_keeps_none() -> None:
-    for update in UPDATES:
+    for combine in WAYS:
         case = mlp(torch.float64, 6)
         case.model.unused = nn.Linear(2, 2).double()  # type: ignore[assignment]
         optimizer = SelectiveOptimizer(
-            torch.optim.AdamW(case.model.parameters()), case.model, case.target_losses, update=update
+            torch.optim.AdamW(case.model.parameters()), case.model, case.target_losses, combine=combine
         )
         optimizer.step(case.losses)
         assert case.model.unused.weight.grad is None  # type: ignore[union-attr]
@@ -591,9 +591,9 @@ class LateTie(nn.Module):
 
 
 @pytest.mark.parametrize("scored", ["all", "some"])
-@pytest.mark.parametrize("update", [*UPDATES, "rerun"])
+@pytest.mark.parametrize("combine", [*WAYS, "rerun"])
 def test_a_branch_first_taken_at_step_five_is_noticed_then(
-    update: str, scored: str, unchanged: Callable[..., None]
+    combine: str, scored: str, unchanged: Callable[..., None]
 ) -> None:
     model = seeded(LateTie).double()
     ids = torch.randint(7, (5, 3), generator=torch.Generator().manual_seed(0))
@@ -605,7 +605,7 @@ def test_a_branch_first_taken_at_step_five_is_noticed_then(
         torch.optim.AdamW(model.parameters()),
         model,
         losses,
-        update=update,
+        combine=combine,
         scored=None if scored == "all" else lambda name, p: name.startswith("middle"),
     )
     for _ in range(4):
@@ -725,7 +725,7 @@ def test_small_memory_limits_change_nothing_but_memory() -> None:
     ("options", "error", "message"),
     [
         ({"metric": "manhattan"}, ValueError, "metric must be one of 'preconditioned'"),
-        ({"update": "magic"}, ValueError, "update must be one of 'auto'"),
+        ({"combine": "magic"}, ValueError, "combine must be one of 'auto'"),
         ({"gram": "guess"}, ValueError, 'gram must be "exact" or a Sketch'),
         ({"memory_limit": 0}, ValueError, "memory_limit must be a positive number of bytes"),
         ({"filter": 3}, ValueError, "Expected a callable stage"),
@@ -847,8 +847,8 @@ def _seed() -> Iterator[None]:
 
 def test_a_closure_with_its_own_backward_that_returns_none_keeps_its_gradients() -> None:
     """As a closure of manual optimisation does."""
-    for update in UPDATES:
-        case, optimizer = build(update)
+    for combine in WAYS:
+        case, optimizer = build(combine)
         twin = copy.deepcopy(case.model)
         bare = torch.optim.AdamW(twin.parameters(), lr=0.01)
         bare.zero_grad()
@@ -888,13 +888,13 @@ def test_a_gradient_that_is_infinite_where_nothing_is_scored_is_never_applied(ac
         lambda: model(x[:1]).square().sum(1),
         filter=GreedyFilter(keep=1),
         scored=lambda name, p: name.startswith("last"),
-        update="graph",
+        combine="graph",
     )
     optimizer.step(losses if accepts_rows else lambda: losses())
     selection = optimizer.selection
     assert selection is not None
     assert 2 not in selection.kept.tolist()
-    assert selection.update == ("rerun" if accepts_rows else "skipped")
+    assert selection.combine == ("rerun" if accepts_rows else "skipped")
     assert all(p.isfinite().all() for p in model.parameters())
     assert accepts_rows != torch.equal(next(model.parameters()), before[0])
 
@@ -1001,8 +1001,8 @@ def test_clearing_gradients_forgets_backwards_that_were_never_stepped() -> None:
     torch.testing.assert_close(list(case.model.parameters()), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("update", UPDATES)
-def test_autocast_around_the_whole_step_stays_out_of_our_products(update: str) -> None:
+@pytest.mark.parametrize("combine", WAYS)
+def test_autocast_around_the_whole_step_stays_out_of_our_products(combine: str) -> None:
     results = []
     for whole in (False, True):
         case = language_model(seeded(SmallGPT), 4)
@@ -1013,7 +1013,7 @@ def test_autocast_around_the_whole_step_stays_out_of_our_products(update: str) -
             with context:
                 return losses()
 
-        optimizer = SelectiveOptimizer(inner, case.model, lambda c=case: cast(c.target_losses), update=update)
+        optimizer = SelectiveOptimizer(inner, case.model, lambda c=case: cast(c.target_losses), combine=combine)
         with outside:
             for _ in range(3):
                 optimizer.step(lambda c=case: cast(c.losses))
@@ -1023,8 +1023,8 @@ def test_autocast_around_the_whole_step_stays_out_of_our_products(update: str) -
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("update", UPDATES)
-def test_half_precision_parameters_are_not_mistaken_for_uses_outside(update: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("combine", WAYS)
+def test_half_precision_parameters_are_not_mistaken_for_uses_outside(combine: str, dtype: torch.dtype) -> None:
     for seed in range(8):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -1036,7 +1036,7 @@ def test_half_precision_parameters_are_not_mistaken_for_uses_outside(update: str
         def losses(model: nn.Module = model, ids: Tensor = ids, labels: Tensor = labels) -> Tensor:
             return functional.cross_entropy(model(ids).float().mT, labels, reduction="none").mean(1)
 
-        optimizer = SelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model, losses, update=update)
+        optimizer = SelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model, losses, combine=combine)
         for _ in range(3):
             optimizer.step(losses)
         assert optimizer.selection is not None

@@ -1,4 +1,4 @@
-"""``update="rerun"``: factors are dropped as soon as the Gram matrix has them, and the pass is repeated if need be."""
+"""``combine="rerun"``: factors are dropped as soon as the Gram matrix has them, and the pass is repeated if need be."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from ftw_optim import (
     SelectiveOptimizer,
     Sketch,
 )
-from ftw_optim._gram.blocks import Buffer
 from ftw_optim._gram.exact import GramSums
+from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import SketchSums
+from ftw_optim._gram.spec import GramSpec
 from tests.step.test_optimizer import LateInfinity
 from tests.support.models import CASES, SmallGPT, language_model, seeded
 
@@ -32,14 +33,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from memory import LivePeak
 
 
-def step(case: Any, update: str, **options: Any) -> tuple[Any, list[Tensor | None]]:
+def step(case: Any, combine: str, **options: Any) -> tuple[Any, list[Tensor | None]]:
     trained = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
     optimizer = SelectiveOptimizer(
         torch.optim.AdamW(trained, lr=0.01),
         case.model,
         case.target_losses,
         filter=GreedyFilter(keep=2),
-        update=update,
+        combine=combine,
         **options,
     )
     optimizer.step(case.losses)
@@ -50,7 +51,7 @@ def step(case: Any, update: str, **options: Any) -> tuple[Any, list[Tensor | Non
 @pytest.mark.parametrize("self_check", [True, False])
 @pytest.mark.parametrize("build", CASES.values(), ids=CASES)
 def test_the_step_is_that_of_the_factors(build: Any, self_check: bool) -> None:
-    found = [step(build(torch.float64, 5), update, self_check=self_check) for update in ("factors", "rerun")]
+    found = [step(build(torch.float64, 5), combine, self_check=self_check) for combine in ("factors", "rerun")]
     (one, expected), (other, gradients) = found
     assert one.selection.kept.tolist() == other.selection.kept.tolist()
     torch.testing.assert_close(other.selection.gram, one.selection.gram)
@@ -78,7 +79,7 @@ def test_a_candidate_whose_gradient_turns_out_to_be_infinite_is_as_if_it_had_not
             model,
             lambda: model(x[:1]).square().sum(1),
             filter=GreedyFilter(keep=2),
-            update="rerun",
+            combine="rerun",
         )
         optimizer.backward(losses, grad_scale=scale)
         return optimizer
@@ -117,7 +118,7 @@ def test_the_self_check_finds_mixed_rows_in_a_streamed_pass() -> None:
     def losses(rows: Tensor | None = None) -> Tensor:
         return model(x if rows is None else x[rows]).square().sum(1)  # type: ignore[no-any-return]
 
-    optimizer = SelectiveOptimizer(torch.optim.AdamW(model.parameters()), model, losses, update="rerun")
+    optimizer = SelectiveOptimizer(torch.optim.AdamW(model.parameters()), model, losses, combine="rerun")
     with pytest.raises(RuntimeError, match="first"):
         optimizer.step(losses)
 
@@ -125,14 +126,14 @@ def test_the_self_check_finds_mixed_rows_in_a_streamed_pass() -> None:
 def test_factors_are_dropped_layer_by_layer() -> None:
     """Live tensors at the highest: many layers, long rows."""
     peaks = {}
-    for update in ("factors", "rerun"):
+    for combine in ("factors", "rerun"):
         case = language_model(seeded(lambda: SmallGPT(width=32, depth=10)), 8)
         rows = {key: value.repeat(1, 2) for key, value in case.candidates.items()}
         optimizer = SelectiveOptimizer(
             torch.optim.SGD(case.model.parameters(), lr=0.01),
             case.model,
             case.target_losses,
-            update=update,
+            combine=combine,
             self_check=False,
             filter=GreedyFilter(keep=1),
         )
@@ -143,7 +144,7 @@ def test_factors_are_dropped_layer_by_layer() -> None:
 
         with LivePeak() as live:
             optimizer.step(losses)
-        peaks[update] = live.peak
+        peaks[combine] = live.peak
     assert peaks["rerun"] < 0.9 * peaks["factors"]
 
 
@@ -176,21 +177,17 @@ def test_the_memory_limit_bounds_what_is_multiplied_out(name: str, limit: int, s
         right=torch.randn(n, positions, columns, generator=generator),
     )
     folded = n * positions * (rows + columns) * 4  # factors with a map folded into them
-    what: dict[str, Any] = {
-        "shapes": {"weight": torch.Size((rows, columns))},
-        "metrics": ["preconditioned" if sketch is None else "update"],  # for which a map needs no root
-        "dtype": torch.float32,
-        "device": torch.device("cpu"),
-        "scale": 1.0,
-        "memory_limit": limit,
-        "buffer": Buffer(),
-    }
-    given = (
-        torch.ones(n, dtype=torch.bool),
-        {"weight": torch.randn(rows, columns, generator=generator)},
-        lambda _, reference: MAPS[name],
+    spec = GramSpec(
+        shapes={"weight": torch.Size((rows, columns))},
+        target={"weight": torch.randn(rows, columns, generator=generator)},
+        precondition=lambda _, reference: MAPS[name],
+        metrics=[Metric.PRECONDITIONED if sketch is None else Metric.UPDATE],  # for which a map needs no root
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        memory_limit=limit,
     )
-    sums = GramSums(*given, **what) if sketch is None else SketchSums(*given, **what, sketch=sketch, seed=0)
+    everyone = torch.ones(n, dtype=torch.bool)
+    sums = GramSums(spec, everyone) if sketch is None else SketchSums(spec, everyone, sketch=sketch, seed=0)
     with LivePeak() as live:
         sums.add("weight", [factors])
     bound = limit + 8 * one + 2 * folded

@@ -98,10 +98,10 @@ def test_checkpoints_of_both_kinds_are_captured(
     assert dict(model.named_parameters()).keys() == dict(plain.named_parameters()).keys()
 
 
-@pytest.mark.parametrize("update", ["factors", "graph", "rerun"])
+@pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "lora"])
-def test_checkpointed_and_plain_runs_are_the_same(name: str, reentrant: bool, update: str) -> None:
+def test_checkpointed_and_plain_runs_are_the_same(name: str, reentrant: bool, combine: str) -> None:
     """Gram matrix and parameters, over steps, with the model's own switch; dropout is on where the model has it."""
     runs = []
     for checkpointed in (False, True):
@@ -114,14 +114,14 @@ def test_checkpointed_and_plain_runs_are_the_same(name: str, reentrant: bool, up
         if name == "lora":
             model.enable_input_require_grads()
         case = case_of("llama", model.double(), 4)
-        optimizer = optimizer_of(case, update=update)
+        optimizer = optimizer_of(case, combine=combine)
         grams = []
         with torch.random.fork_rng():
             torch.manual_seed(1)
             for _ in range(2):
                 optimizer.step(case.losses)
                 assert optimizer.selection is not None
-                assert optimizer.selection.update == update
+                assert optimizer.selection.combine == combine
                 grams.append(optimizer.selection.gram)
         runs.append((grams, [parameter.detach() for parameter in model.parameters()]))
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-8, atol=1e-11)
@@ -134,7 +134,7 @@ def test_reentrant_checkpoints_beside_parameters_that_are_not_ours() -> None:
     model.blocks[0][0].weight.grad = kept = torch.ones(4, 4, dtype=torch.float64)  # type: ignore[index,union-attr]
     x = drawn(3, 5, 3)
     optimizer = SelectiveOptimizer(
-        torch.optim.SGD(parameters, lr=0.1), model, lambda: model(x[:2]).square().sum((1, 2)), update="graph"
+        torch.optim.SGD(parameters, lr=0.1), model, lambda: model(x[:2]).square().sum((1, 2)), combine="graph"
     )
     optimizer.step(lambda: model(x).square().sum((1, 2)))
     assert model.blocks[0][0].weight.grad is kept  # type: ignore[index,union-attr]
@@ -240,10 +240,10 @@ class _Attending(nn.Module):
 
 # Dynamo looks at the attributes of intermediate tensors, and torch warns of that.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("update", ["factors", "graph", "rerun"])
+@pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
 @pytest.mark.parametrize("how", ["compiled before", "compiled after", "in place", "blocks"])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_model_is_captured_and_steps_like_an_eager_one(how: str, update: str, backend: str) -> None:
+def test_a_compiled_model_is_captured_and_steps_like_an_eager_one(how: str, combine: str, backend: str) -> None:
     results = []
     for compiled in (False, True):
         torch.compiler.reset()
@@ -265,7 +265,7 @@ def test_a_compiled_model_is_captured_and_steps_like_an_eager_one(how: str, upda
             given,
             lambda: case.losses_of(called, case.target),  # noqa: B023
             filter=GreedyFilter(keep=2),
-            update=update,
+            combine=combine,
         )
 
         def losses(rows: Tensor | None = None) -> Tensor:
@@ -344,11 +344,11 @@ def test_layers_frozen_and_unfrozen_between_steps() -> None:
             assert torch.equal(old, parameter) == (not name.startswith(trained)), name
 
 
-@pytest.mark.parametrize("update", ["factors", "graph"])
-def test_parameters_swapped_after_construction(update: str) -> None:
+@pytest.mark.parametrize("combine", ["factors", "graph"])
+def test_parameters_swapped_after_construction(combine: str) -> None:
     """In the model and in the optimizer's groups, as sharding does; in the model alone it is an error."""
     case = language_model(seeded(lambda: SmallGPT(tied=False)).double(), 4)
-    optimizer = optimizer_of(case, update=update)
+    optimizer = optimizer_of(case, combine=combine)
     optimizer.step(case.losses)
     replaced = {}
     for module in case.model.modules():
@@ -416,17 +416,17 @@ class Branching(nn.Module):
         return scores
 
 
-@pytest.mark.parametrize("update", ["factors", "graph"])
+@pytest.mark.parametrize("combine", ["factors", "graph"])
 @pytest.mark.parametrize("self_check", [True, False])
 @pytest.mark.parametrize("how", ["weight", "forward", "call"])
-def test_a_branch_first_taken_at_step_five(how: str, self_check: bool, update: str) -> None:
+def test_a_branch_first_taken_at_step_five(how: str, self_check: bool, combine: str) -> None:
     model = seeded(lambda: Branching(how)).double()
     x = drawn(4, 5, 3)
     optimizer = SelectiveOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.01),
         model,
         lambda: model(x[:2]).square().sum((1, 2)),
-        update=update,
+        combine=combine,
         self_check=self_check,
         filter=KeepAll(),
         weight=UniformWeights(),
@@ -443,16 +443,18 @@ def test_a_branch_first_taken_at_step_five(how: str, self_check: bool, update: s
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("update", ["factors", "graph"])
+@pytest.mark.parametrize("combine", ["factors", "graph"])
 @pytest.mark.parametrize("self_check", [True, False])
-def test_a_tied_head_that_is_called_functionally_is_found_and_nothing_is_changed(update: str, self_check: bool) -> None:
+def test_a_tied_head_that_is_called_functionally_is_found_and_nothing_is_changed(
+    combine: str, self_check: bool
+) -> None:
     model = seeded(TiedByHand).double()
     ids = torch.tensor([[1, 2, 6], [3, 3, 0], [5, 1, 4]])
     optimizer = SelectiveOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1),
         model,
         lambda: model(ids[:2]).logsumexp(-1).sum(1),
-        update=update,
+        combine=combine,
         self_check=self_check,
     )
     before = [parameter.detach().clone() for parameter in model.parameters()]
@@ -468,7 +470,7 @@ def test_batch_norm_among_the_parameters_is_refused_before_anything_runs() -> No
 
     def optimizer_for(parameters: Any) -> SelectiveOptimizer:
         return SelectiveOptimizer(
-            torch.optim.SGD(parameters, lr=0.1), model, lambda: model(x[:3]).square().sum(1), update="graph"
+            torch.optim.SGD(parameters, lr=0.1), model, lambda: model(x[:3]).square().sum(1), combine="graph"
         )
 
     with pytest.raises(NotImplementedError, match=r"1\.weight: BatchNorm1d mixes the candidates.*call eval\(\)"):
@@ -489,7 +491,7 @@ def test_the_last_block_of_a_checkpointed_model_is_scored_alone() -> None:
         if reentrant is not None:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
         case = case_of("llama", model.double(), 4)
-        optimizer = optimizer_of(case, update="graph", scored=last_blocks(model, 1))
+        optimizer = optimizer_of(case, combine="graph", scored=last_blocks(model, 1))
         optimizer.step(case.losses)
         assert optimizer.selection is not None
         grams.append(optimizer.selection.gram)

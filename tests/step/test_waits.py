@@ -41,25 +41,25 @@ def waits(case: Case, closure: Any, **options: Any) -> dict[str, int]:
 def test_a_step_from_factors_waits_once(build: Callable[[], Case], gram: Any, metric: str) -> None:
     """For the small Gram system, with all that must be known of losses, factors and target in the same copy."""
     case = build()
-    found = waits(case, case.losses, update="factors", gram=gram, metric=metric)
+    found = waits(case, case.losses, combine="factors", gram=gram, metric=metric)
     assert list(found.values()) == [1]
-    assert next(iter(found)).startswith("_products.py")
+    assert next(iter(found)).startswith("inner_products.py")
 
 
-@pytest.mark.parametrize("update", ["graph", "rerun"])
+@pytest.mark.parametrize("combine", ["graph", "rerun"])
 @pytest.mark.parametrize("build", cases().values(), ids=cases())
-def test_a_step_by_a_second_backward_waits_once_more(build: Callable[[], Case], update: str) -> None:
+def test_a_step_by_a_second_backward_waits_once_more(build: Callable[[], Case], combine: str) -> None:
     """For whether its gradient is finite, and that of the factors."""
     case = build()
-    found = waits(case, case.losses, update=update)
+    found = waits(case, case.losses, combine=combine)
     assert sorted(found.values()) == [1, 1]
-    assert {place.split(":")[0] for place in found} == {"_products.py", "_checks.py"}
+    assert {place.split(":")[0] for place in found} == {"inner_products.py", "self_check.py"}
 
 
 def test_micro_batches_wait_no_more_often() -> None:
     case = cases()["tied, shared positions"]()
-    assert sorted(waits(case, in_batches(case, [4, 1, 3]), update="factors").values()) == [1]
-    assert sorted(waits(case, in_batches(case, [4, 1, 3]), update="rerun", gram=Sketch()).values()) == [1, 1]
+    assert sorted(waits(case, in_batches(case, [4, 1, 3]), combine="factors").values()) == [1]
+    assert sorted(waits(case, in_batches(case, [4, 1, 3]), combine="rerun", gram=Sketch()).values()) == [1, 1]
 
 
 def test_what_waits_is_seen() -> None:

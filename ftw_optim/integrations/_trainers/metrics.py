@@ -7,7 +7,7 @@ from typing import final
 
 from torch import Tensor
 
-from ftw_optim._matching.problem import Selection
+from ftw_optim._matching.selection import Selection
 from ftw_optim.integrations._trainers.window import COLUMNS, Recorder, Window
 
 PREFIX = "selection/"

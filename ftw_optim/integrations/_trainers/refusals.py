@@ -115,15 +115,15 @@ def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -
             f"{type(trainer.model).__name__} is not trained by the next-token loss of Transformers: override "
             "position_losses, which returns the losses of its positions"
         )
-    if options.get("update") != "rerun" or args.gradient_accumulation_steps == 1:
+    if options.get("combine") != "rerun" or args.gradient_accumulation_steps == 1:
         return
     if getattr(trainer, "padding_free", False):
         yield (
-            'update="rerun" takes one batch, and packed rows cannot be put together: use "factors" or "graph", or '
+            'combine="rerun" takes one batch, and packed rows cannot be put together: use "factors" or "graph", or '
             "gradient_accumulation_steps=1"
         )
     if not trainer.model_accepts_loss_kwargs:
         yield (
             "the model divides its loss by each micro-batch's own labels, which cannot be told apart in the one batch "
-            'of update="rerun": use "factors" or "graph"'
+            'of combine="rerun": use "factors" or "graph"'
         )

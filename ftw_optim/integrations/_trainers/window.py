@@ -9,7 +9,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
-from ftw_optim._matching.problem import Selection
+from ftw_optim._matching.selection import Selection
 from ftw_optim._step.losses import shifted_labels
 from ftw_optim.integrations._trainers.packing import BOUNDARIES, Documents, documents_of
 from ftw_optim.integrations._trainers.weighting import Weighting
@@ -261,7 +261,7 @@ def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
     """
     if any(batch.documents is not None for batch in batches):
         raise ValueError(
-            'update="rerun" takes one batch, and packed rows cannot be put together: use update="factors" or "graph", '
+            'combine="rerun" takes one batch, and packed rows cannot be put together: use combine="factors" or "graph" '
             "or gradient_accumulation_steps=1."
         )
     longest = max(batch.counted.shape[1] for batch in batches)
@@ -280,8 +280,8 @@ def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
             inputs[key] = torch.cat([_padded(part, longest, _PADDING.get(key, 0)) for part in parts])
         else:
             raise ValueError(
-                f'update="rerun" puts a window into one batch, but {key} has the shape {tuple(first.shape)} beside '
-                f'{tuple(batches[0].counted.shape)} tokens: use update="factors" or "graph", or '
+                f'combine="rerun" puts a window into one batch, but {key} has the shape {tuple(first.shape)} beside '
+                f'{tuple(batches[0].counted.shape)} tokens: use combine="factors" or "graph", or '
                 "gradient_accumulation_steps=1."
             )
     return MicroBatch(

@@ -1,0 +1,112 @@
+"""What one step is made with: the optimizer's options, and what this step alone has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ftw_optim._capture.plan import CapturePlan
+from ftw_optim._capture.self_check import SelfChecks
+from ftw_optim._gram.blocks import Buffer
+from ftw_optim._gram.metric import Metric
+from ftw_optim._gram.sketch import Sketch
+from ftw_optim._gram.spec import Observe
+from ftw_optim._step.clock import Clock
+from ftw_optim._step.parameters import StepParameters
+from ftw_optim._step.target import TargetGradient, TargetNow
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """What one step is made with; every stage reads it, none changes it.
+
+    Attributes:
+        inner: the inner optimizer, whose state is the geometry.
+        model: the module that the closures call.
+        parameters: those that are updated, and those that are scored.
+        plan: what is captured.
+        combine: where the combined gradient comes from, ``"factors"``, ``"graph"`` or ``"rerun"``.
+        target: when the target gradient is formed.
+        kept_target: the target gradient of the step before, where it is remembered.
+        filter: the filter stage.
+        weight: the weight stage.
+        metric: that of the first Matching a stage sees.
+        sketch: how the Gram matrix is estimated; None: it is exact.
+        memory_limit: bytes of multiplied-out gradients that may exist at a time; None: the default.
+        buffer: memory for those gradients, kept from step to step.
+        scale: what the losses are multiplied by.
+        sample_ids: the candidate of each position, where rows are packed.
+        checks: what the self-check has seen; None: no self-check.
+        backwards: selections before this one.
+        seed_of: ``purpose -> seed`` of this step.
+        clock: of the phases of this step.
+        observe: told of each parameter that is added to the Gram matrix.
+    """
+
+    inner: Optimizer
+    model: nn.Module
+    parameters: StepParameters
+    plan: CapturePlan
+    combine: str
+    target: TargetGradient
+    kept_target: Mapping[str, Tensor] | None
+    filter: Callable[..., Any]
+    weight: Callable[..., Any]
+    metric: Metric
+    sketch: Sketch | None
+    memory_limit: int | None
+    buffer: Buffer
+    scale: float
+    sample_ids: Tensor | Sequence[Tensor] | None
+    checks: SelfChecks | None
+    backwards: int
+    seed_of: Callable[[str], int]
+    clock: Clock
+    observe: Observe | None = None
+
+    @property
+    def drops_factors(self) -> bool:
+        """Whether factors are dropped layer by layer; packed rows would not fit the rows of a second pass."""
+        return self.combine == "rerun" and self.sample_ids is None
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """The metrics that the Gram matrix is formed in."""
+        wanted = {self.metric, Metric.PRECONDITIONED, *metrics_of(self.filter), *metrics_of(self.weight)}
+        return [metric for metric in Metric if metric in wanted]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Random numbers of this step for one purpose."""
+        return torch.Generator().manual_seed(self.seed_of(purpose))
+
+    def target_gradient(self) -> TargetNow:
+        """The target gradient of this step: formed anew, or the one that was kept."""
+        with self.clock.phase("target"):
+            return self.target.gradients(
+                self.parameters.scored,
+                self.kept_target,
+                self.model,
+                calls=self.backwards,
+                scale=self.scale,
+                seed=self.seed_of("target"),
+            )
+
+
+def metrics_of(stage: Callable[..., Any]) -> tuple[Metric, ...]:
+    """The further metrics a stage asks for.
+
+    Raises:
+        ValueError: one of them is unknown.
+    """
+    return tuple(map(Metric, getattr(stage, "metrics", ())))
+
+
+def full_precision(losses: Tensor) -> torch.autocast:
+    """A block out of an autocast region around the step: it is meant for the closure, not for our products."""
+    return torch.autocast(losses.device.type, enabled=False)

@@ -1,0 +1,72 @@
+"""The algorithm of one step, one line a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import final
+
+from torch import Tensor
+
+from ftw_optim._factors.micro_batches import Footprint
+from ftw_optim._matching.selection import Selection
+from ftw_optim._step.candidates import CandidatePass
+from ftw_optim._step.choice import choose
+from ftw_optim._step.closures import CandidateClosure, Plain
+from ftw_optim._step.combine import combine
+from ftw_optim._step.comparison import compare, gather
+from ftw_optim._step.parameters import StepParameters
+from ftw_optim._step.run import Run
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepResult:
+    """What one selection came to.
+
+    Attributes:
+        selection: whom, and how much.
+        gradients: what it makes of every updated parameter that was reached, times the scale.
+        loss: the weighted loss, detached.
+        parameters: those of the step.
+        kept_target: the target gradient that the next step is given; None: it forms its own.
+        footprints: what the factors of each captured parameter came to.
+    """
+
+    selection: Selection
+    gradients: Mapping[str, Tensor]
+    loss: Tensor
+    parameters: StepParameters
+    kept_target: Mapping[str, Tensor] | None
+    footprints: Mapping[str, Footprint]
+
+
+def selective_step(run: Run, closure: CandidateClosure, apply: Callable[[StepResult], None]) -> StepResult | Plain:
+    """One step: what is applied is the weighted candidates' gradient that comes closest to the target's.
+
+    Args:
+        run: what the step is made with.
+        closure: gives the candidates' losses.
+        apply: puts the gradient where the inner optimizer finds it, and lets that make its step.
+
+    Returns:
+        What was applied; or the request of a closure that has no candidates, for which nothing was done.
+    """
+    target = run.target_gradient()
+    with CandidatePass(run, closure) as candidate_pass:
+        factors = gather(run, candidate_pass, target)
+        if isinstance(factors, Plain):
+            return factors
+        comparison = compare(run, factors, target)
+        selection = choose(run, comparison)
+        selection, gradients = combine(run, comparison, selection, factors, candidate_pass)
+    result = StepResult(
+        selection=replace(selection, milliseconds=run.clock.milliseconds),
+        gradients=gradients,
+        loss=selection.weighted_loss().to(factors.candidates.losses.device),
+        parameters=run.parameters,
+        kept_target=target.to_keep(overflowed=comparison.target_overflowed),
+        footprints=factors.candidates.footprints,
+    )
+    apply(result)
+    return result
