@@ -9,32 +9,26 @@ one that was not part of a call of the layers that own it is an error.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from enum import Enum, auto
 from types import TracebackType
-from typing import Any, NoReturn, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from ftw_optim._capture.attribution import factors_of
+from ftw_optim._capture.assembly import Assembly
 from ftw_optim._capture.backward import Graph, as_they_come, by_edges, node_number, parameter_gradients, take_from_node
 from ftw_optim._capture.layer_use import Use, record, version_of
 from ftw_optim._capture.layouts import Grid
 from ftw_optim._capture.owners import Owner, parameter_at
 from ftw_optim._capture.plan import CapturePlan
 from ftw_optim._capture.replay.calls import Call, autocast_dtype, detached, tensors_of
-from ftw_optim._capture.self_check import (
-    WAYS_OUT,
-    SelfChecks,
-    refuse_uses_outside,
-    verify_projection,
-    verify_weighted_sums,
-)
+from ftw_optim._capture.self_check import WAYS_OUT, PassCheck, SelfChecks, refuse_uses_outside, verify_projection
 from ftw_optim._factors.factors import Factors, finite_candidates
 from ftw_optim._layers.randomness import RandomState
 from ftw_optim._layers.registry import LayerRule
@@ -161,17 +155,16 @@ class Capture:
             )
         else:
             self._phase = _Phase.RECOMPUTE
-            due = checks is not None and checks.due(map(self._key, self._uses))
-            by_edges(total, self._uses, keep_graph=keep_graph or due)
-            found = self._collect(len(losses))
+            by_edges(total, self._uses, keep_graph=keep_graph or self._is_due(checks, self._uses))
+            found = self._assembled(len(losses))
         reached = [use for use in self._uses if use.reached]
         # Of what is not finite nothing can be compared: then the check waits for the next step.
-        if checks is not None and checks.due(map(self._key, reached)) and bool(finite_candidates(found, losses).all()):
-            weights, gradients = self._to_check_against(losses, graph, scale, generator, keep_graph=keep_graph)
-            if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):  # the scaled sum may overflow
-                verify_weighted_sums(found, gradients, weights, self._layers(), computed_in=self.computed_in)
-                for use in reached:
-                    checks.passed(self._key(use), conclusive=use.has_gradient())
+        if self._is_due(checks, reached) and bool(finite_candidates(found, losses).all()):
+            check = self._check(losses, graph, scale, generator, keep_graph=keep_graph)
+            if check is not None:
+                for name, uses in found.items():
+                    check.verify(name, uses)
+                self._note_passed(checks, check, [(self._key(use), use.has_gradient()) for use in reached])
         return found
 
     def stream(
@@ -199,39 +192,27 @@ class Capture:
                 take(name, whole.pop(name))
             return
         self._phase = _Phase.RECOMPUTE
-        due = checks is not None and checks.due(map(self._key, self._uses))
-        weights: Tensor | None = None
-        gradients: dict[str, Tensor] = {}
-        if due and bool(losses.isfinite().all()):
-            weights, gradients = self._to_check_against(losses, graph, scale, generator, keep_graph=True)
-            if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
-                weights = None
+        check: PassCheck | None = None
+        if self._is_due(checks, self._uses) and bool(losses.isfinite().all()):
+            check = self._check(losses, graph, scale, generator, keep_graph=True)
+        assembly = self._assembly(len(losses))
         waiting = {name: len(uses) for name, uses in self._of.items()}
-        found: dict[str, list[Factors]] = {}
-        seen: set[str] = set()
         vouched: list[tuple[tuple[object, ...], bool]] = []
 
         def hand_over(name: str) -> None:
-            uses = found.pop(name)
-            seen.add(name)
-            if weights is not None and all(bool(use.finite().all()) for use in uses):
-                one = {name: gradients.pop(name)} if name in gradients else {}
-                verify_weighted_sums({name: uses}, one, weights, self._layers(), computed_in=self.computed_in)
+            uses = assembly.found.pop(name)
+            if check is not None and all(bool(use.finite().all()) for use in uses):
+                check.verify(name, uses)
             take(name, uses)
 
         def arrived(use: Use, *, last: bool = False) -> None:
             if use.owner.rule is None and not last:
                 return  # it is run again when no backward pass is under way
-            phase, self._phase = self._phase, _Phase.REST
-            try:
-                given = factors_of(use, self._plan.parameters, len(losses), self._grid.sample_ids)
-            finally:
-                self._phase = phase
-            if weights is not None:
+            with self._at_rest():
+                assembly.add(use)
+            if check is not None:
                 vouched.append((self._key(use), use.has_gradient()))
             use.release()
-            for name, factors in given:
-                found.setdefault(name, []).append(factors)
             for name in use.owner.parameters.values():
                 waiting[name] -= 1
                 if waiting[name] == 0:
@@ -241,15 +222,11 @@ class Capture:
         for use in self._uses:
             if use.reached and not use.released:
                 arrived(use, last=True)
-        for name in list(found):  # of which some use was not reached
+        for name in list(assembly.found):  # of which some use was not reached
             hand_over(name)
-        if not seen:
-            self._refuse_nothing()
-        if weights is not None:
-            refuse_uses_outside([name for name in gradients if name not in seen])
-            assert checks is not None
-            for key, conclusive in vouched:
-                checks.passed(key, conclusive=conclusive)
+        assembly.refuse_nothing()
+        if check is not None:
+            self._note_passed(checks, check, vouched)
 
     def _looked_at(self, losses: Tensor, scale: float) -> tuple[Graph, Tensor, Tensor]:
         """The graph, in which no captured parameter is used outside; which losses are finite; and their sum."""
@@ -260,16 +237,31 @@ class Capture:
         finite = losses.isfinite()
         return graph, finite, torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
 
-    def _to_check_against(
+    def _is_due(self, checks: SelfChecks | None, uses: Iterable[Use]) -> bool:
+        """Whether a layer was read in a way that the self-check has not vouched for."""
+        return checks is not None and checks.due(map(self._key, uses))
+
+    def _check(
         self, losses: Tensor, graph: Graph, scale: float, generator: torch.Generator, *, keep_graph: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Random weights of the losses, and autograd's gradients of their weighted sum."""
+    ) -> PassCheck | None:
+        """What captured factors are to be compared with; None where that is not finite."""
         # Far apart: rows that are mixed up show by what their weights differ in.
         weights = 2 * torch.rand(len(losses), generator=generator, dtype=torch.float64)
         total = (weights.to(losses) * losses * scale).sum()
-        return weights, parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
+        gradients = parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):  # the scaled sum may overflow
+            return None
+        layers = {name: [use.owner.name for use in uses] for name, uses in self._of.items()}
+        return PassCheck(weights, gradients, layers, self.computed_in)
 
-    # ------------------------------------------------------------------ while the closure runs
+    def _note_passed(
+        self, checks: SelfChecks | None, check: PassCheck, vouched: Iterable[tuple[tuple[object, ...], bool]]
+    ) -> None:
+        """Note the ways in which layers were read and whether a gradient came, if autograd found nothing else."""
+        assert checks is not None
+        check.finish()
+        for key, conclusive in vouched:
+            checks.passed(key, conclusive=conclusive)
 
     def _read_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._phase is not _Phase.FORWARD or not torch.is_grad_enabled():
@@ -340,8 +332,6 @@ class Capture:
 
         return before, after
 
-    # ------------------------------------------------------------------ after it
-
     def _by_plain_backward(
         self,
         total: Tensor,
@@ -358,43 +348,32 @@ class Capture:
             gradients = parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
         finally:
             self._phase = _Phase.RECOMPUTE
-        found = self._collect(len(finite))
+        found = self._assembled(len(finite))
         weights = finite.to("cpu", torch.float64)
         verify_projection(found, gradients, weights, generator, self.computed_in)
         return found
 
-    def _collect(self, count: int) -> dict[str, list[Factors]]:
+    def _assembly(self, count: int) -> Assembly:
+        return Assembly(self._plan.parameters, count, self._grid.sample_ids)
+
+    def _assembled(self, count: int) -> dict[str, list[Factors]]:
         """The factors of all uses that a gradient reached, by parameter name."""
-        found: dict[str, list[Factors]] = {}
+        assembly = self._assembly(count)
+        with self._at_rest():
+            for use in self._uses:
+                if use.reached:
+                    assembly.add(use)
+        assembly.refuse_nothing()
+        return assembly.found
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """A block in which modules are run by ourselves, and hooks do nothing."""
         phase, self._phase = self._phase, _Phase.REST
         try:
-            for use in self._uses:
-                if not use.reached:
-                    continue
-                for name, factors in factors_of(use, self._plan.parameters, count, self._grid.sample_ids):
-                    uses = found.setdefault(name, [])
-                    if uses and (uses[0].rows, uses[0].columns) != (factors.rows, factors.columns):
-                        raise RuntimeError(
-                            f"The rules of the layers that share {name} return gradients of {uses[0].rows} x "
-                            f"{uses[0].columns} and of {factors.rows} x {factors.columns} entries; expected one shape."
-                        )
-                    uses.append(factors)
+            yield
         finally:
             self._phase = phase
-        if not found:
-            self._refuse_nothing()
-        return found
-
-    def _refuse_nothing(self) -> NoReturn:
-        raise RuntimeError(
-            "Expected the losses to depend on a captured parameter, but none was reached. Compute the losses with the "
-            "model that was given to SelectiveOptimizer, with its layers called as modules (an exported graph, or one "
-            "compiled ahead of time, calls none)."
-        )
-
-    def _layers(self) -> dict[str, list[str]]:
-        """The layers each parameter was captured in."""
-        return {name: [use.owner.name for use in uses] for name, uses in self._of.items()}
 
     def _check_sample_ids(self, count: int) -> None:
         ids = self._grid.sample_ids

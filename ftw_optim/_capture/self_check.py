@@ -48,45 +48,60 @@ def refuse_uses_outside(names: Sequence[str]) -> None:
         )
 
 
-def verify_weighted_sums(
-    found: Mapping[str, Sequence[Factors]],
-    gradients: Mapping[str, Tensor],
-    weights: Tensor,
-    layers: Mapping[str, Iterable[str]],
-    *,
-    computed_in: Iterable[torch.dtype] = (),
-) -> None:
-    """The self-check: ``sum_i r_i g_i`` for random ``r`` against autograd's gradient of ``sum_i r_i losses_i``.
+@final
+class PassCheck:
+    """The self-check of one pass: ``sum_i r_i g_i`` beside autograd's gradient of losses weighted by a random ``r``.
 
     Random weights, since a plain sum is right even when rows are mixed up.
 
     Args:
-        found: captured factors, by parameter name.
-        gradients: autograd's, of the parameters it reached.
-        weights: shape ``(n,)`` float64.
+        weights: ``r``, shape ``(n,)`` float64.
+        gradients: autograd's, of the parameters that it reached.
         layers: the layers each parameter was captured in, for the message.
         computed_in: the dtypes the layers computed in.
-
-    Raises:
-        RuntimeError: they differ.
     """
-    for name, gradient in gradients.items():
-        if name not in found:
-            refuse_uses_outside([name])
-        uses, precision = found[name], coarsest([gradient.dtype, *computed_in])
-        expected = gradient.to(uses[0].dtype())
+
+    def __init__(
+        self,
+        weights: Tensor,
+        gradients: Mapping[str, Tensor],
+        layers: Mapping[str, Sequence[str]],
+        computed_in: Iterable[torch.dtype],
+    ) -> None:
+        self._weights, self._layers, self._computed_in = weights, layers, tuple(computed_in)
+        self._waiting = dict(gradients)
+
+    def verify(self, name: str, uses: Sequence[Factors]) -> None:
+        """Compare the captured factors of one parameter.
+
+        Raises:
+            RuntimeError: they are not autograd's gradient.
+        """
+        gradient = self._waiting.pop(name, None)
+        if gradient is None:
+            return
+        dtypes = [gradient.dtype, *self._computed_in]
+        weights, expected = self._weights, gradient.to(uses[0].dtype())
         error = torch.linalg.vector_norm(weighted_sum(uses, weights, expected.shape) - expected)
         scale = torch.stack([use.magnitude(weights.to(expected)) for use in uses]).max()
         scale = torch.maximum(scale, torch.linalg.vector_norm(expected))
-        floor = torch.stack([use.rounding(weights, precision).to(scale) for use in uses]).sum()
-        if not error <= tolerance([gradient.dtype, *computed_in]) * scale + floor:
+        floor = torch.stack([use.rounding(weights, coarsest(dtypes)).to(scale) for use in uses]).sum()
+        if not error <= tolerance(dtypes) * scale + floor:
             raise RuntimeError(
                 f"Self-check: the captured per-candidate gradients of {name} (layer "
-                f"{', '.join(map(repr, layers[name]))}) differ from autograd's by {float(error / scale):.1e} of their "
-                "size. Expected losses that each depend on one row of the model's input: look for layers that mix "
-                "rows (BatchNorm), inputs with time as first axis, an index of shape (n,) where n positions exist too, "
-                "or a layer whose rule does not hold. " + WAYS_OUT
+                f"{', '.join(map(repr, self._layers[name]))}) differ from autograd's by {float(error / scale):.1e} of "
+                "their size. Expected losses that each depend on one row of the model's input: look for layers that "
+                "mix rows (BatchNorm), inputs with time as first axis, an index of shape (n,) where n positions exist "
+                "too, or a layer whose rule does not hold. " + WAYS_OUT
             )
+
+    def finish(self) -> None:
+        """Refuse what autograd reached and no layer was captured for.
+
+        Raises:
+            RuntimeError: a parameter was never compared.
+        """
+        refuse_uses_outside(list(self._waiting))
 
 
 def verify_projection(
@@ -109,7 +124,7 @@ def verify_projection(
         more: flags that are copied from the device along.
 
     Returns:
-        These.
+        ``more``, as Python bools.
 
     Raises:
         RuntimeError: they differ: a captured parameter was used outside the layers that own it.

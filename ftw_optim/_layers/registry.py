@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, final
 
@@ -121,3 +122,15 @@ def rule_for(module: nn.Module) -> LayerRule | str | None:
         if rule is not None:
             return rule
     return None
+
+
+@contextmanager
+def rules_apart() -> Iterator[None]:
+    """A block after which the rules are those before it, whatever was registered inside."""
+    rules, recognisers = dict(_RULES), list(_RECOGNISERS)
+    try:
+        yield
+    finally:
+        _RULES.clear()
+        _RULES.update(rules)
+        _RECOGNISERS[:] = recognisers

@@ -1,0 +1,61 @@
+"""Factors of each parameter, put together from the uses of all layers that own it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+from torch import Tensor, nn
+
+from ftw_optim._capture.attribution import factors_of
+from ftw_optim._capture.layer_use import Use
+from ftw_optim._factors.factors import Factors
+
+
+@final
+class Assembly:
+    """The factors that one pass has found so far.
+
+    Args:
+        parameters: those that are captured, by name.
+        count: how many candidates there are.
+        sample_ids: the candidate of each position, where rows are packed.
+
+    Attributes:
+        found: the factors of each parameter, one entry a use; whoever takes them may remove them.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], count: int, sample_ids: Tensor | None) -> None:
+        self._parameters, self._count, self._sample_ids = parameters, count, sample_ids
+        self._shapes: dict[str, tuple[int, int]] = {}
+        self.found: dict[str, list[Factors]] = {}
+
+    def add(self, use: Use) -> None:
+        """Add what a use that a gradient reached contributes to its parameters.
+
+        Raises:
+            RuntimeError: rules of layers that share a parameter disagree about its shape; and what
+                :func:`factors_of` raises.
+        """
+        for name, factors in factors_of(use, self._parameters, self._count, self._sample_ids):
+            shape = factors.rows, factors.columns
+            first = self._shapes.setdefault(name, shape)
+            if shape != first:
+                raise RuntimeError(
+                    f"The rules of the layers that share {name} return gradients of {first[0]} x {first[1]} and of "
+                    f"{shape[0]} x {shape[1]} entries; expected one shape."
+                )
+            self.found.setdefault(name, []).append(factors)
+
+    def refuse_nothing(self) -> None:
+        """Refuse a pass that reached no captured parameter.
+
+        Raises:
+            RuntimeError: nothing was ever added.
+        """
+        if not self._shapes:
+            raise RuntimeError(
+                "Expected the losses to depend on a captured parameter, but none was reached. Compute the losses with "
+                "the model that was given to SelectiveOptimizer, with its layers called as modules (an exported graph, "
+                "or one compiled ahead of time, calls none)."
+            )
