@@ -16,11 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, Q
 # The benchmarks are scripts: their folder is on the path only when one of them is run.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import corpus
-import finetune
-import models
-import records
-import report
+from finetune import command as finetune
+from finetune import corpus, models, records, report
 
 RECORDS = [
     {"source": f"s{index % 3}", "prompt": f"What is {index} and {index}?", "response": f"It is {2 * index}."}

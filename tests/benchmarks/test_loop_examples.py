@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 # The benchmarks are scripts: their folder is on the path only when one of them is run.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import models
+from finetune import models
 
 from tests.support.models import seeded
 

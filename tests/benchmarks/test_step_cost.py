@@ -17,15 +17,15 @@ from ftw_optim import TargetGradient
 # The benchmarks are scripts: their folder is on the path only when one of them is run.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import step_arms
-import step_cost
-import step_goals
-import step_grams
-import step_measure
-import step_phases
-import step_points
-import step_report
-from step_points import Point
+from step_cost import arms as step_arms
+from step_cost import command as step_cost
+from step_cost import goals as step_goals
+from step_cost import grams as step_grams
+from step_cost import measure as step_measure
+from step_cost import phases as step_phases
+from step_cost import points as step_points
+from step_cost import report as step_report
+from step_cost.points import Point
 
 TINY = Point("tiny", width=64, layers=2, t=16, n=4, k=1, m=1, ways=step_points.WAYS)
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import transformers
-from step_points import SHAPES, Point
 from torch import Tensor, nn
 
 from ftw_optim import GreedyFilter, KeepAll, SelectiveOptimizer, TargetGradient, last_blocks, token_losses
+
+from .points import SHAPES, Point
 
 VOCABULARY = 512
 TARGET_SEED, TINY = 10**6, 8

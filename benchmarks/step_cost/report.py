@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable
 
-from step_goals import (
+from .goals import (
     Found,
     activation_share,
     goals,
@@ -15,8 +15,8 @@ from step_goals import (
     shares_of_materialising,
     timed,
 )
-from step_phases import MATERIALISE, PRODUCTS, REST_OF_GRAM, SOLVE
-from step_points import MEMORY_GOALS, WAYS
+from .phases import MATERIALISE, PRODUCTS, REST_OF_GRAM, SOLVE
+from .points import MEMORY_GOALS, WAYS
 
 ERRORS_ARE = (
     "|K_ij - exact_ij| / sqrt(exact_ii exact_jj). From the factors: exact is float64 arithmetic on the very\n"

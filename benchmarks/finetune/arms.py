@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from records import Batch, Example, collate, endless_batches
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,6 +23,8 @@ from ftw_optim import (
     last_blocks,
     token_losses,
 )
+
+from .records import Batch, Example, collate, endless_batches
 
 _EVALUATION_BATCH = 64
 

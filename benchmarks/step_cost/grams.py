@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from memory import LivePeak
-from step_arms import TARGET_SEED, batch, build_model, losses_of, trained, wait
-from step_points import Point
 from torch import Tensor, nn
 
 from ftw_optim import Factors, GreedyFilter, SelectiveOptimizer, TargetGradient, preconditioner_of, token_losses
 from ftw_optim.testing import RecordedShare, recorded
+
+from .arms import TARGET_SEED, batch, build_model, losses_of, trained, wait
+from .points import Point
 
 OURS = "ours, a target of one and one kept"
 STEPS, TARGET_TOKENS = 2, 8

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from records import Example, Records, collate, encoder, endless_batches, first_examples, in_random_order
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from tqdm import tqdm
@@ -28,6 +27,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from ftw_optim import token_losses
+
+from .records import Example, Records, collate, encoder, endless_batches, first_examples, in_random_order
 
 END = "<|end|>"
 VOCABULARY = 1024

@@ -13,9 +13,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from arms import ARMS, Options, Run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from .arms import ARMS, Options, Run
 
 REFERENCE = "all_n"  # the arm that the others are measured against
 PICTURED = "keep_k"  # the arm whose picks are shown

@@ -8,8 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
-from step_goals import Found, on_chart, shares_of_materialising
-from step_points import GROWTH_GOAL, SHARE_GOAL
+
+from .goals import Found, on_chart, shares_of_materialising
+from .points import GROWTH_GOAL, SHARE_GOAL
 
 
 def write_charts(results: list[Found], machine: dict[str, Any], directory: Path) -> list[Path]:

@@ -1,7 +1,7 @@
 """Measurements of ``step_cost.py``: interleaved times of all arms of a point, and memory.
 
-As a script it measures in the process it is started in, which may be told how to allocate: the argument is a request
-as :func:`in_a_process` makes it, the answer is one line of JSON.
+As ``python -m step_cost.measure`` it measures in the process it is started in, which may be told how to allocate: the
+argument is a request as :func:`in_a_process` makes it, the answer is one line of JSON.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from memory import LivePeak, resident_bytes
-from step_arms import TINY, Step, plain_arm, selective_arm, wait
-from step_phases import PhaseClock
-from step_points import Point
 
+from .arms import TINY, Step, plain_arm, selective_arm, wait
+from .phases import PhaseClock
+from .points import Point
+
+BENCHMARKS = Path(__file__).resolve().parents[1]
 KEEP_PAGES = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 """Without these, glibc gives every large block back to the system, and the next step faults its pages in again."""
 FEWEST = 3
@@ -173,12 +176,14 @@ def peak(point: Point, arm: str, device: str) -> dict[str, int]:
 def in_a_process(request: dict[str, Any], point: Point, device: str, *, keep_pages: bool = False) -> dict[str, Any]:
     """The answer of a fresh process: to ``{"peak": arm}`` or to ``{"repeats": ..., "limit": ...}``."""
     content = {**request, "point": asdict(point), "device": device, "threads": torch.get_num_threads()}
+    path = os.pathsep.join(filter(None, [str(BENCHMARKS), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps(content)],
+        # -P: the folder that all was started in is not searched, as it is not for a script.
+        [sys.executable, "-P", "-m", "step_cost.measure", json.dumps(content)],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **(KEEP_PAGES if keep_pages else {})},
+        env={**os.environ, "PYTHONPATH": path, **(KEEP_PAGES if keep_pages else {})},
     )
     if done.returncode:
         raise RuntimeError(f"The process that measured {point.name!r} failed: {done.stderr.strip()[-2000:]}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from step_grams import OURS
-from step_phases import MATERIALISE, PRODUCTS, REST_OF_GRAM, SOLVE
-from step_points import ERROR_GOALS, GROWTH_GOAL, MEMORY_GOALS, RATIO_GOALS, SHARE_GOAL
+from .grams import OURS
+from .phases import MATERIALISE, PRODUCTS, REST_OF_GRAM, SOLVE
+from .points import ERROR_GOALS, GROWTH_GOAL, MEMORY_GOALS, RATIO_GOALS, SHARE_GOAL
 
 Found = dict[str, Any]
 """What was found at one point."""

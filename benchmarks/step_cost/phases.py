@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
-from step_arms import wait
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from .arms import wait
 
 MATERIALISE, PRODUCTS, REST_OF_GRAM, SOLVE = "materialise", "Gram products", "rest of the Gram matrix", "solve"
 REST = "forward and the rest"

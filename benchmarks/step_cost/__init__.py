@@ -1,0 +1,14 @@
+"""What does a selective step cost beside a plain AdamW step on the same candidates, and where does the time go?
+
+``benchmarks/step_cost.py`` is the command; here is what it runs, a file for each part:
+
+- ``command``: the options, the order of the points, and what is kept of them.
+- ``points``: what is measured, the floor of each point, and the goals.
+- ``arms``: the model of a point, its batches, a plain step and a selective one.
+- ``measure``: interleaved times and memory, in this process or in a fresh one; ``phases``: where the time goes.
+- ``grams``: the error of the Gram matrix, and the other ways to the same one.
+- ``goals``, ``report``, ``charts``: what the results come to, as verdicts, tables and pictures.
+
+Imports within the folder are relative; what benchmarks share (``machine``, ``memory``) lies beside the command, whose
+folder is on the path when it runs.
+"""
