@@ -16,7 +16,8 @@ from ftw_optim._factors.factors import weighted_sum
 from ftw_optim._matching.selection import Selection
 from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.closures import checked_losses
-from ftw_optim._step.comparison import Comparison, PassFactors
+from ftw_optim._step.comparison import Comparison
+from ftw_optim._step.gathering import PassFactors
 from ftw_optim._step.parameters import StepParameters
 from ftw_optim._step.run import Run, full_precision
 

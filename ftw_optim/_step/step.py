@@ -14,7 +14,8 @@ from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.choice import choose
 from ftw_optim._step.closures import CandidateClosure, Plain
 from ftw_optim._step.combine import combine
-from ftw_optim._step.comparison import compare, gather
+from ftw_optim._step.comparison import compare
+from ftw_optim._step.gathering import gather
 from ftw_optim._step.parameters import StepParameters
 from ftw_optim._step.run import Run
 

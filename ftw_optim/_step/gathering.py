@@ -1,0 +1,232 @@
+"""The candidates' factors and what they measure: kept until the step is decided, or taken layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ftw_optim._factors.factors import Factors, finite_candidates
+from ftw_optim._gram.exact import GramSums
+from ftw_optim._gram.inner_products import Products, on_host
+from ftw_optim._gram.metric import Metric
+from ftw_optim._gram.sketch import SketchSums
+from ftw_optim._gram.spec import DEFAULT_MEMORY_LIMIT, GramSpec
+from ftw_optim._preconditioners.lookup import Preconditioners
+from ftw_optim._step.candidates import CandidatePass, Candidates
+from ftw_optim._step.closures import Plain
+from ftw_optim._step.run import Run, full_precision
+from ftw_optim._step.target import TargetNow
+
+MatchingSums = GramSums | SketchSums
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """What a look at the candidates told; on the CPU, brought there by one copy.
+
+    Attributes:
+        problem: products of all ``n`` candidates in each metric; empty where none of them reached a scored parameter.
+        losses: shape ``(n,)``.
+        finite: bool (n,), whose loss is finite.
+        clean: bool (n,), of whom all is finite that was looked at beside the products.
+        target: flags of the target gradient, see :class:`TargetNow`.
+    """
+
+    problem: Mapping[Metric, Products]
+    losses: Tensor
+    finite: Tensor
+    clean: Tensor
+    target: Tensor
+
+    @property
+    def measurable(self) -> Tensor:
+        """Whose square is finite in every metric: bool (n,)."""
+        squares = [one.gram.diagonal() for one in self.problem.values()]
+        return torch.stack(squares).isfinite().all(dim=0) if squares else torch.ones_like(self.finite)
+
+
+@final
+class KeptFactors:
+    """Candidates whose factors are all there, until the combined gradient is formed."""
+
+    def __init__(self, run: Run, candidates: Candidates, target: TargetNow) -> None:
+        self._run, self._target = run, target
+        self.candidates = candidates
+        self.found = candidates.found
+        """Factors by parameter; zero for rejected candidates."""
+        self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
+
+    def keep_only(self, accepted: Tensor) -> None:
+        """Go on with the ``accepted`` candidates, bool (n,)."""
+        self.accepted = accepted
+        self.found = {name: [use.without(~accepted) for use in uses] for name, uses in self.found.items()}
+
+    def measured(self) -> Measured:
+        """The products of those that are accepted; that all are finite is taken for granted until they are known."""
+        run, losses = self._run, self.candidates.losses
+        scored = {name: uses for name, uses in self.found.items() if name in run.parameters.scored}
+        unseen = {name: uses for name, uses in self.found.items() if name not in scored}
+        with full_precision(losses), run.clock.phase("gram"):
+            sums = sums_of(run, self.accepted, self._target, losses.device)
+            for name, uses in scored.items():
+                sums.add(name, uses)
+        detached = losses.detach()
+        with run.clock.phase("solve"):
+            problem, (values, finite, clean, flags) = on_host(
+                sums.products() if scored else {},
+                detached,
+                detached.isfinite(),
+                finite_candidates(unseen, losses),
+                self._target.finite,
+            )
+        return Measured(problem=problem, losses=values, finite=finite, clean=clean, target=flags)
+
+    def clean(self, measured: Measured) -> Tensor:
+        """Whether each candidate's loss and factors are finite: bool (n,)."""
+        return finite_candidates(self.found, self.candidates.losses).cpu()
+
+
+@final
+class _Stream:
+    """Everything that one pass has handed over so far, of which only the sums are kept."""
+
+    def __init__(self, run: Run, target: TargetNow) -> None:
+        self._run, self._target = run, target
+        self._sums: MatchingSums | None = None
+        self._added = False
+        self.finite: list[Tensor] = []
+        """Whose losses are finite, for each micro-batch."""
+        self.clean: list[Tensor] = []
+        """Whose factors are too, where that must be told from squares out of range."""
+
+    def begin(self, losses: Tensor) -> Callable[[str, list[Factors]], None]:
+        """The function that takes the factors of these losses."""
+        finite = losses.detach().isfinite()
+        self.finite.append(finite)
+        self.clean.append(finite)
+        if isinstance(self._sums, SketchSums):
+            self._sums.more(len(losses))
+        else:
+            everyone = torch.ones(len(losses), dtype=torch.bool)
+            self._sums = sums_of(self._run, everyone, self._target, losses.device)
+        return self._take
+
+    def _take(self, name: str, uses: list[Factors]) -> None:
+        if self._run.scale > 1.0:
+            for use in uses:
+                self.clean[-1] = self.clean[-1] & use.finite().to(self.clean[-1].device)
+        if name in self._run.parameters.scored:
+            assert self._sums is not None
+            with self._run.clock.phase("gram"):
+                self._sums.add(name, uses)
+            self._added = True
+
+    def products(self) -> dict[Metric, Products]:
+        """The products in each metric; none where no scored parameter was reached."""
+        assert self._sums is not None
+        return self._sums.products() if self._added else {}
+
+
+@final
+class StreamedFactors:
+    """Candidates whose factors are dropped layer by layer, as soon as the Gram matrix has them.
+
+    Args:
+        run: the step.
+        candidate_pass: runs the candidates, and runs those that are left once more if it has to.
+        target: the target gradient.
+        candidates: losses of all, from the first pass.
+        stream: everything that pass has handed over.
+    """
+
+    def __init__(
+        self, run: Run, candidate_pass: CandidatePass, target: TargetNow, candidates: Candidates, stream: _Stream
+    ) -> None:
+        self._run, self._pass, self._target, self._stream = run, candidate_pass, target, stream
+        self.candidates = candidates
+        self.found: Mapping[str, list[Factors]] = {}
+        self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
+        self._rows = torch.arange(len(candidates.losses))
+        self._losses: Tensor | None = None  # of all candidates, on the CPU
+
+    def keep_only(self, accepted: Tensor) -> None:
+        """Go on with the ``accepted`` candidates, bool (n,)."""
+        self.accepted = accepted
+
+    def measured(self) -> Measured:
+        """The products of those that are accepted, who are run again if others were compared beside them."""
+        if not bool(self.accepted[self._rows].all()):
+            self._run_again(self.accepted.nonzero()[:, 0])
+        stream = self._stream
+        with self._run.clock.phase("solve"):
+            problem, (values, finite, clean, flags) = on_host(
+                stream.products(),
+                self.candidates.losses.detach(),
+                torch.cat(stream.finite),
+                torch.cat(stream.clean),
+                self._target.finite,
+            )
+        if self._losses is None:
+            self._losses = values
+        n, rows = len(self.accepted), self._rows
+        nobody = torch.zeros(n, dtype=torch.bool)
+        return Measured(
+            problem={metric: one.among(n, rows) for metric, one in problem.items()},
+            losses=self._losses,
+            finite=nobody.index_put((rows,), finite),
+            clean=nobody.index_put((rows,), clean),
+            target=flags,
+        )
+
+    def clean(self, measured: Measured) -> Tensor:
+        """Whether each candidate's loss and factors are finite, as far as the products tell: bool (n,)."""
+        return measured.clean if self._run.scale > 1.0 else measured.clean & measured.measurable
+
+    def _run_again(self, rows: Tensor) -> None:
+        self._rows, self._stream = rows, _Stream(self._run, self._target)
+        candidates = self._pass.candidates(rows, self._stream.begin)
+        assert isinstance(candidates, Candidates)
+        self.candidates = candidates
+
+
+PassFactors = KeptFactors | StreamedFactors
+
+
+def gather(run: Run, candidate_pass: CandidatePass, target: TargetNow) -> PassFactors | Plain:
+    """The candidates' factors, kept or taken layer by layer; or the request of a closure that has no candidates."""
+    stream = _Stream(run, target) if run.drops_factors else None
+    candidates = candidate_pass.candidates(taker=None if stream is None else stream.begin)
+    if isinstance(candidates, Plain):
+        return candidates
+    if stream is None:
+        return KeptFactors(run, candidates, target)
+    return StreamedFactors(run, candidate_pass, target, candidates, stream)
+
+
+def sums_of(run: Run, accepted: Tensor, target: TargetNow, device: torch.device) -> MatchingSums:
+    """The sums of this step's Gram matrix, nothing added yet."""
+    preconditioners = Preconditioners(run.inner, unknown_as_identity=run.metric is Metric.EUCLIDEAN)
+    parameters, groups = run.parameters.scored, run.parameters.groups
+    dtype = torch.float32
+    for parameter in parameters.values():
+        dtype = torch.promote_types(dtype, parameter.dtype)
+    spec = GramSpec(
+        shapes={name: parameter.shape for name, parameter in parameters.items()},
+        target=target.gradients,
+        precondition=lambda name, reference: preconditioners(parameters[name], groups[name], reference),
+        metrics=run.metrics,
+        dtype=dtype,
+        device=device,
+        scale=run.scale,
+        memory_limit=DEFAULT_MEMORY_LIMIT if run.memory_limit is None else run.memory_limit,
+        buffer=run.buffer,
+        observe=run.observe,
+    )
+    if run.sketch is None:
+        return GramSums(spec, accepted)
+    return SketchSums(spec, accepted, sketch=run.sketch, seed=run.generator("sketch").initial_seed())
