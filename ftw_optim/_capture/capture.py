@@ -9,42 +9,21 @@ one that was not part of a call of the layers that own it is an error.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from enum import Enum, auto
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from ftw_optim._capture.assembly import Assembly
-from ftw_optim._capture.backward import Graph, as_they_come, by_edges, node_number, parameter_gradients, take_from_node
-from ftw_optim._capture.layer_use import Use, record, version_of
-from ftw_optim._capture.layouts import Grid
-from ftw_optim._capture.owners import Owner, parameter_at
+from ftw_optim._capture.backward import Graph, as_they_come, by_edges, parameter_gradients
+from ftw_optim._capture.hooks import Phase, Recorder
+from ftw_optim._capture.layer_use import Use
 from ftw_optim._capture.plan import CapturePlan
-from ftw_optim._capture.replay.calls import Call, autocast_dtype, detached, tensors_of
-from ftw_optim._capture.self_check import WAYS_OUT, PassCheck, SelfChecks, refuse_uses_outside, verify_projection
+from ftw_optim._capture.self_check import PassCheck, SelfChecks, refuse_uses_outside, verify_projection
 from ftw_optim._factors.factors import Factors, finite_candidates
-from ftw_optim._layers.randomness import RandomState
-from ftw_optim._layers.registry import LayerRule
-
-
-class _Phase(Enum):
-    """What the hooks do."""
-
-    FORWARD = auto()
-    """The closure runs: every call of a captured layer is recorded."""
-    BACKWARD = auto()
-    """A plain backward pass runs: calls inside reentrant checkpoints are recorded."""
-    RECOMPUTE = auto()
-    """Checkpoints may run their layers again: outputs are changed as they were, and nothing is recorded."""
-    REST = auto()
-    """Modules are run by ourselves."""
 
 
 @final
@@ -64,66 +43,49 @@ class Capture:
                 f"{sample_ids.dtype} of shape {tuple(sample_ids.shape)}."
             )
         self._model, self._plan = model, plan
-        self._grid = Grid(n=None, positions=None, sample_ids=sample_ids)
-        self._finds_candidates = any(isinstance(o.rule, LayerRule) and o.rule.own_layout for o in plan.owners)
-        self._uses: list[Use] = []
-        self._of: dict[str, list[Use]] = {name: [] for name in plan.parameters}
-        self._handles: list[RemovableHandle] = []
-        self._phase = _Phase.REST
+        self._recorder = Recorder(model, plan, sample_ids)
         self._modes = hash(tuple(module.training for module in model.modules()))
-        self._expanded: set[str] = set()
-        self._computed_in: set[torch.dtype] = set()
         self._stance = ExitStack()
 
     def __enter__(self) -> Capture:
         if "torch._dynamo" in sys.modules:  # else nothing has been compiled, and importing it would take a second
             # A compiled graph calls no hooks; for this pass its eager original runs in its place.
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-        self._phase = _Phase.FORWARD
-        self._handles.append(self._model.register_forward_pre_hook(self._read_grid, with_kwargs=True))
-        for owner in self._plan.owners:
-            before, after = self._hooks(owner)
-            self._handles.append(owner.module.register_forward_pre_hook(before, with_kwargs=True))
-            # First of the forward hooks: it must see the output before any other hook changes it.
-            self._handles.append(
-                owner.module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True)
-            )
+        self._recorder.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        in_closure, self._phase = self._phase is _Phase.FORWARD, _Phase.REST
+        in_closure = self._recorder.phase is Phase.FORWARD
         self._stance.close()
-        for handle in self._handles:
-            handle.remove()
-        self._uses.clear()  # frees the graph and the factors
-        self._of.clear()
-        if in_closure and self._expanded and isinstance(error, RuntimeError | IndexError | ValueError):
-            names = ", ".join(sorted(self._expanded)[:5])
+        self._recorder.close()
+        expanded = sorted(self._recorder.expanded)[:5]
+        if in_closure and expanded and isinstance(error, RuntimeError | IndexError | ValueError):
             error.add_note(
-                f"The output of {names} has one row for all candidates and was expanded to one for each. If the model "
-                f"cannot take that, do not score these: scored=lambda name, parameter: not name.startswith("
-                f'({", ".join(map(repr, sorted(self._expanded)[:5]))},)), with combine="graph".'
+                f"The output of {', '.join(expanded)} has one row for all candidates and was expanded to one for each. "
+                f"If the model cannot take that, do not score these: scored=lambda name, parameter: not name.startswith"
+                f'(({", ".join(map(repr, expanded))},)), with combine="graph".'
             )
 
     def pause(self) -> None:
         """Stop changing what layers return, while others are captured."""
-        self._phase = _Phase.REST
+        self._recorder.phase = Phase.REST
 
     def resume(self) -> None:
         """Change what layers return as when they were captured: a checkpoint may run them again."""
-        self._phase = _Phase.RECOMPUTE
+        self._recorder.phase = Phase.RECOMPUTE
 
     @property
     def count(self) -> int | None:
         """The number of candidates the model saw; None where only ``sample_ids`` or the losses tell."""
-        return None if self._grid.sample_ids is not None else self._grid.n
+        grid = self._recorder.grid
+        return None if grid.sample_ids is not None else grid.n
 
     @property
     def computed_in(self) -> set[torch.dtype]:
         """The dtypes that the captured layers computed in."""
-        return self._computed_in
+        return self._recorder.computed_in
 
     def differentiate(
         self,
@@ -154,10 +116,10 @@ class Capture:
                 total, graph, finite, keep_graph=keep_graph or checks is not None, generator=generator
             )
         else:
-            self._phase = _Phase.RECOMPUTE
-            by_edges(total, self._uses, keep_graph=keep_graph or self._is_due(checks, self._uses))
+            self.resume()
+            by_edges(total, self._recorder.uses, keep_graph=keep_graph or self._is_due(checks, self._recorder.uses))
             found = self._assembled(len(losses))
-        reached = [use for use in self._uses if use.reached]
+        reached = [use for use in self._recorder.uses if use.reached]
         # Of what is not finite nothing can be compared: then the check waits for the next step.
         if self._is_due(checks, reached) and bool(finite_candidates(found, losses).all()):
             check = self._check(losses, graph, scale, generator, keep_graph=keep_graph)
@@ -191,12 +153,12 @@ class Capture:
             for name in list(whole):
                 take(name, whole.pop(name))
             return
-        self._phase = _Phase.RECOMPUTE
+        self.resume()
         check: PassCheck | None = None
-        if self._is_due(checks, self._uses) and bool(losses.isfinite().all()):
+        if self._is_due(checks, self._recorder.uses) and bool(losses.isfinite().all()):
             check = self._check(losses, graph, scale, generator, keep_graph=True)
         assembly = self._assembly(len(losses))
-        waiting = {name: len(uses) for name, uses in self._of.items()}
+        waiting = {name: len(uses) for name, uses in self._recorder.uses_of.items()}
         vouched: list[tuple[tuple[object, ...], bool]] = []
 
         def hand_over(name: str) -> None:
@@ -208,7 +170,7 @@ class Capture:
         def arrived(use: Use, *, last: bool = False) -> None:
             if use.owner.rule is None and not last:
                 return  # it is run again when no backward pass is under way
-            with self._at_rest():
+            with self._recorder.at_rest():
                 assembly.add(use)
             if check is not None:
                 vouched.append((self._key(use), use.has_gradient()))
@@ -218,8 +180,8 @@ class Capture:
                 if waiting[name] == 0:
                     hand_over(name)
 
-        as_they_come(total, graph, self._uses, arrived)
-        for use in self._uses:
+        as_they_come(total, graph, self._recorder.uses, arrived)
+        for use in self._recorder.uses:
             if use.reached and not use.released:
                 arrived(use, last=True)
         for name in list(assembly.found):  # of which some use was not reached
@@ -232,7 +194,9 @@ class Capture:
         """The graph, in which no captured parameter is used outside; which losses are finite; and their sum."""
         self._check_sample_ids(len(losses))
         graph = Graph(losses)
-        outside = [name for name, p in self._plan.parameters.items() if graph.used_outside(p, self._of[name])]
+        outside = [
+            name for name, p in self._plan.parameters.items() if graph.used_outside(p, self._recorder.uses_of[name])
+        ]
         refuse_uses_outside(outside)
         finite = losses.isfinite()
         return graph, finite, torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
@@ -251,7 +215,7 @@ class Capture:
         gradients = parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
         if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):  # the scaled sum may overflow
             return None
-        layers = {name: [use.owner.name for use in uses] for name, uses in self._of.items()}
+        layers = {name: [use.owner.name for use in uses] for name, uses in self._recorder.uses_of.items()}
         return PassCheck(weights, gradients, layers, self.computed_in)
 
     def _note_passed(
@@ -263,75 +227,6 @@ class Capture:
         for key, conclusive in vouched:
             checks.passed(key, conclusive=conclusive)
 
-    def _read_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._phase is not _Phase.FORWARD or not torch.is_grad_enabled():
-            return
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-        if not tensors:
-            return
-        first = tensors[0]
-        if self._finds_candidates and first.ndim == 1 and len(tensors) > 1 and not first.is_floating_point():
-            return  # positions of bags of any length: the losses will tell
-        n, positions = first.shape[0], first.shape[1] if first.ndim > 1 else None
-        if self._grid.n is not None and n != self._grid.n:
-            raise ValueError(
-                f"The closure called the model on {self._grid.n} and then on {n} rows; expected all "
-                "candidates in one call, or each call over all of them."
-            )
-        self._grid = replace(self._grid, n=n, positions=positions)
-
-    def _hooks(self, owner: Owner) -> tuple[Any, Any]:
-        again = owner.rule is None
-        replays = again or (isinstance(owner.rule, LayerRule) and owner.rule.replays)
-        started: list[tuple[int, Any, list[int | None]]] = []
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._phase is _Phase.REST:
-                return
-            for local, name in owner.parameters.items():
-                if parameter_at(module, local) is not self._plan.parameters[name]:
-                    raise NotImplementedError(
-                        f"Expected {name} in layer {owner.name!r} when it is called, but something stands in its "
-                        f"place (torch.func.functional_call does that). {WAYS_OUT}"
-                    )
-            state = RandomState.now(module.parameters()) if replays else None
-            versions = list(map(version_of, tensors_of(args, kwargs))) if again else []
-            started.append((node_number(), state, versions))
-
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self._phase is _Phase.REST or not started:
-                return None
-            number, state, versions = started.pop()
-            if output is None or not torch.is_grad_enabled():
-                return None
-            given = tensors_of(args, kwargs)
-            inputs, named = detached(args, kwargs)
-            call = Call(
-                module=module,
-                args=inputs,
-                kwargs=named,
-                random=state,
-                drew=state is not None and state != RandomState.now(module.parameters()),
-                autocast=autocast_dtype(module),
-            )
-            in_place = again and versions != list(map(version_of, given))
-            use, changed = record(owner, call, [] if in_place else given, output, self._grid)
-            if use is None or self._phase is _Phase.RECOMPUTE:
-                return changed
-            use.in_place = in_place
-            self._uses.append(use)
-            self._computed_in.add(use.computed_in)
-            if use.expands:
-                self._expanded.add(owner.name)
-            if self._phase is _Phase.BACKWARD:
-                self._handles += map(take_from_node, use.returned)
-            use.span = (number, node_number())
-            for name in owner.parameters.values():
-                self._of[name].append(use)
-            return changed
-
-        return before, after
-
     def _by_plain_backward(
         self,
         total: Tensor,
@@ -342,41 +237,28 @@ class Capture:
         generator: torch.Generator,
     ) -> dict[str, list[Factors]]:
         """Factors by a plain backward, whose weight gradients betray what the graph hides inside of checkpoints."""
-        self._handles += [take_from_node(one) for use in self._uses for one in use.returned]
-        self._phase = _Phase.BACKWARD
-        try:
+        with self._recorder.during_plain_backward():
             gradients = parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
-        finally:
-            self._phase = _Phase.RECOMPUTE
         found = self._assembled(len(finite))
         weights = finite.to("cpu", torch.float64)
         verify_projection(found, gradients, weights, generator, self.computed_in)
         return found
 
     def _assembly(self, count: int) -> Assembly:
-        return Assembly(self._plan.parameters, count, self._grid.sample_ids)
+        return Assembly(self._plan.parameters, count, self._recorder.grid.sample_ids)
 
     def _assembled(self, count: int) -> dict[str, list[Factors]]:
         """The factors of all uses that a gradient reached, by parameter name."""
         assembly = self._assembly(count)
-        with self._at_rest():
-            for use in self._uses:
+        with self._recorder.at_rest():
+            for use in self._recorder.uses:
                 if use.reached:
                     assembly.add(use)
         assembly.refuse_nothing()
         return assembly.found
 
-    @contextmanager
-    def _at_rest(self) -> Iterator[None]:
-        """A block in which modules are run by ourselves, and hooks do nothing."""
-        phase, self._phase = self._phase, _Phase.REST
-        try:
-            yield
-        finally:
-            self._phase = phase
-
     def _check_sample_ids(self, count: int) -> None:
-        ids = self._grid.sample_ids
+        ids = self._recorder.grid.sample_ids
         if ids is not None and ids.numel():
             least, most = int(ids.min()), int(ids.max())
             if least < -1 or most >= count:
@@ -387,4 +269,4 @@ class Capture:
 
     def _key(self, use: Use) -> tuple[object, ...]:
         """What the self-check vouches for: one layer, read in one way, with the model in one mode."""
-        return use.owner.name, use.layout.reading, self._modes, self._grid.n == 1
+        return use.owner.name, use.layout.reading, self._modes, self._recorder.grid.n == 1

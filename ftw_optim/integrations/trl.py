@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ftw_optim._step.losses import position_losses, shifted_labels
+from ftw_optim._step.losses import IGNORED, position_losses, shifted_labels
 from ftw_optim.integrations.transformers import SelectiveTrainerMixin
 
 
@@ -94,7 +94,7 @@ def _entropy_and_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Summed over the positions with a target: the entropy of the prediction, and how often the target is its top."""
     entropy, hits = torch.zeros((), device=logits.device), torch.zeros((), device=logits.device)
     for row, wanted in zip(logits, targets, strict=True):  # row by row: no second copy of all logits
-        row, wanted = row[wanted != -100].float(), wanted[wanted != -100]
+        row, wanted = row[wanted != IGNORED].float(), wanted[wanted != IGNORED]
         log_probabilities = row.log_softmax(dim=-1)
         entropy += -(log_probabilities.exp() * log_probabilities).sum()
         hits += (row.argmax(dim=-1) == wanted).sum()

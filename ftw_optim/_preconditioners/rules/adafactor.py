@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +30,7 @@ def adafactor(param: Tensor, group: State, state: State, reference: Tensor | Non
     alpha = size.clamp(min=number(scale_floor)) * min(number(group["lr"]), step**-0.5)
     gradient = undecayed_gradient(param, group, reference)
     square = gradient.square()
-
-    def mixed(name: str, new: Tensor) -> Tensor:
-        old: Tensor = state[name].to(dtype) if name in state else torch.zeros_like(new)
-        return old.lerp(new, fresh)
-
+    mixed = partial(_mixed, state, fresh)
     if param.ndim < 2:
         root = mixed("variance", square).clamp(min=smallest**2).rsqrt()
         return Diagonal(root * alpha / _clip(root * gradient, group))
@@ -47,6 +44,12 @@ def adafactor(param: Tensor, group: State, state: State, reference: Tensor | Non
     if param.ndim > 2 or bool(estimate.min() < smallest**2):
         return Diagonal(root * share)
     return RankOne((rows / mean).rsqrt()[:, 0] * share, columns.rsqrt()[0])
+
+
+def _mixed(state: State, fresh: float, name: str, new: Tensor) -> Tensor:
+    """The average of this name in the state, with a share of the new value that the coming step will give it."""
+    old: Tensor = state[name].to(new.dtype) if name in state else torch.zeros_like(new)
+    return old.lerp(new, fresh)
 
 
 def _clip(update: Tensor, group: State) -> Tensor:
@@ -72,11 +75,7 @@ def older_adafactor(param: Tensor, group: State, state: State, reference: Tensor
         alpha = alpha * (1 - number(group["beta1"]))
     gradient = undecayed_gradient(param, group, reference)
     square = gradient.square() + number(inside)
-
-    def mixed(name: str, new: Tensor) -> Tensor:
-        old: Tensor = state[name].to(dtype) if name in state else torch.zeros_like(new)
-        return old.lerp(new, fresh)
-
+    mixed = partial(_mixed, state, fresh)
     threshold = {"d": group["clip_threshold"]}
     if param.ndim < 2:
         root = mixed("exp_avg_sq", square).rsqrt()

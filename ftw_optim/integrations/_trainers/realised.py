@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ftw_optim._layers.randomness import own_randomness
+from ftw_optim._preconditioners.probing.trial import step_without_hooks
 from ftw_optim._step.optimizer import SelectiveOptimizer
 
 
@@ -68,9 +69,7 @@ def after_idle_step(optimizer: Optimizer) -> Iterator[None]:
     gradients = [parameter.grad for parameter in parameters]
     state = dict(optimizer.state)
     groups = [dict(group) for group in optimizer.param_groups]
-    step = type(optimizer).step
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]  # no trial fires anyone's hooks
+    step = step_without_hooks(type(optimizer))
     try:
         # The step changes copies, so that what is put back are the very objects that others may hold.
         for key, value in state.items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
-from ftw_optim._step.losses import shifted_labels
+from ftw_optim._step.losses import IGNORED, shifted_labels
 from ftw_optim.integrations._trainers.packing import BOUNDARIES, Documents, documents_of
 from ftw_optim.integrations._trainers.weighting import Weighting
 
@@ -81,7 +81,7 @@ class MicroBatch:
                 f"{sorted(inputs)}: use a data collator that makes them, such as DataCollatorForSeq2Seq or "
                 "DataCollatorForLanguageModeling(mlm=False)."
             )
-        counted = (labels != -100).view(len(labels), -1)
+        counted = (labels != IGNORED).view(len(labels), -1)
         documents = documents_of(inputs, counted)
         columns = {key: _of_candidates(batch[key], documents, key) for key in COLUMNS if key in batch}
         return cls(inputs=inputs, counted=counted, documents=documents, columns=columns)
@@ -250,7 +250,7 @@ def _columns(batches: Sequence[MicroBatch]) -> dict[str, list[Any]]:
     return {key: [value for batch in batches for value in batch.columns[key]] for key in keys}
 
 
-_PADDING = {"labels": -100, "shift_labels": -100}
+_PADDING = {"labels": IGNORED, "shift_labels": IGNORED}
 
 
 def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:

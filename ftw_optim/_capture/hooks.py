@@ -1,0 +1,175 @@
+"""Hooks on the layers that own captured parameters: while a closure runs they record every use of such a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import Enum, auto
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from ftw_optim._capture.backward import node_number, take_from_node
+from ftw_optim._capture.layer_use import Use, record, version_of
+from ftw_optim._capture.layouts import Grid
+from ftw_optim._capture.owners import Owner, parameter_at
+from ftw_optim._capture.plan import CapturePlan
+from ftw_optim._capture.replay.calls import Call, autocast_dtype, detached, tensors_of
+from ftw_optim._capture.self_check import WAYS_OUT
+from ftw_optim._layers.randomness import RandomState
+from ftw_optim._layers.registry import LayerRule
+
+
+class Phase(Enum):
+    """What the hooks do."""
+
+    FORWARD = auto()
+    """The closure runs: every call of a captured layer is recorded."""
+    BACKWARD = auto()
+    """A plain backward pass runs: calls inside reentrant checkpoints are recorded."""
+    RECOMPUTE = auto()
+    """Checkpoints may run their layers again: outputs are changed as they were, and nothing is recorded."""
+    REST = auto()
+    """Modules are run by ourselves."""
+
+
+@final
+class Recorder:
+    """The hooks of one capture, and the uses of layers that they have recorded.
+
+    Args:
+        model: the whole model; its first input tells the number of candidates.
+        plan: what to capture.
+        sample_ids: int64, shape of the token grid, the candidate of each position (-1 for none).
+
+    Attributes:
+        phase: what the hooks do now.
+        grid: the candidates as the model's input shows them.
+        uses: all uses, in order.
+        uses_of: the uses of each captured parameter.
+        computed_in: the dtypes that the captured layers computed in.
+        expanded: layers whose output had one row for all candidates, which was made one for each.
+    """
+
+    def __init__(self, model: nn.Module, plan: CapturePlan, sample_ids: Tensor | None) -> None:
+        self._model, self._plan = model, plan
+        self._finds_candidates = any(isinstance(o.rule, LayerRule) and o.rule.own_layout for o in plan.owners)
+        self._handles: list[RemovableHandle] = []
+        self.phase = Phase.REST
+        self.grid = Grid(n=None, positions=None, sample_ids=sample_ids)
+        self.uses: list[Use] = []
+        self.uses_of: dict[str, list[Use]] = {name: [] for name in plan.parameters}
+        self.computed_in: set[torch.dtype] = set()
+        self.expanded: set[str] = set()
+
+    def open(self) -> None:
+        """Hook the layers, for the forward pass that is to come."""
+        self.phase = Phase.FORWARD
+        self._handles.append(self._model.register_forward_pre_hook(self._read_grid, with_kwargs=True))
+        for owner in self._plan.owners:
+            before, after = self._hooks(owner)
+            self._handles.append(owner.module.register_forward_pre_hook(before, with_kwargs=True))
+            # First of the forward hooks: it must see the output before any other hook changes it.
+            self._handles.append(
+                owner.module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True)
+            )
+
+    def close(self) -> None:
+        """Remove every hook, and free the graph and the factors."""
+        self.phase = Phase.REST
+        for handle in self._handles:
+            handle.remove()
+        self.uses.clear()
+        self.uses_of.clear()
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """A block in which modules are run by ourselves, and hooks do nothing."""
+        phase, self.phase = self.phase, Phase.REST
+        try:
+            yield
+        finally:
+            self.phase = phase
+
+    @contextmanager
+    def during_plain_backward(self) -> Iterator[None]:
+        """A block in which a plain backward pass runs: nodes note the gradients that pass, also inside checkpoints."""
+        self._handles += [take_from_node(one) for use in self.uses for one in use.returned]
+        self.phase = Phase.BACKWARD
+        try:
+            yield
+        finally:
+            self.phase = Phase.RECOMPUTE
+
+    def _read_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.phase is not Phase.FORWARD or not torch.is_grad_enabled():
+            return
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+        if not tensors:
+            return
+        first = tensors[0]
+        if self._finds_candidates and first.ndim == 1 and len(tensors) > 1 and not first.is_floating_point():
+            return  # positions of bags of any length: the losses will tell
+        n, positions = first.shape[0], first.shape[1] if first.ndim > 1 else None
+        if self.grid.n is not None and n != self.grid.n:
+            raise ValueError(
+                f"The closure called the model on {self.grid.n} and then on {n} rows; expected all "
+                "candidates in one call, or each call over all of them."
+            )
+        self.grid = replace(self.grid, n=n, positions=positions)
+
+    def _hooks(self, owner: Owner) -> tuple[Any, Any]:
+        again = owner.rule is None
+        replays = again or (isinstance(owner.rule, LayerRule) and owner.rule.replays)
+        started: list[tuple[int, Any, list[int | None]]] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.phase is Phase.REST:
+                return
+            for local, name in owner.parameters.items():
+                if parameter_at(module, local) is not self._plan.parameters[name]:
+                    raise NotImplementedError(
+                        f"Expected {name} in layer {owner.name!r} when it is called, but something stands in its "
+                        f"place (torch.func.functional_call does that). {WAYS_OUT}"
+                    )
+            state = RandomState.now(module.parameters()) if replays else None
+            versions = list(map(version_of, tensors_of(args, kwargs))) if again else []
+            started.append((node_number(), state, versions))
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if self.phase is Phase.REST or not started:
+                return None
+            number, state, versions = started.pop()
+            if output is None or not torch.is_grad_enabled():
+                return None
+            given = tensors_of(args, kwargs)
+            inputs, named = detached(args, kwargs)
+            call = Call(
+                module=module,
+                args=inputs,
+                kwargs=named,
+                random=state,
+                drew=state is not None and state != RandomState.now(module.parameters()),
+                autocast=autocast_dtype(module),
+            )
+            in_place = again and versions != list(map(version_of, given))
+            use, changed = record(owner, call, [] if in_place else given, output, self.grid)
+            if use is None or self.phase is Phase.RECOMPUTE:
+                return changed
+            use.in_place = in_place
+            self.uses.append(use)
+            self.computed_in.add(use.computed_in)
+            if use.expands:
+                self.expanded.add(owner.name)
+            if self.phase is Phase.BACKWARD:
+                self._handles += map(take_from_node, use.returned)
+            use.span = (number, node_number())
+            for name in owner.parameters.values():
+                self.uses_of[name].append(use)
+            return changed
+
+        return before, after
