@@ -316,7 +316,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             warnings.warn(
                 "The closure ran its own backward and returned a scalar, so nothing is selected: SelectiveOptimizer is "
                 "its inner optimizer here. Return the candidates' losses, shape (n,), without a backward.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _commit(self, result: StepResult) -> None:

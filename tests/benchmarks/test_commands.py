@@ -31,3 +31,18 @@ def test_a_command_says_its_question_and_its_options_from_another_folder(name: s
     assert " ".join(question.split()) in " ".join(done.stdout.split())
     assert f"usage: {name}.py" in done.stdout
     assert "--quick" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_checkouts_are_compared_each_with_its_own_package() -> None:
+    command = [sys.executable, str(BENCHMARKS / "before_after.py"), str(BENCHMARKS.parent), "--quick", "--rounds", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    way, before, after, ratio = done.stdout.splitlines()[1].split("t 8")[1].split()[:4]
+    assert way == "factors"
+    assert float(before) > 0
+    assert float(after) > 0
+    assert float(ratio) > 0
+    elsewhere = subprocess.run([*command[:2], str(BENCHMARKS), "--quick"], capture_output=True, text=True, check=False)
+    assert elsewhere.returncode != 0
+    assert "Is it a checkout of ftw_optim?" in elsewhere.stderr
