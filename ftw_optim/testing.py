@@ -1,7 +1,7 @@
-"""The oracle of the layer rules, for authors of layers, and what a step does inside, for those who measure it.
+"""Tools for tests and measurements: an oracle for layer rules, and access to the Gram matrix of a step.
 
-:func:`check_layer` compares what is captured with autograd's, one candidate at a time. :func:`products_of` forms one
-parameter's Gram matrix as a step does, and :func:`recorded` notes what a step forms its own from.
+:func:`check_layer` compares captured gradients with autograd's, one candidate at a time. :func:`products_of` forms one
+parameter's Gram matrix as a step does, and :func:`recorded` records the inputs from which a step forms its own.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ def check_layer(
     atol: float = 1e-12,
     seed: int = 0,
 ) -> Coverage:
-    """Check that every candidate's captured gradient of a module's parameters is autograd's of that candidate alone.
+    """Check the captured gradients of a module's parameters against autograd's, for every candidate alone.
 
-    The module runs once on all candidates, captured, and once on each candidate by itself; both under losses that are a
-    random non-linear function of all its outputs. It runs on a copy in float64.
+    A copy of the module in float64 runs once on all candidates, captured, and once on each candidate by itself. The
+    losses of both are a random non-linear function of all its outputs.
 
     Args:
-        module: a layer, or a model of several. With dropout in it, call ``eval()`` first: on one candidate alone it
-            would draw other masks.
-        inputs: its positional inputs. In each tensor whose first axis is as long as that of the first one, this axis
-            is the candidate's; other inputs are shared by all candidates.
-        kwargs: its keyword inputs, read alike.
+        module: a layer, or a model of several layers. If it has dropout, call ``eval()`` first: on one candidate alone
+            it would draw other masks.
+        inputs: the module's positional inputs. In each tensor whose first axis is as long as that of the first tensor,
+            this axis is the candidates'; other inputs are shared by all candidates.
+        kwargs: the module's keyword inputs, with candidates found in the same way.
         rtol: largest difference, relative to the norm of the largest candidate's gradient of the same parameter.
-        atol: difference that counts as rounding where all gradients of a parameter are next to zero.
-        seed: of the losses.
+        atol: difference that counts as rounding where all gradients of a parameter are close to zero.
+        seed: seed of the losses.
 
     Returns:
         The coverage of the module: which rule captured what.
 
     Raises:
-        AssertionError: a gradient differs; names the parameter, the rule, the candidate and by how much.
-        NotImplementedError: a parameter cannot be captured; says why.
+        AssertionError: a gradient differs; the message names the parameter, the rule, the candidate and the difference.
+        NotImplementedError: a parameter cannot be captured; the message says why.
         ValueError: there is no candidate, or no parameter requires a gradient.
     """
     args: tuple[Any, ...] = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
@@ -123,11 +123,11 @@ class FormedProducts:
 
     Attributes:
         gram: shape (n, n).
-        cross_gram: shape (n,), with the target gradient.
-        target_energy: of the target gradient with itself.
-        error: standard error of each over the norms it is of; zero where they are exact.
-        way: that was taken: ``"materialised"`` (gradients multiplied out), ``"tokens"`` (over pairs of positions) or,
-            in a sketch, ``"convolved"`` (both sides of the outer products apart).
+        cross_gram: shape (n,), products with the target gradient.
+        target_energy: product of the target gradient with itself.
+        error: standard error of a product, relative to the norms of its two gradients; zero where they are exact.
+        way: the way that was taken: ``"materialised"`` (gradients multiplied out), ``"tokens"`` (over pairs of
+            positions) or, in a sketch, ``"convolved"`` (both sides of the outer products sketched separately).
     """
 
     gram: Tensor
@@ -152,19 +152,20 @@ def products_of(
     """The Gram matrix of one parameter, formed as a step forms it.
 
     Args:
-        factors: of the candidates' gradients; several where the parameter is used several times.
-        target: the parameter's target gradient, of its shape.
+        factors: factors of the candidates' gradients; several where the parameter is used several times.
+        target: the parameter's target gradient, of the parameter's shape.
         preconditioner: ``P``.
-        metric: as that of :class:`SelectiveOptimizer`.
+        metric: the metric, as the option of :class:`SelectiveOptimizer`.
         gram: ``"exact"``, or a :class:`Sketch`.
-        way: ``"materialised"``, or ``"tokens"`` (``"convolved"`` in a sketch), which is taken where a map as simple as
-            a scalar or :class:`RankOne` meets dense factors of a matrix; None: the one that should cost less.
+        way: ``"materialised"``, or ``"tokens"`` (``"convolved"`` in a sketch), which is taken where the map is as
+            simple as a scalar or a :class:`RankOne` and the factors of a matrix are dense; None: the one that should
+            cost less.
         memory_limit: bytes of multiplied-out gradients that may exist at a time; None: 256 MiB.
-        seed: of the sketch.
+        seed: seed of the sketch.
         buffer: memory for those gradients that outlives the call, as it outlives a step; None: fresh memory.
 
     Raises:
-        ValueError: the metric, the Gram matrix or the way is none of those above.
+        ValueError: the metric, the Gram matrix or the way is not one of those above.
     """
     if metric not in (known := [one.value for one in Metric]):
         raise ValueError(f"metric must be one of {', '.join(map(repr, known))}, got {metric!r}.")
@@ -198,15 +199,15 @@ def products_of(
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RecordedShare:
-    """What one parameter's share of a Gram matrix was formed from; made by :func:`recorded`.
+    """The inputs of one parameter's share of a Gram matrix; made by :func:`recorded`.
 
     Candidate ``i`` has the gradient ``factors[0].g_i + factors[1].g_i + ...``, and the share is ``<g_i, P g_j>``.
 
     Attributes:
-        name: of the parameter.
-        factors: with one row of positions for each candidate; the scale of the losses is divided out.
-        shape: of the parameter.
-        reference: the gradient that ``P`` was taken at.
+        name: the parameter's name.
+        factors: the factors, with one row of positions for each candidate and the scale of the losses divided out.
+        shape: the parameter's shape.
+        reference: the gradient at which ``P`` was taken.
         preconditioner: ``P``; it may share memory with the inner optimizer's state, so read it before the next step.
     """
 
@@ -219,18 +220,18 @@ class RecordedShare:
 
 @contextmanager
 def recorded(optimizer: SelectiveOptimizer) -> Iterator[list[RecordedShare]]:
-    """A list that grows, while it is entered, by each parameter that a backward adds to its Gram matrix.
+    """A block that records each parameter's share of the Gram matrix; gives a list to which backward calls append.
 
-    The matrix of a backward is the sum of their shares. With a :class:`Sketch` each micro-batch has its own; a backward
-    that begins anew, without candidates that turned out not to be finite, adds all of them anew. The list keeps the
-    factors alive, also where a step would drop them.
+    The Gram matrix of a backward is the sum of the shares of its parameters. With a :class:`Sketch` each micro-batch
+    has shares of its own. A backward that starts again, without candidates that turned out not to be finite, appends
+    all shares again. The list keeps the factors alive, also where a step would drop them.
 
     Args:
-        optimizer: not changed; neither copies nor pickles of it record.
+        optimizer: the optimizer to record; it makes the same steps, and neither copies nor pickles of it record.
 
     Raises:
-        TypeError: it is no :class:`SelectiveOptimizer` but something around one.
-        RuntimeError: it is being recorded already.
+        TypeError: ``optimizer`` is no :class:`SelectiveOptimizer`, for example a wrapper around one.
+        RuntimeError: the optimizer is being recorded already.
     """
     if not isinstance(optimizer, SelectiveOptimizer):
         raise TypeError(f"Expected a SelectiveOptimizer, got {type(optimizer).__name__}. Give the one inside of it.")
@@ -261,13 +262,16 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _axis(whole: Tensor, one: Tensor) -> int | None:
-    """The axis in which the output for one candidate is shorter; None where there is none, unless they are equal."""
+    """The axis in which the output for one candidate differs from that for all; None where there is none.
+
+    With a single candidate there is no difference: then it is the first axis, if that has length one.
+    """
     differing = [dim for dim, (a, b) in enumerate(zip(whole.shape, one.shape, strict=True)) if a != b]
     return differing[0] if differing else 0 if whole.ndim and len(whole) == 1 else None
 
 
 def _losses(outputs: Sequence[Tensor], n: int, seed: int) -> Tensor:
-    """A function of each row of all outputs, with weights that are the same for every row."""
+    """The losses of ``n`` rows: a non-linear function of all outputs, with the same random weights for every row."""
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(n, dtype=torch.float64)
     for output in outputs:

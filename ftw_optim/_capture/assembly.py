@@ -17,7 +17,7 @@ class Assembly:
     """The factors that one pass has found so far.
 
     Args:
-        parameters: those that are captured, by name.
+        parameters: the captured parameters, by name.
         count: how many candidates there are.
         sample_ids: the candidate of each position, where rows are packed.
 
@@ -31,11 +31,11 @@ class Assembly:
         self.found: dict[str, list[Factors]] = {}
 
     def add(self, use: Use) -> None:
-        """Add what a use that a gradient reached contributes to its parameters.
+        """Add the factors of one use, which a gradient has reached, to those of its parameters.
 
         Raises:
-            RuntimeError: rules of layers that share a parameter disagree about its shape; and what
-                :func:`factors_of` raises.
+            RuntimeError: the rules of layers that share a parameter disagree about its shape. Everything that
+                :func:`factors_of` raises is raised too.
         """
         for name, factors in factors_of(use, self._parameters, self._count, self._sample_ids):
             shape = factors.rows, factors.columns
@@ -51,7 +51,7 @@ class Assembly:
         """Refuse a pass that reached no captured parameter.
 
         Raises:
-            RuntimeError: nothing was ever added.
+            RuntimeError: no factors were added in this pass.
         """
         if not self._shapes:
             raise RuntimeError(

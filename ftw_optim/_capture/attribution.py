@@ -1,4 +1,4 @@
-"""From the output gradients that arrived at a layer to the factors of its parameters."""
+"""The factors of a layer's parameters, formed from the output gradients that arrived at the layer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from ftw_optim._layers.registry import LayerRule
 def factors_of(
     use: Use, parameters: Mapping[str, nn.Parameter], count: int, sample_ids: Tensor | None
 ) -> list[tuple[str, Factors]]:
-    """Factors of a layer's parameters, with their names in the model, from a use that a gradient reached.
+    """The factors that one use of a layer gives its parameters, each with the parameter's name in the model.
 
-    A parameter that a layer has in several places comes once for each.
+    A gradient must have reached the use. A parameter that the layer has in several places comes once for each place.
 
     Raises:
-        NotImplementedError: its candidates cannot be told apart, or the module cannot be run again.
-        RuntimeError: an input was changed in place, or the rule does not keep its promises.
-        ValueError: it ran on another number of rows than there are losses.
+        NotImplementedError: the candidates of the layer cannot be told apart, or the module cannot be run again.
+        RuntimeError: an input was changed in place, or the rule returned a gradient of the wrong shape or none.
+        TypeError: the rule returned something other than a mapping.
+        ValueError: the layer ran on another number of rows than there are losses.
     """
     owner = use.owner
     if use.layout.trouble is not None:
@@ -120,13 +121,13 @@ def _run_again(
 
 
 def _as_factors(use: Use, value: Factors | Tensor, parameter: Tensor, count: int, sample_ids: Tensor | None) -> Factors:
-    """What a rule returned, with the candidates in front."""
+    """The value that a rule returned, as factors with the candidates as first axis."""
     if isinstance(value, Tensor):
         if use.owner.rule is not None and sample_ids is not None:
             _refuse_layout(use, "positions that sample_ids can tell apart")
         if use.layout.reading == "folded":
             value = value.reshape(count, -1, *value.shape[1:]).sum(1)
-        # A scale or a shift comes summed over positions, and may be nothing but the rounding of what cancelled.
+        # A scale or a shift is already summed over positions: where terms cancelled, it may be rounding alone.
         return Factors.explicit(value, parameter, terms=use.gradient_norm() if parameter.ndim < 2 else None)
     if value.positions is not None:
         return value

@@ -1,8 +1,8 @@
 """The graph below some losses, and backward passes over it to the outputs of layers.
 
 ``torch.autograd.grad`` to gradient edges forms no weight gradient and stops at the first captured layer. Reentrant
-checkpointing refuses it, and runs its layers a second time inside the backward pass: there a plain ``backward`` with
-``.grad`` set aside serves, and hooks on the nodes of the graph take the gradients as they pass.
+checkpointing refuses it, and runs its layers a second time inside the backward pass. There a plain ``backward`` is used
+instead, with ``.grad`` set aside, and hooks on the nodes of the graph take the gradients as they pass.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def node_number() -> int:
 
 @final
 class Graph:
-    """The nodes below some losses, looked through once: milliseconds for thousands of them."""
+    """The graph below some losses, searched once on construction: milliseconds for thousands of nodes."""
 
     def __init__(self, losses: Tensor) -> None:
         self.reentrant = False
@@ -64,7 +64,7 @@ class Graph:
                     self.leaves.append(leaf)
 
     def above(self, nodes: set[Node]) -> set[Node]:
-        """All nodes that lead to any of these."""
+        """All nodes between the losses and any of these ``nodes``."""
         found: set[Node] = set()
         waiting = list(nodes)
         while waiting:
@@ -75,7 +75,7 @@ class Graph:
         return found
 
     def used_outside(self, parameter: Tensor, uses: Sequence[Use]) -> bool:
-        """Whether the losses depend on the parameter in any way but through what these calls returned."""
+        """Whether the losses depend on the parameter in any other way than through the outputs of these ``uses``."""
         waiting = []
         for node in self._readers.get(id(parameter), []):
             # Autocast keeps the casts of a whole region: what reads the parameter is what reads its cast.
@@ -98,13 +98,13 @@ class Graph:
 
 
 def _made_in(node: Node, uses: Sequence[Use]) -> Use | None:
-    """The call in which autograd made a node."""
+    """The use during which autograd made a node; None if it was made in none of them."""
     number = node._sequence_nr()
     return next((use for use in uses if use.span[0] <= number < use.span[1]), None)
 
 
 def by_edges(total: Tensor, uses: Sequence[Use], *, keep_graph: bool) -> None:
-    """Fill in the output gradients of all ``uses``."""
+    """Fill in the output gradients of all ``uses``, in one backward pass to their gradient edges."""
     returned = [one for use in uses for one in use.returned]
     wanted: list[Any] = [one.edge for one in returned]
     if not wanted:
@@ -115,9 +115,9 @@ def by_edges(total: Tensor, uses: Sequence[Use], *, keep_graph: bool) -> None:
 
 
 def as_they_come(total: Tensor, graph: Graph, uses: Sequence[Use], arrived: Callable[[Use], None]) -> None:
-    """Fill in the output gradients of all ``uses``, and hand over each use as soon as it has all of them.
+    """Fill in the output gradients of all ``uses``, and call ``arrived`` with each use once it has all of its own.
 
-    Nothing is kept by the pass itself but the gradients of outputs with no other layer below.
+    The pass itself keeps only the gradients of outputs that have no other captured layer below them.
     """
     above = graph.above({one.edge.node for use in uses for one in use.returned})
     last = [one for use in uses for one in use.returned if one.edge.node not in above]
@@ -145,7 +145,7 @@ def as_they_come(total: Tensor, graph: Graph, uses: Sequence[Use], arrived: Call
 
 
 def take_from_node(one: Returned, then: Callable[[], None] | None = None) -> RemovableHandle:
-    """Let the graph's node note the gradient of a layer's output when a backward pass comes by, and ``then`` go on."""
+    """Hook the node of a layer's output: a backward pass stores the output's gradient, then calls ``then``."""
 
     def note(gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[one.edge.output_nr]
@@ -159,13 +159,13 @@ def take_from_node(one: Returned, then: Callable[[], None] | None = None) -> Rem
 def parameter_gradients(
     total: Tensor, parameters: Mapping[str, Tensor], graph: Graph, model: nn.Module, *, keep_graph: bool = False
 ) -> dict[str, Tensor]:
-    """Autograd's gradients of ``total`` by the parameters it reaches; every ``.grad`` is as before.
+    """Autograd's gradients of ``total`` with respect to the parameters it reaches; no ``.grad`` is changed.
 
     Args:
         total: a scalar.
-        parameters: by name.
-        graph: that below ``total``; a plain backward is the only one that reentrant checkpointing takes.
-        model: whose other parameters such a backward would give a gradient too.
+        parameters: the parameters, by name.
+        graph: the graph below ``total``. Where it holds reentrant checkpoints, only a plain backward works.
+        model: the model; a plain backward gives its other parameters a gradient too, which is set aside.
         keep_graph: leave the graph for another pass.
     """
     found: tuple[Tensor | None, ...]
@@ -181,7 +181,7 @@ def parameter_gradients(
 
 @contextmanager
 def gradients_set_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Every ``.grad`` is None when the block starts, and as before when it ends, whatever happens."""
+    """A block in which every ``.grad`` starts as None; afterwards each is as before, also after an exception."""
     held = [(tensor, tensor.grad) for tensor in tensors]
     try:
         for tensor, _ in held:

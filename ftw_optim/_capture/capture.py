@@ -1,9 +1,9 @@
-"""One forward and one backward pass over a model, to the factors of its parameters.
+"""The capture pass: one forward and one backward pass over a model, which give the factors of its parameters.
 
 Every layer that owns a captured parameter is hooked while the closure runs: its inputs and the gradient edges of its
 outputs are kept. A backward pass to these edges (:mod:`~ftw_optim._capture.backward`) gives all output gradients at
-once, and forms no weight gradient. Which operations of the graph read a captured parameter is looked up at every step:
-one that was not part of a call of the layers that own it is an error.
+once, and forms no weight gradient. Every step also checks which operations of the graph read a captured parameter: an
+operation outside of the calls of the layers that own the parameter is an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ftw_optim._factors.factors import Factors, finite_candidates
 
 @final
 class Capture:
-    """Context in which the closure runs; afterwards :meth:`differentiate` gives the factors.
+    """The context in which the closure runs; afterwards :meth:`differentiate` gives the factors.
 
     Args:
         model: the whole model; its first input tells the number of candidates.
@@ -69,16 +69,16 @@ class Capture:
             )
 
     def pause(self) -> None:
-        """Stop changing what layers return, while others are captured."""
+        """Stop changing the outputs of layers, while another capture is running."""
         self._recorder.phase = Phase.REST
 
     def resume(self) -> None:
-        """Change what layers return as when they were captured: a checkpoint may run them again."""
+        """Change the outputs of layers again, as in the captured calls: a checkpoint may run the layers again."""
         self._recorder.phase = Phase.RECOMPUTE
 
     @property
     def count(self) -> int | None:
-        """The number of candidates the model saw; None where only ``sample_ids`` or the losses tell."""
+        """The number of rows the model was called on; None where only ``sample_ids`` or the losses tell it."""
         grid = self._recorder.grid
         return None if grid.sample_ids is not None else grid.n
 
@@ -99,11 +99,11 @@ class Capture:
         """Factors of every captured parameter that the losses reached, each multiplied by ``scale``.
 
         Args:
-            losses: shape ``(n,)``, of the closure. Non-finite ones contribute nothing.
+            losses: the closure's losses, shape ``(n,)``. Losses that are not finite contribute nothing.
             scale: multiplies the losses for the pass.
             keep_graph: leave the graph for a second backward.
-            checks: what the self-check has seen, extended in place; None: no self-check.
-            generator: for the random numbers of the checks.
+            checks: what the self-check has vouched for, extended in place; None: no self-check.
+            generator: draws the random numbers of the checks.
 
         Raises:
             NotImplementedError: the candidates of a layer cannot be told apart, or it cannot be run again.
@@ -138,14 +138,16 @@ class Capture:
         checks: SelfChecks | None,
         generator: torch.Generator,
     ) -> None:
-        """As :meth:`differentiate`, but hands over each parameter's factors when all of them are there, and drops them.
+        """Hand over each parameter's factors as soon as they are complete, and drop them afterwards.
+
+        The factors are those of :meth:`differentiate`, which raises the same errors.
 
         Args:
-            losses: as there; the graph is freed.
-            take: called with each parameter's name and factors, inside of the backward pass.
-            scale: as there.
-            checks: as there.
-            generator: as there.
+            losses: the closure's losses, as for :meth:`differentiate`; their graph is freed.
+            take: called with each parameter's name and factors, during the backward pass or right after it.
+            scale: multiplies the losses for the pass.
+            checks: what the self-check has vouched for, extended in place; None: no self-check.
+            generator: draws the random numbers of the checks.
         """
         graph, _, total = self._looked_at(losses, scale)
         if graph.reentrant:
@@ -191,7 +193,7 @@ class Capture:
             self._note_passed(checks, check, vouched)
 
     def _looked_at(self, losses: Tensor, scale: float) -> tuple[Graph, Tensor, Tensor]:
-        """The graph, in which no captured parameter is used outside; which losses are finite; and their sum."""
+        """The checked graph; which losses are finite, bool (n,); and the scaled sum of the finite ones."""
         self._check_sample_ids(len(losses))
         graph = Graph(losses)
         outside = [
@@ -208,8 +210,8 @@ class Capture:
     def _check(
         self, losses: Tensor, graph: Graph, scale: float, generator: torch.Generator, *, keep_graph: bool
     ) -> PassCheck | None:
-        """What captured factors are to be compared with; None where that is not finite."""
-        # Far apart: rows that are mixed up show by what their weights differ in.
+        """The check that compares captured factors with autograd's gradients; None where these are not finite."""
+        # Weights that differ much: if rows are mixed up, the weighted sum shows it.
         weights = 2 * torch.rand(len(losses), generator=generator, dtype=torch.float64)
         total = (weights.to(losses) * losses * scale).sum()
         gradients = parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
@@ -221,7 +223,7 @@ class Capture:
     def _note_passed(
         self, checks: SelfChecks | None, check: PassCheck, vouched: Iterable[tuple[tuple[object, ...], bool]]
     ) -> None:
-        """Note the ways in which layers were read and whether a gradient came, if autograd found nothing else."""
+        """Finish the check, then note for each layer the way it was read and whether a gradient arrived."""
         assert checks is not None
         check.finish()
         for key, conclusive in vouched:
@@ -236,7 +238,7 @@ class Capture:
         keep_graph: bool,
         generator: torch.Generator,
     ) -> dict[str, list[Factors]]:
-        """Factors by a plain backward, whose weight gradients betray what the graph hides inside of checkpoints."""
+        """Factors by a plain backward; its weight gradients show uses that are hidden inside of checkpoints."""
         with self._recorder.during_plain_backward():
             gradients = parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
         found = self._assembled(len(finite))
@@ -268,5 +270,5 @@ class Capture:
                 )
 
     def _key(self, use: Use) -> tuple[object, ...]:
-        """What the self-check vouches for: one layer, read in one way, with the model in one mode."""
+        """The key that the self-check vouches for: one layer, read in one way, with the model in one mode."""
         return use.owner.name, use.layout.reading, self._modes, self._recorder.grid.n == 1

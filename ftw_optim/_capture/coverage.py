@@ -1,4 +1,4 @@
-"""Which rule captures which parameter, and what it costs: the table shown to users."""
+"""The coverage table shown to users: which rule captures each parameter, and at what cost."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ class Covered:
     """One line of a coverage table.
 
     Attributes:
-        name: of the parameter, as in ``model.named_parameters()``.
-        shape: of the parameter.
+        name: the parameter's name, as in ``model.named_parameters()``.
+        shape: the parameter's shape.
         rule: the rule that captures it, several of them for a tied parameter; "fallback" where a module is run again;
             None where it is refused.
         reason: why it is refused, with the module's name; empty where it is captured exactly.
         again: the modules that are run again for it, candidate by candidate, since no rule knows it.
-        scored: it counts in the Gram matrix; None before a backward.
-        uses: how often the last backward captured it; None before a backward.
-        multiplications: per candidate, that its share of the Gram matrix took; None before a backward.
-        bytes: of its factors that the last backward held; None before a backward.
+        scored: whether the parameter counts in the Gram matrix; None before a backward.
+        uses: how often the last backward captured the parameter; None before a backward.
+        multiplications: multiplications for one candidate's gradient to be multiplied out from the factors; 0 where the
+            parameter is not scored; None before a backward.
+        bytes: memory of the parameter's factors in the last backward; None before a backward.
     """
 
     name: str
@@ -46,16 +47,16 @@ class Covered:
 
     @property
     def exact(self) -> bool:
-        """Whether it is captured; what is captured is exact, the rest refused.
+        """Whether the parameter is captured: every captured parameter is exact, all others are refused.
 
-        A layer may still turn out, when it runs, to get inputs in which candidates cannot be told apart. That is an
-        error of the step, which names it.
+        A layer may still get inputs, when it runs, in which candidates cannot be told apart. The step then raises an
+        error that names the layer.
         """
         return self.rule is not None
 
     @property
     def cost(self) -> str:
-        """What capturing it takes beside the ordinary backward pass, in words."""
+        """The cost of capturing the parameter, in words, in addition to the ordinary backward pass."""
         if not self.exact:
             return self.reason
         if self.again:
@@ -75,7 +76,7 @@ class Covered:
 class Coverage:
     """Every trainable parameter with the rule that captures it, or why it is refused. Prints as a table.
 
-    In print, equal lines of repeated blocks are one line, with the range of their numbers in the name.
+    The printed table shows equal lines of repeated blocks as one line, with the range of their numbers in the name.
     """
 
     rows: tuple[Covered, ...]
@@ -113,11 +114,11 @@ class Coverage:
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
     def after(self, scored: Collection[str], footprints: Mapping[str, Footprint]) -> Coverage:
-        """The same table after a backward.
+        """This table, with the columns filled in that only a backward can tell.
 
         Args:
             scored: names of the parameters that count in the Gram matrix.
-            footprints: what the factors of each captured parameter came to.
+            footprints: number of uses, multiplications and bytes of the factors of each captured parameter.
         """
         rows = []
         for row in self.rows:
@@ -135,10 +136,10 @@ class Coverage:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """Table of every trainable parameter of a model: what captures it exactly and at which cost, or why nothing does.
+    """The table of a model's trainable parameters: what captures each exactly and at which cost, or why nothing does.
 
     Args:
-        model: any module; nothing of it is run but small probes of single layers.
+        model: any module. Only small probes of single layers are run.
 
     Returns:
         One row for each entry of ``model.named_parameters()`` that requires a gradient. ``print`` it.
@@ -180,7 +181,7 @@ def table(found: Sequence[Owner], parameters: Mapping[str, torch.Tensor]) -> Cov
 
 
 def _repeated(rows: Sequence[Covered]) -> Iterator[list[Covered]]:
-    """Rows that differ in nothing but one number of their names, together, where the first of them stands."""
+    """Groups of rows that differ only in the numbers in their names, in the order of their first rows."""
     together: dict[object, list[Covered]] = {}
     for row in rows:
         alike = replace(row, name=_NUMBER.sub("*", row.name), reason=_NUMBER.sub("*", row.reason))
@@ -193,7 +194,7 @@ _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def _names(rows: Sequence[Covered]) -> str:
-    """One name for all: ``layers.{0-3}.weight``."""
+    """One name for a group of rows, such as ``layers.{0-3}.weight``."""
     numbers = [list(map(int, _NUMBER.findall(row.name))) for row in rows]
     ranges = iter([_ranges(column) for column in zip(*numbers, strict=True)])
     return _NUMBER.sub(lambda match: next(ranges), rows[0].name)
@@ -208,7 +209,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _count(number: int) -> str:
-    """A count with three digits and a letter."""
+    """A count in words: three digits and a letter for thousands, millions or billions."""
     for size, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"

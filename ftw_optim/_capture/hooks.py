@@ -25,7 +25,7 @@ from ftw_optim._layers.registry import LayerRule
 
 
 class Phase(Enum):
-    """What the hooks do."""
+    """The phase of the capture, which decides what the hooks do."""
 
     FORWARD = auto()
     """The closure runs: every call of a captured layer is recorded."""
@@ -88,7 +88,7 @@ class Recorder:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """A block in which modules are run by ourselves, and hooks do nothing."""
+        """A block in which the library itself runs modules, and the hooks do nothing."""
         phase, self.phase = self.phase, Phase.REST
         try:
             yield

@@ -1,4 +1,4 @@
-"""One call of a captured layer, from the hook that saw it to the factors of its parameters."""
+"""Records of the calls of captured layers: what is kept of each call until its factors are formed."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from ftw_optim._layers.special import has_no_rows
 @final
 @dataclass(kw_only=True, eq=False)
 class Returned:
-    """One tensor that a layer returned: where its gradient is found, and the gradient once it is."""
+    """One tensor that a layer returned: its edge in the graph, and its gradient once that has arrived."""
 
     index: int
     shape: torch.Size
     value: Tensor | None
-    """Kept where it will be compared: a layer's output is memory that a bare run does not hold."""
+    """The output, kept only where it will be compared: a run without capture would not hold this memory."""
     version: int | None
     edge: GradientEdge
     axis: Axis | None = None
@@ -35,52 +35,52 @@ class Returned:
 
     @property
     def changed(self) -> bool:
-        """Whether a value that was kept has been changed in place."""
+        """Whether the kept value has been changed in place since the call."""
         return self.value is not None and version_of(self.value) != self.version
 
 
 @final
 @dataclass(kw_only=True, eq=False)
 class Use:
-    """One call of a captured layer."""
+    """One use of a captured layer: a call, with the gradients that arrive at its outputs."""
 
     owner: Owner
     call: Call
     layout: Layout
     versions: tuple[int | None, ...]
     returned: list[Returned]
-    """The tensors with a graph, in order."""
+    """The returned tensors that have a graph, in order."""
     several: int | None
     """How many tensors the layer returned in a structure; None if it returned a tensor."""
     computed_in: torch.dtype
     expands: bool
-    """One row for all candidates was made one for each."""
+    """Whether an output with one row for all candidates was expanded to one row for each."""
 
     span: tuple[int, int] = (0, 0)
     """The numbers of the nodes that autograd made during the call, from the first to behind the last."""
     in_place: bool = False
-    """The module changed an input in place."""
+    """Whether the module changed an input in place."""
     chooses: bool
-    """It returned indices too, as a router does: of equal values another may come first in another batch."""
+    """Whether the layer also returned indices, as a router does: in another batch, ties may be broken differently."""
     shared: bool
-    """Some of the returned tensors shared memory, which they no longer do."""
+    """Whether some of the returned tensors shared memory before they were replaced by copies."""
 
     released: bool = False
-    """Its tensors are no longer kept."""
+    """Whether the tensors of this use have been dropped."""
 
     @property
     def reached(self) -> bool:
-        """Whether a gradient arrived."""
+        """Whether a gradient has arrived at any output."""
         return self.released or any(one.gradient is not None for one in self.returned)
 
     def release(self) -> None:
-        """Let go of inputs, outputs and gradients."""
+        """Drop inputs, outputs and gradients to free their memory."""
         self.released = True
         self.call = replace(self.call, args=(), kwargs={})
         self.returned = []
 
     def gradient_norm(self) -> Tensor:
-        """The size of all that arrived."""
+        """The norm of all gradients that arrived, taken together."""
         norms = [
             torch.linalg.vector_norm(one.gradient.to(torch.promote_types(one.gradient.dtype, torch.float32)))
             for one in self.returned
@@ -90,15 +90,15 @@ class Use:
         return total
 
     def has_gradient(self) -> bool:
-        """Whether one arrived that is not zero."""
+        """Whether a gradient that is not zero has arrived."""
         return any(bool(one.gradient.any()) for one in self.returned if one.gradient is not None)
 
 
 def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid: Grid) -> tuple[Use | None, Any]:
-    """The use that a finished call makes of a layer, and what must take the place of its output.
+    """The record of a finished call, and the output to return in place of the layer's own; None to keep the latter.
 
-    The output is replaced where its candidates share a row, which are told apart only from here on, and where its
-    gradient edge would not last or would not be the layer's alone.
+    The output is replaced where all candidates share one row, so that each gets a row of its own from here on, and
+    where its gradient edge would not last or would not belong to the layer alone.
     """
     leaves, structure = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
     passed = {id(tensor) for tensor in given}  # what comes out as it went in has nothing of the layer
@@ -157,12 +157,12 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
 
 
 def version_of(value: Tensor) -> int | None:
-    """How often a tensor was changed in place."""
+    """The version counter of a tensor: how often it was changed in place; None for an inference tensor."""
     return None if value.is_inference() else value._version
 
 
 def _layout(owner: Owner, call: Call, output: Any, grid: Grid) -> tuple[Layout, list[Axis | None] | None]:
-    """How a call lays out its candidates and, where the module is to be run again, where they are in its outputs."""
+    """The layout of a call's candidates and, for a module that is run again, their axis in each output."""
     inputs = call.tensors()
     if isinstance(owner.rule, LayerRule):
         return grid.layout(inputs[0] if inputs else torch.empty(0), owner.rule), None
@@ -180,11 +180,11 @@ def _layout(owner: Owner, call: Call, output: Any, grid: Grid) -> tuple[Layout, 
 
 def _expanded(value: Tensor, rows: int, *, front: bool) -> Tensor:
     wide = (value[None] if front else value).expand(rows, *value.shape[not front :])
-    return wide.clone()  # of its own memory: the model may go on in place
+    return wide.clone()  # memory of its own: the model may change it in place
 
 
 def _with_rows(call: Call, layout: Layout) -> Call:
-    """The call with its first input, and others that share a row like it, expanded as the output was."""
+    """The call, with the first input and all inputs of its kind and length expanded as the output was."""
     leaves, structure = tree_flatten((call.args, dict(call.kwargs)))
     first, rows = call.tensors()[0], layout.expand
     assert rows is not None
@@ -201,10 +201,10 @@ def _with_rows(call: Call, layout: Layout) -> Call:
 
 
 def _edge(output: Tensor) -> tuple[GradientEdge, Tensor]:
-    """The gradient edge of a layer's output, and the output, or a copy if no edge of itself would last.
+    """The gradient edge of a layer's output, and the output itself, or a copy where its own edge would not last.
 
-    An operation in place on a view moves the view's edge out of the graph. A Linear layer's output is one: all of the
-    matrix product below it, whose own edge stays.
+    An in-place operation on a view moves the view's edge out of the graph. A Linear layer's output is a view of the
+    whole matrix product below it; the edge of that product stays, and is used.
     """
     base = output._base
     if base is None:
@@ -218,5 +218,5 @@ def _edge(output: Tensor) -> tuple[GradientEdge, Tensor]:
 
 
 def versions_of(call: Call) -> tuple[int | None, ...]:
-    """How often each input of a call was changed in place."""
+    """The version counter of each input of a call: how often it was changed in place."""
     return tuple(map(version_of, call.tensors()))

@@ -1,4 +1,4 @@
-"""Which axis of a layer's inputs is the candidate's."""
+"""Layouts: which axis of a layer's inputs is the candidates' axis."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ TIME_FIRST = "time first"
 @final
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How one call of a layer lays out its candidates.
+    """The layout of the candidates in one call of a layer.
 
     Attributes:
-        reading: in words; the self-check vouches for one reading of one layer.
-        expand: how many rows to make of the output, where the input has none or one for all candidates.
-        trouble: what was expected in place of an input whose candidates cannot be told apart. That is no error until
-            a gradient arrives: layers also run beside the losses, as DoRA's do for the norm of a weight.
+        reading: the layout in words; the self-check vouches for one reading of one layer.
+        expand: number of rows to expand the output to, where the input has no row or one row for all candidates.
+        trouble: what was expected in place of an input whose candidates cannot be told apart. It is an error only once
+            a gradient arrives: some layers run without effect on the losses, as DoRA's do for the norm of a weight.
     """
 
     reading: str
@@ -42,7 +42,7 @@ class Grid:
     sample_ids: Tensor | None = None
 
     def layout(self, x: Tensor, rule: LayerRule | None) -> Layout:
-        """How the first input of a layer, captured by ``rule``, lays out the candidates."""
+        """The layout of the candidates in ``x``, the first input of a layer that is captured by ``rule``."""
         if self.sample_ids is not None:
             return self._packed(x)
         if self.n is None:  # the closure calls a part of the model: the losses will tell
@@ -72,7 +72,11 @@ class Grid:
         return Layout(reading="unknown", trouble=f"the {n} candidates (or 1, for all of them) first")
 
     def _is_time(self, rows: int, n: int) -> bool:
-        """Whether so many rows, of ``n`` entries each, are positions: all, a single one, or no windows of ``n``."""
+        """Whether a first axis of this many ``rows``, before an axis of ``n`` entries, is the time and not candidates.
+
+        It is where there are as many rows as positions, where a single row meets ``n`` entries that are no positions,
+        or where ``n`` does not divide the rows, so that they cannot be windows of the ``n`` candidates.
+        """
         return rows == self.positions or (n != self.positions if rows == 1 else rows % n != 0)
 
     def _packed(self, x: Tensor) -> Layout:
@@ -86,5 +90,5 @@ class Grid:
 
 
 def _labels(index: Tensor) -> bool:
-    """Whether an index is no range, as positions are; asked only where there are as many of them as candidates."""
+    """Whether indices are not consecutive, as positions are; asked only where there are ``n`` positions."""
     return bool((index.diff() != 1).any())

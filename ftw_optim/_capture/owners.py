@@ -1,4 +1,4 @@
-"""Which module captures which parameter: every trainable parameter gets a rule, a module to run again, or a reason."""
+"""The owner of each trainable parameter: a module with a rule, a module to run again, or a reason for refusal."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _known: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], LayerRule | str |
 @final
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """A module whose calls capture parameters, with the dotted names they have in it and in the model.
+    """A module whose calls capture parameters, with their dotted names in the module and in the model.
 
     Attributes:
-        name: of the module.
+        name: the module's name in the model.
         module: the module.
-        rule: its rule; None where it is run again; why neither is possible.
-        parameters: names in the module to names in the model.
+        rule: the module's rule; None where it is run again; a string with the reason where neither is possible.
+        parameters: names in the module, mapped to names in the model.
     """
 
     name: str
@@ -52,7 +52,7 @@ def owners(model: nn.Module) -> list[Owner]:
 
 
 def _owning(model: nn.Module) -> list[tuple[str, nn.Module, dict[str, str]]]:
-    """Modules that are called, with the trainable parameters they and the containers below them hold."""
+    """Name and module of each module that is called, with the trainable parameters it and containers below it hold."""
     first_name: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         first_name.setdefault(id(parameter), name)
@@ -68,11 +68,11 @@ def _owning(model: nn.Module) -> list[tuple[str, nn.Module, dict[str, str]]]:
 
 
 def _each_use_once(found: list[Owner]) -> list[Owner]:
-    """The same owners, each use of a parameter captured once.
+    """The owners without overlaps, so that each use of a parameter is captured only once.
 
-    What a rule captures below a module needs no running it again: BERT's prediction head owns the very bias that its
-    decoder, a Linear layer, adds. And a module that is run again covers the uses of the same parameter in the modules
-    below it.
+    A module need not be run again for a parameter that a rule captures below it: BERT's prediction head owns the very
+    bias that its decoder, a Linear layer, adds. And a module that is run again covers all uses of the same parameter in
+    the modules below it.
     """
     ruled = [
         (owner.name, name) for owner in found if isinstance(owner.rule, LayerRule) for name in owner.parameters.values()
@@ -98,7 +98,7 @@ def _within(name: str, other: str) -> bool:
 
 
 def _rule(module: nn.Module) -> LayerRule | str | None:
-    """``rule_for(module)``, remembered: a layer known by its behaviour is run to see it."""
+    """``rule_for(module)``, cached: recognising a layer by its behaviour means running it."""
     key = (
         type(module),
         module.training,

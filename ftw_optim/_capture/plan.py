@@ -1,4 +1,4 @@
-"""What is captured, and by which modules."""
+"""The capture plan: which parameters are captured, and by which modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ftw_optim._capture.self_check import WAYS_OUT
 @final
 @dataclass(frozen=True, kw_only=True)
 class CapturePlan:
-    """What is captured: parameters by name, and the layers that own them."""
+    """The captured parameters, by name, and the layers that own them."""
 
     parameters: Mapping[str, nn.Parameter]
     owners: tuple[Owner, ...]
@@ -26,7 +26,7 @@ def plan(model: nn.Module, names: Iterable[str], model_owners: list[Owner] | Non
     """The plan that captures the named parameters.
 
     Raises:
-        NotImplementedError: a parameter that cannot be captured.
+        NotImplementedError: a named parameter cannot be captured.
     """
     names = set(names)
     found = owners(model) if model_owners is None else model_owners
@@ -45,7 +45,7 @@ def plan(model: nn.Module, names: Iterable[str], model_owners: list[Owner] | Non
 
 
 def uncovered(model_owners: Iterable[Owner], names: Iterable[str], model: nn.Module) -> list[Covered]:
-    """Those of the named parameters that are refused."""
+    """The coverage rows of the named parameters that are refused."""
     wanted = set(names)
     rows = table(list(model_owners), dict(model.named_parameters()))
     return [row for row in rows if row.name in wanted and not row.exact]

@@ -1,4 +1,4 @@
-"""Checks of what was captured: against autograd's gradients, and for uses of a parameter outside its layers."""
+"""Self-checks of capture: factors against autograd's gradients, and uses of a parameter outside its layers."""
 
 from __future__ import annotations
 
@@ -20,25 +20,32 @@ WAYS_OUT = (
 
 @final
 class SelfChecks:
-    """What the self-check has vouched for: which layers, read in which ways."""
+    """The layers that passed the self-check, each in the ways in which it was read."""
 
     PATIENCE = 5
-    """How often a layer is looked at that never gets a gradient, such as one behind a gate that stays shut."""
+    """Number of checks of a layer that never gets a gradient, such as one behind a gate that stays shut."""
 
     def __init__(self) -> None:
         self._seen: dict[tuple[object, ...], int] = {}
 
     def due(self, keys: Iterable[tuple[object, ...]]) -> bool:
-        """Whether any of these has not been vouched for."""
+        """Whether any of these keys still has to be checked."""
         return any(self._seen.get(key, 0) < self.PATIENCE for key in keys)
 
     def passed(self, key: tuple[object, ...], *, conclusive: bool) -> None:
-        """Note a check that found nothing; without gradients it could not."""
+        """Note a check that found no error; it is conclusive only where a gradient arrived that is not zero."""
         self._seen[key] = self.PATIENCE if conclusive else self._seen.get(key, 0) + 1
 
 
 def refuse_uses_outside(names: Sequence[str]) -> None:
-    """Raise if a gradient reached any parameter by another way than the layers that own it."""
+    """Refuse parameters that were used outside of the layers that own them.
+
+    Args:
+        names: the names of such parameters; none: nothing is refused.
+
+    Raises:
+        RuntimeError: there is such a parameter.
+    """
     if names:
         raise RuntimeError(
             f"Expected {', '.join(names[:5])} to be used only by calling the layers that own them, but they are used "
@@ -50,13 +57,13 @@ def refuse_uses_outside(names: Sequence[str]) -> None:
 
 @final
 class PassCheck:
-    """The self-check of one pass: ``sum_i r_i g_i`` beside autograd's gradient of losses weighted by a random ``r``.
+    """The self-check of one pass: ``sum_i r_i g_i`` against autograd's gradient of the losses weighted by ``r``.
 
-    Random weights, since a plain sum is right even when rows are mixed up.
+    The weights ``r`` are random, since a plain sum is right even when rows are mixed up.
 
     Args:
         weights: ``r``, shape ``(n,)`` float64.
-        gradients: autograd's, of the parameters that it reached.
+        gradients: autograd's gradients of the parameters that the weighted losses reached, by name.
         layers: the layers each parameter was captured in, for the message.
         computed_in: the dtypes the layers computed in.
     """
@@ -75,7 +82,7 @@ class PassCheck:
         """Compare the captured factors of one parameter.
 
         Raises:
-            RuntimeError: they are not autograd's gradient.
+            RuntimeError: their weighted sum differs from autograd's gradient by more than rounding.
         """
         gradient = self._waiting.pop(name, None)
         if gradient is None:
@@ -96,7 +103,7 @@ class PassCheck:
             )
 
     def finish(self) -> None:
-        """Refuse what autograd reached and no layer was captured for.
+        """Refuse parameters that autograd reached but for which no factors were captured.
 
         Raises:
             RuntimeError: a parameter was never compared.
@@ -118,16 +125,16 @@ def verify_projection(
     Args:
         found: captured factors, by parameter name.
         gradients: what a backward of the weighted losses formed, for the same parameters.
-        weights: shape ``(n,)``, those of the losses (over the scale of the factors).
-        generator: of the projections.
+        weights: the weights of the losses, shape ``(n,)``, divided by the scale of the factors.
+        generator: draws the random projections.
         computed_in: the dtypes the layers computed in.
-        more: flags that are copied from the device along.
+        more: further flags to copy from the device in the same transfer.
 
     Returns:
         ``more``, as Python bools.
 
     Raises:
-        RuntimeError: they differ: a captured parameter was used outside the layers that own it.
+        RuntimeError: a gradient differs from its factors, or a parameter has none: it was used outside its layers.
     """
     names, misses = [], []
     for name, gradient in gradients.items():
@@ -140,7 +147,7 @@ def verify_projection(
         matrix = gradient.to(dtype).reshape(uses[0].rows, uses[0].columns)
         left, right = (torch.randn(size, generator=generator).to(device, dtype) for size in matrix.shape)
         expected, scale = projection(uses, weights, left, right)
-        # A single number may be off by more than the norm is, four times the tolerance (seen: one, in bfloat16).
+        # The error of a single number may exceed that of the norm: four times the tolerance (seen: one, in bfloat16).
         error = (left @ matrix @ right - expected).abs()
         dtypes = [gradient.dtype, *computed_in]
         precision = coarsest(dtypes)
@@ -159,7 +166,7 @@ def verify_projection(
 
 
 def told(flags: Sequence[Tensor]) -> list[bool]:
-    """Some flags, each a bool scalar, from their devices in one copy."""
+    """The values of some flags, each a bool scalar, copied from the device at once."""
     if not flags:
         return []
     answers: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).cpu().tolist()
@@ -167,10 +174,10 @@ def told(flags: Sequence[Tensor]) -> list[bool]:
 
 
 def tolerance(dtypes: Iterable[torch.dtype]) -> float:
-    """Largest relative difference that counts as rounding in the coarsest of some dtypes.
+    """The largest relative difference that counts as rounding in the coarsest of some dtypes.
 
-    Half of the digits, and those of float32 even where parameters are wider: most model families normalise in float32
-    whatever they are given.
+    It is half of the digits; at most those of float32, even where parameters are wider: most model families normalise
+    in float32 whatever their inputs are.
     """
     return math.sqrt(coarsest(dtypes))
 

@@ -1,4 +1,4 @@
-"""Factorized gradients: what one use of a parameter contributes to each candidate's gradient."""
+"""Factorized gradients: the contribution of one use of a parameter to each candidate's gradient."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PositionMap:
-    """Which candidate each position of a batch belongs to, where rows and candidates are not the same.
+    """A map from positions to candidates, where the rows of a batch are not the candidates.
 
     Attributes:
         candidates: shape ``(b, t)`` int64, the candidate of each position, -1 for none.
-        count: how many candidates there are.
+        count: the number of candidates.
     """
 
     candidates: Tensor
     count: int
 
     def repeated(self, times: int) -> PositionMap:
-        """The map for ``times`` consecutive positions in place of each one, such as the heads of a token."""
+        """The map with each position repeated ``times`` times in a row, such as for the heads of a token."""
         return self if times == 1 else replace(self, candidates=self.candidates.repeat_interleave(times, dim=1))
 
     def gather_index(self) -> Tensor:
-        """Flat positions of each candidate in order, shape ``(n, longest)``, padded with ``b * t``."""
+        """The flat indices of each candidate's positions in order, shape ``(n, longest)``, padded with ``b * t``."""
         candidates = self.candidates.flatten()
         order = candidates.argsort(stable=True)
         owner = candidates[order]
@@ -43,21 +43,22 @@ class PositionMap:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Factors:
-    """Gradients of one parameter, candidate by candidate, as sums of outer products that are not multiplied out.
+    """The gradients of one parameter, one for each candidate, as sums of outer products, not multiplied out.
 
     ``g_i = sum_p outer(left[p], right[p])`` over the positions ``p`` of candidate ``i``, reshaped to the parameter.
     For a Linear layer ``left`` holds the output gradients and ``right`` the activations; where a weight is stored
-    transposed they change places.
+    transposed, it is the other way round.
 
     Attributes:
-        left: shape ``(b, t, rows)``; or ``(b, t)`` int64, each a one-hot row given by its index. In place of ``t``
-            there may be no axis or several, which become one.
-        right: shape ``(b, t, columns)``, alike; or None for a single column of ones, so that ``g_i`` is a plain sum.
-        rows: the parameter's rows, needed where ``left`` holds indices.
+        left: shape ``(b, t, rows)``; or ``(b, t)`` int64, each entry the index of a one-hot row. In place of ``t``
+            there may be no axis or several axes, which become one.
+        right: shape ``(b, t, columns)``, with ``t`` as in ``left``; or None for a single column of ones, so that
+            ``g_i`` is a plain sum.
+        rows: number of rows of the parameter, needed where ``left`` holds indices.
         positions: the candidate of each position; None where row ``i`` of the batch is candidate ``i``.
-        whole: ``right`` holds the gradients multiplied out, row by row; see :meth:`explicit`.
-        terms: size of the terms that were summed before; None where the factors are the terms. Only rounding is
-            measured by it.
+        whole: whether ``right`` holds the gradients multiplied out, row by row; see :meth:`explicit`.
+        terms: norm of the terms that were summed to get these factors; None where nothing was summed before. It serves
+            only to bound rounding errors.
     """
 
     left: Tensor
@@ -87,7 +88,7 @@ class Factors:
 
     @classmethod
     def explicit(cls, gradients: Tensor, parameter: Tensor, *, terms: Tensor | None = None) -> Factors:
-        """Candidates' gradients ``(n, *shape)``, in as many rows and columns as rules give of such a parameter."""
+        """Factors that hold candidates' gradients ``(n, *shape)`` multiplied out, with the rows of the parameter."""
         n = len(gradients)
         if parameter.ndim < 2 or gradients[0].numel() != parameter.numel():
             return cls(left=gradients.reshape(n, 1, -1), terms=terms)
@@ -96,7 +97,7 @@ class Factors:
         return cls(left=index, right=gradients.reshape(n, rows, -1), rows=rows, whole=True, terms=terms)
 
     def folded(self, count: int) -> Factors:
-        """The same factors with one row each for ``count`` candidates, where they had several consecutive ones."""
+        """The factors with one row for each of ``count`` candidates, where each had several consecutive rows."""
         rows = self.left.shape[0]
         if rows == count or rows % count:
             return self
@@ -109,12 +110,12 @@ class Factors:
 
     @property
     def count(self) -> int:
-        """How many candidates there are."""
+        """The number of candidates."""
         return self.left.shape[0] if self.positions is None else self.positions.count
 
     @property
     def columns(self) -> int:
-        """Columns of the gradients seen as matrices; 1 for a plain sum."""
+        """The number of columns of the gradients, seen as matrices; 1 for a plain sum."""
         return 1 if self.right is None else self.right.shape[2]
 
     @property
@@ -123,7 +124,7 @@ class Factors:
         return not self.left.is_floating_point()
 
     def dtype(self) -> torch.dtype:
-        """The dtype to compute in: the factors' own, float32 at least."""
+        """The dtype of the arithmetic: that of the factors, float32 at least."""
         parts = [part.dtype for part in (self.left, self.right) if part is not None and part.is_floating_point()]
         dtype = torch.float32
         for part in parts:
@@ -131,16 +132,16 @@ class Factors:
         return dtype
 
     def bytes(self) -> int:
-        """How much memory the factors take."""
+        """The memory of the factors, in bytes."""
         parts = (self.right,) if self.whole else (self.left, self.right)
         return sum(part.numel() * part.itemsize for part in parts if part is not None)
 
     def multiplications(self) -> int:
-        """How many multiplications a candidate's gradient takes to multiply out."""
+        """The number of multiplications that multiply out one candidate's gradient."""
         return 0 if self.indexed or self.right is None else self.left[0].numel() * self.columns
 
     def by_row(self) -> Factors:
-        """The same gradients with one row of positions for each candidate, padded with zeros."""
+        """The factors with one row of positions for each candidate, padded with zeros."""
         if self.positions is None:
             return self
         index = self.positions.gather_index()
@@ -153,7 +154,7 @@ class Factors:
         return replace(self, left=regroup(self.left), right=right, positions=None, whole=False)
 
     def divided(self, scale: float) -> Factors:
-        """The gradients over ``scale``: one side is divided, in the computing dtype, and the other one is shared."""
+        """The gradients divided by ``scale``: one side is divided, in :meth:`dtype`; the other one is shared."""
         if scale == 1.0:
             return self
         if self.indexed or self.whole or (self.right is not None and self.columns < self.rows):
@@ -162,14 +163,14 @@ class Factors:
         return replace(self, left=self.left.to(self.dtype()) / scale)
 
     def spread(self, weights: Tensor) -> Tensor:
-        """``weights`` (n,), one for each candidate, as one for each position: broadcastable to ``(b, t)``."""
+        """The ``weights`` (n,) of the candidates, spread to their positions: broadcastable to ``(b, t)``."""
         if self.positions is None:
             return weights[:, None]
         padded = torch.cat([weights, weights.new_zeros(1)])  # index -1 reads the zero
         return padded[self.positions.candidates]
 
     def magnitude(self, weights: Tensor) -> Tensor:
-        """Root of the sum of the squared, weighted terms: what the rounding error of their sum scales with."""
+        """The root of the sum of the squared, weighted terms: the rounding error of their sum is proportional to it."""
         square = self.spread(weights).to(self.dtype()).square()
         for part in (self.left, self.right):
             if part is not None and part.is_floating_point():
@@ -177,13 +178,21 @@ class Factors:
         return square.sum().sqrt()
 
     def rounding(self, weights: Tensor, precision: float) -> Tensor:
-        """What the weighted gradients may be off by because the terms that were summed before cancelled."""
+        """A bound on the rounding error in the weighted sum that stems from terms summed before, which may cancel.
+
+        Args:
+            weights: shape ``(n,)``.
+            precision: eps of the coarsest dtype that was computed in.
+
+        Returns:
+            A scalar; zero where nothing was summed before.
+        """
         if self.terms is None or not len(weights):
             return torch.zeros((), device=self.left.device)
         return 2 * precision * self.terms * weights.abs().max().to(self.terms)
 
     def without(self, rejected: Tensor) -> Factors:
-        """The same factors with those of the ``rejected`` candidates, bool ``(n,)``, replaced by zeros."""
+        """The factors with zeros for the ``rejected`` candidates, bool ``(n,)``."""
         drop = self.spread(rejected.to(self.left.device))[..., None]
         zero = torch.zeros((), device=self.left.device)
         right = None if self.right is None else torch.where(drop, zero.to(self.right.dtype), self.right)
@@ -191,7 +200,7 @@ class Factors:
         return replace(self, left=left, right=right)
 
     def finite(self) -> Tensor:
-        """Which candidates have only finite factors: bool, shape ``(n,)``."""
+        """Mask of the candidates whose factors are all finite: bool, shape ``(n,)``."""
         grid = torch.zeros(self.left.shape[:2], dtype=self.dtype(), device=self.left.device)
         for part in (self.left, self.right):
             if part is not None and part.is_floating_point():
@@ -215,13 +224,12 @@ def weighted_sum(uses: Sequence[Factors], weights: Tensor, shape: torch.Size) ->
     """``sum_i weights[i] g_i`` over all uses of one parameter, without forming any single ``g_i``.
 
     Args:
-        uses: at least one, of the same parameter.
-        weights: shape ``(n,)``. Candidates of weight zero are not read, so that the cost follows those of
-            positive weight.
-        shape: the parameter's.
+        uses: one or more uses of the same parameter.
+        weights: shape ``(n,)``. Candidates of weight zero are not read, so the cost grows with the number of others.
+        shape: the parameter's shape.
 
     Returns:
-        Shape ``shape``, in the computing dtype of the factors.
+        The weighted sum in that shape, in the dtype of the factors' arithmetic.
     """
     dtype, device = uses[0].dtype(), uses[0].left.device
     chosen = weights.nonzero()[:, 0]  # on the CPU: no synchronisation
@@ -259,17 +267,17 @@ def weighted_sum(uses: Sequence[Factors], weights: Tensor, shape: torch.Size) ->
 
 
 def materialise(uses: Sequence[Factors], start: int, stop: int, *, out: Tensor | None = None) -> Tensor:
-    """Rows ``start`` to ``stop`` of every candidate's gradient, multiplied out.
+    """Multiply out rows ``start`` to ``stop`` of every candidate's gradient.
 
     Args:
-        uses: at least one, of the same parameter, each with one row of positions per candidate
+        uses: one or more uses of the same parameter, each with one row of positions for each candidate
             (:meth:`Factors.by_row`).
-        start: first row.
-        stop: behind the last row.
+        start: the first row.
+        stop: one past the last row.
         out: a flat buffer that is large enough, to use in place of fresh memory.
 
     Returns:
-        Shape ``(n, stop - start, columns)``, in the computing dtype of the factors.
+        Shape ``(n, stop - start, columns)``, in the dtype of the factors' arithmetic.
     """
     first = uses[0]
     dtype, device, columns = first.dtype(), first.left.device, first.columns
@@ -304,10 +312,10 @@ def materialise(uses: Sequence[Factors], start: int, stop: int, *, out: Tensor |
 
 
 def projection(uses: Sequence[Factors], weights: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """``left @ (sum_i weights[i] g_i) @ right`` from the factors, and the size its rounding errors scale with.
+    """``left @ (sum_i weights[i] g_i) @ right`` from the factors, and the size its rounding error is proportional to.
 
     Args:
-        uses: at least one, of the same parameter.
+        uses: one or more uses of the same parameter.
         weights: shape ``(n,)``.
         left: shape ``(rows,)``.
         right: shape ``(columns,)``.
@@ -328,7 +336,7 @@ def projection(uses: Sequence[Factors], weights: Tensor, left: Tensor, right: Te
 
 
 def finite_candidates(found: Mapping[str, Sequence[Factors]], losses: Tensor) -> Tensor:
-    """Which candidates have a finite loss and finite factors: bool ``(n,)``."""
+    """Mask of the candidates whose loss and factors are all finite: bool ``(n,)``."""
     loss = losses.detach().isfinite()
     masks = [use.finite().to(loss.device) for uses in found.values() for use in uses]
     return torch.stack([loss, *masks]).all(dim=0)

@@ -1,4 +1,4 @@
-"""Factors of several micro-batches as those of one, and what factors came to."""
+"""Factors of several micro-batches, joined to those of one batch; and the footprint of factors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ftw_optim._factors.factors import Factors
 @final
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What a captured parameter's factors came to.
+    """The cost of a captured parameter's factors.
 
     Attributes:
-        uses: how often the parameter was used.
-        multiplications: for one candidate's gradient to be multiplied out.
-        bytes: of memory.
+        uses: number of times the parameter was used.
+        multiplications: number of multiplications that multiply out one candidate's gradient.
+        bytes: memory of the factors.
     """
 
     uses: int
@@ -29,7 +29,7 @@ class Footprint:
 
     @classmethod
     def of(cls, uses: Sequence[Factors]) -> Footprint:
-        """Of all uses of one parameter."""
+        """The footprint of all uses of one parameter."""
         return cls(
             uses=len(uses),
             multiplications=sum(use.multiplications() for use in uses),
@@ -38,11 +38,11 @@ class Footprint:
 
 
 def joined(parts: Sequence[Sequence[Factors]], counts: Sequence[int]) -> list[Factors]:
-    """The uses of one parameter in several micro-batches, as those of all their candidates one after another.
+    """The uses of one parameter over all candidates of several micro-batches, in the order of the micro-batches.
 
     Args:
-        parts: the uses in each micro-batch, none where it did not reach the parameter.
-        counts: how many candidates each micro-batch has.
+        parts: the uses in each micro-batch; empty where the micro-batch did not reach the parameter.
+        counts: the number of candidates in each micro-batch.
     """
     slots: dict[tuple[Any, ...], list[Factors | None]] = {}
     for batch, uses in enumerate(parts):
@@ -55,7 +55,7 @@ def joined(parts: Sequence[Sequence[Factors]], counts: Sequence[int]) -> list[Fa
 
 
 def _one_after_another(uses: Sequence[Factors | None], counts: Sequence[int]) -> Factors:
-    """One use in each micro-batch, padded with zeros to as many positions as the longest has."""
+    """One use joined over the micro-batches, padded with zeros to the largest number of positions."""
     given = [use for use in uses if use is not None]
     first, longest = given[0], max(use.left.shape[1] for use in given)
 
@@ -83,7 +83,7 @@ def _one_after_another(uses: Sequence[Factors | None], counts: Sequence[int]) ->
 
 
 def largest(footprints: Iterable[Mapping[str, Footprint]]) -> dict[str, Footprint]:
-    """By parameter, of factors that were dropped before the next micro-batch came."""
+    """Each parameter's largest footprint, in bytes, over the micro-batches."""
     found: dict[str, Footprint] = {}
     for batch in footprints:
         for name, one in batch.items():

@@ -1,4 +1,4 @@
-"""The candidates' gradients of one parameter, multiplied out a range at a time into memory that is used again."""
+"""Blocks: the candidates' gradients of one parameter, multiplied out in ranges of rows into reused memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ftw_optim._preconditioners.maps import Preconditioner
 
 @final
 class Buffer:
-    """Memory for multiplied-out gradients, reused from layer to layer: fresh pages cost more than arithmetic."""
+    """Memory for multiplied-out gradients, reused from layer to layer: fresh pages cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
@@ -25,7 +25,7 @@ class Buffer:
         return Buffer, ()  # copies and pickles are empty
 
     def of(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """At least ``numel`` entries; what they held before is lost."""
+        """A flat tensor of at least ``numel`` entries; the contents of the one returned before are lost."""
         memory = self._memory
         if memory is None or memory.numel() < numel or memory.dtype != dtype or memory.device != device:
             self._memory = memory = None  # free the old one first
@@ -39,10 +39,10 @@ class Block:
     """The candidates' gradients of one parameter, seen as matrices and multiplied out a range of rows at a time.
 
     Attributes:
-        uses: with one row of positions for each candidate, and no scale.
-        shape: of the parameter.
-        limit: bytes that may be multiplied out at a time.
-        buffer: their memory.
+        uses: the uses of the parameter, with one row of positions for each candidate and the scale divided out.
+        shape: the parameter's shape.
+        limit: bytes of gradients that may be multiplied out at a time.
+        buffer: the memory for these gradients.
     """
 
     uses: Sequence[Factors]
@@ -52,22 +52,22 @@ class Block:
 
     @classmethod
     def of(cls, uses: Sequence[Factors], shape: torch.Size, *, scale: float, limit: int, buffer: Buffer) -> Block:
-        """The block of a parameter's uses as they were captured: the one place where their ``scale`` is divided out."""
+        """The block of a parameter's captured uses; only here is the ``scale`` of the losses divided out."""
         return cls(uses=[use.by_row().divided(scale) for use in uses], shape=shape, limit=limit, buffer=buffer)
 
     @property
     def count(self) -> int:
-        """How many candidates."""
+        """The number of candidates."""
         return self.uses[0].count
 
     @property
     def rows(self) -> int:
-        """Rows of each gradient."""
+        """The number of rows of each gradient."""
         return self.uses[0].rows
 
     @property
     def columns(self) -> int:
-        """Columns of each gradient."""
+        """The number of columns of each gradient."""
         return self.uses[0].columns
 
     @property
@@ -77,29 +77,32 @@ class Block:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether a map can be folded in on either side: a matrix whose uses are all outer products of whole rows."""
+        """Whether a map can be folded into the factors: the parameter is a matrix with dense outer products only."""
         dense = all(not use.indexed and not use.whole and use.right is not None for use in self.uses)
         return dense and tuple(self.shape) == (self.rows, self.columns)
 
     def at_once(self, copies: int = 1) -> int:
-        """How many rows fit into the limit, ``copies`` times."""
+        """The number of rows of all gradients and the target that fit into the limit ``copies`` times; at least 1."""
         return min(
             self.rows, max(1, self.limit // max(1, copies * (self.count + 1) * self.columns * self.dtype.itemsize))
         )
 
     def ranges(self, copies: int = 1) -> Iterator[tuple[int, int]]:
-        """Ranges of rows that fit."""
+        """The ranges ``(start, stop)`` of rows that fit into the limit ``copies`` times, which cover all rows."""
         step = self.at_once(copies)
         for start in range(0, self.rows, step):
             yield start, min(self.rows, start + step)
 
     def out(self, start: int, stop: int, *, beside: Tensor | None = None) -> Tensor:
-        """Rows ``start`` to ``stop`` of all gradients, ``(n, stop - start, columns)``, until the next call.
+        """Multiply out rows ``start`` to ``stop`` of all gradients: ``(n, stop - start, columns)``.
+
+        The result lies in the buffer and is overwritten by the next call.
 
         Args:
-            start: first row.
-            stop: behind the last row.
-            beside: these rows of one gradient more, ``(stop - start, columns)``, which becomes the last.
+            start: the first row.
+            stop: one past the last row.
+            beside: the same rows of one further gradient, ``(stop - start, columns)``, which becomes the last entry of
+                the then ``n + 1``.
         """
         with profiled("materialise"):
             first, size = self.uses[0], (stop - start) * self.columns
@@ -116,16 +119,16 @@ class Block:
         return weighted_sum(self.uses, weights, self.shape)
 
     def sides(self) -> tuple[Tensor, Tensor]:
-        """Left and right sides of all uses of a matrix, one use after another: shape ``(n, t, rows | columns)``."""
+        """The sides of all uses of a matrix, joined along ``t``: left ``(n, t, rows)``, right ``(n, t, columns)``."""
         left = torch.cat([use.left for use in self.uses], dim=1).to(self.dtype)
         return left, torch.cat([use.right for use in self.uses if use.right is not None], dim=1).to(self.dtype)
 
     def folded(self, preconditioner: Preconditioner) -> Block:
-        """The block of ``P g``, of a matrix under a map that folds."""
+        """The block of the gradients ``P g``, for a matrix and a map that can be folded into factors."""
         return self._changed(preconditioner.fold)
 
     def turned(self, left: Tensor | None, right: Tensor | None) -> Block:
-        """The block of ``left' g right``, of a matrix; None for the identity."""
+        """The block of the gradients ``left' g right``, for a matrix; None stands for the identity."""
 
         def turn(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
             rows = rows if left is None else rows @ left.to(rows)
@@ -142,7 +145,7 @@ class Block:
         return replace(self, uses=uses)
 
     def compact(self) -> tuple[Block, Tensor | None]:
-        """Only the rows that one-hot factors touch, and which these are; None where dense ones touch all."""
+        """The block of the rows that one-hot factors touch, and their indices; None where dense factors touch all."""
         if not all(use.indexed and not use.whole for use in self.uses):
             return self, None
         touched = _distinct(torch.cat([use.left.flatten() for use in self.uses]), self.rows)
@@ -153,7 +156,7 @@ class Block:
         return replace(self, uses=uses), touched
 
     def some(self, part: slice) -> Block:
-        """The block of some candidates."""
+        """The block of the candidates in ``part``."""
         uses = [
             replace(use, left=use.left[part], right=None if use.right is None else use.right[part]) for use in self.uses
         ]
@@ -161,14 +164,14 @@ class Block:
 
 
 def parts(n: int, size: int, limit: int) -> Iterator[slice]:
-    """Ranges of ``n`` candidates that fit into ``limit`` bytes at ``size`` each."""
+    """Ranges of the ``n`` candidates that each fit into ``limit`` bytes, at ``size`` bytes a candidate."""
     at_once = max(1, limit // max(1, size))
     for start in range(0, n, at_once):
         yield slice(start, min(n, start + at_once))
 
 
 def _distinct(indices: Tensor, rows: int) -> Tensor:
-    """The distinct ones, sorted; on an accelerator padded to a length that is known without asking it."""
+    """The distinct indices, sorted; on an accelerator padded to a length that is known without synchronising."""
     ordered = indices.sort().values
     new = torch.ones_like(ordered, dtype=torch.bool)
     new[1:] = ordered[1:] != ordered[:-1]

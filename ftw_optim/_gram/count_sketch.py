@@ -1,8 +1,8 @@
-"""Count sketches of matrices, dense, by rows or in factors.
+"""Count sketches of matrices, which are given dense, by rows, or as factors.
 
-A count sketch adds every entry of a matrix, with a random sign, to one of ``size`` buckets. Bucket and sign of an entry
-are made of one of its row and one of its column, so that a sum of outer products need not be multiplied out: the sketch
-of an outer product is the circular convolution of the sketches of its sides.
+A count sketch adds every entry of a matrix, with a random sign, to one of ``size`` buckets. The bucket of an entry is
+the sum of one for its row and one for its column, the sign the product of two signs. So a sum of outer products need
+not be multiplied out: the sketch of an outer product is the circular convolution of the sketches of its sides.
 
 Source: Charikar, Chen and Farach-Colton (2002); Pham and Pagh (2013) for the convolution.
 """
@@ -19,10 +19,10 @@ from torch import Tensor
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Hash:
-    """Bucket and sign of each entry of a matrix: those of its row and of its column together.
+    """The bucket and the sign of each entry of a matrix, combined from those of its row and its column.
 
-    Rows share a bucket only where there are more rows than buckets, and columns alike: entries in one row or column
-    then never meet, and the error is that of entirely random buckets and signs.
+    Rows share a bucket only where there are more rows than buckets; the same holds for columns. Otherwise two entries
+    of one row or one column never share a bucket, and the error is that of entirely random buckets and signs.
     """
 
     rows: Tensor
@@ -42,7 +42,7 @@ class Hash:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Hash:
-        """A hash drawn at random, on the CPU: the same on every device."""
+        """A random hash; it is drawn on the CPU, so that it is the same on every device."""
 
         def buckets(count: int) -> Tensor:
             return (torch.randperm(max(count, size), generator=generator)[:count] % size).to(device)
@@ -59,16 +59,16 @@ class Hash:
         )
 
     def signs(self, start: int, stop: int) -> Tensor:
-        """Signs of the entries in rows ``start`` to ``stop``."""
+        """The signs of the entries in rows ``start`` to ``stop``, shape ``(stop - start, columns)``."""
         return self.row_signs[start:stop, None] * self.column_signs
 
     def add_signed(self, sums: Tensor, matrices: Tensor, start: int) -> None:
-        """Add rows ``start`` and on of matrices, shape ``(n, some, columns)``, that have their signs already."""
+        """Add the rows from ``start`` on of n matrices, ``(n, some, columns)``, already multiplied by their signs."""
         bucket = (self.rows[start : start + matrices.shape[1], None] + self.columns) % self.size
         sums.index_add_(1, bucket.flatten(), matrices.flatten(1).to(sums))
 
     def add_rows(self, sums: Tensor, index: Tensor, values: Tensor) -> None:
-        """Add rows ``values`` (n, t, columns) of matrices, each at its ``index`` (n, t)."""
+        """Add single rows of n matrices: row ``values`` (n, t, columns) at the row number ``index`` (n, t)."""
         signed = values * (self.row_signs[index][..., None] * self.column_signs)
         bucket = (self.rows[index][..., None] + self.columns) % self.size
         bucket += torch.arange(0, sums.numel(), self.size, device=sums.device)[:, None, None]

@@ -1,4 +1,4 @@
-"""Factors, target gradient and preconditioner to the small Gram matrix, parameter by parameter."""
+"""The exact Gram matrix, added up parameter by parameter from factors, target gradient and preconditioner."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class GramSums:
     """Inner products of all candidates with each other and with the target, added up parameter by parameter.
 
     Args:
-        spec: what they are made with.
-        accepted: bool (n,), on the CPU: candidates that are not rejected; the factors of the others are zero.
+        spec: the inputs and options of the Gram matrix.
+        accepted: mask of the candidates that are not rejected, bool (n,) on the CPU; the factors of others are zero.
     """
 
     def __init__(self, spec: GramSpec, accepted: Tensor) -> None:
@@ -36,7 +36,7 @@ class GramSums:
     def add(self, name: str, uses: Sequence[Factors]) -> str:
         """Add the share of one scored parameter that the candidates reached; returns the way that was taken.
 
-        Those they did not reach are left out, of the target energy too: the step does not move them.
+        Parameters that no candidate reached are left out, of the target energy too: the step does not move them.
         """
         spec, block = self._spec, self._spec.block(name, uses)
         return add_parameter(
@@ -49,5 +49,5 @@ class GramSums:
         )
 
     def products(self) -> dict[Metric, Products]:
-        """For each metric what was added up."""
+        """The products added up so far, by metric."""
         return self._sums

@@ -1,4 +1,4 @@
-"""Inner products of all candidates with each other and with the target, as they add up over parameters."""
+"""Inner products of all candidates with each other and with the target, summed over parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Products:
         gram: shape (n, n).
         cross_gram: shape (n,).
         target_energy: a scalar.
-        error: a scalar: standard error of each over the norms it is of; zero where they are exact.
+        error: a scalar: standard error of a product, relative to the norms of its two gradients; zero where exact.
     """
 
     gram: Tensor
@@ -32,7 +32,7 @@ class Products:
 
     @classmethod
     def zeros(cls, n: int, *, dtype: torch.dtype, device: torch.device) -> Products:
-        """Nothing summed yet, for ``n`` candidates."""
+        """Products of ``n`` candidates before anything is added: all zero."""
         return cls(
             gram=torch.zeros(n, n, dtype=dtype, device=device),
             cross_gram=torch.zeros(n, dtype=dtype, device=device),
@@ -47,11 +47,11 @@ class Products:
             self.add_cross(left, target)
 
     def add_square(self, rows: Tensor, n: int) -> None:
-        """Add the products of the candidates' rows with each other, and with the target's row if it is behind them.
+        """Add the products of the candidates' rows with each other, and with the target's row if there is one.
 
         Args:
-            rows: shape ``(n, d)`` or ``(n + 1, d)``.
-            n: candidates.
+            rows: shape ``(n, d)``, or ``(n + 1, d)`` with the target's row as the last.
+            n: number of candidates.
         """
         with profiled("products"):
             both = inner(rows, rows).to(self.gram)
@@ -69,7 +69,7 @@ class Products:
         self.target_energy += inner(left.flatten()[None], right.flatten()[None])[0, 0].to(self.target_energy)
 
     def among(self, n: int, rows: Tensor) -> Products:
-        """These products inside a system of ``n`` candidates; zero for those not in ``rows``."""
+        """The products inside a system of ``n`` candidates, at the indices ``rows``; zero for all others."""
         whole = Products.zeros(n, dtype=self.gram.dtype, device=self.gram.device)
         whole.gram[rows[:, None], rows] = self.gram
         whole.cross_gram[rows] = self.cross_gram
@@ -77,7 +77,7 @@ class Products:
         return whole
 
     def of(self, accepted: Tensor) -> Products:
-        """The same products with zeros for all but the ``accepted`` candidates, bool (n,)."""
+        """The products with zeros for all but the ``accepted`` candidates, bool (n,)."""
         both, zero = accepted[:, None] & accepted, self.gram.new_zeros(())
         return replace(
             self,
@@ -87,7 +87,7 @@ class Products:
 
 
 def on_host(problem: Mapping[Metric, Products], *others: Tensor) -> tuple[dict[Metric, Products], list[Tensor]]:
-    """Products on the CPU, and other small tensors with them, in one copy: a device is waited for once.
+    """The products and other small tensors on the CPU, in one copy: the device is waited for only once.
 
     Args:
         problem: the products in each metric.
@@ -118,11 +118,11 @@ def on_host(problem: Mapping[Metric, Products], *others: Tensor) -> tuple[dict[M
 
 
 RUN = 4096
-"""Entries that are summed in one go; longer sums lose digits (seen: 5e-5 of them in float32, and no sooner)."""
+"""Entries that are summed in one go; longer sums lose digits (seen: a relative error of 5e-5 in float32)."""
 
 
 def inner(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right.T`` of long rows, ``(n, d)`` and ``(m, d)``, as the sum of many short ones."""
+    """``left @ right.T`` of long rows, ``(n, d)`` and ``(m, d)``, as a sum of products of short pieces."""
     whole = left.shape[1] // RUN * RUN
     if whole <= RUN:
         return left @ right.T

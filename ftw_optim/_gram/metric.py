@@ -1,4 +1,4 @@
-"""The metrics in which gradients are compared: each is a power of the preconditioner on either side."""
+"""The metrics in which gradients are compared: each applies a power of the preconditioner to both sides."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Side = TypeVar("Side")
 class Metric(StrEnum):
     """An inner product ``<P^power g, P^power h>`` of two gradients.
 
-    Members are equal to their names as users write them, so that both serve as keys.
+    Members are equal to the strings that users write, so that both can be used as keys.
     """
 
     PRECONDITIONED = "preconditioned"
@@ -20,11 +20,11 @@ class Metric(StrEnum):
 
     @property
     def power(self) -> float:
-        """The power of ``P`` on either side: 0, 1/2 or 1."""
+        """The power of ``P`` on each side: 0, 1/2 or 1."""
         return _POWERS[self]
 
     def sides(self, plain: Side, moved: Side) -> tuple[Side, Side]:
-        """What stands on either side of the inner product, of ``plain`` gradients and the same ``moved`` by ``P``."""
+        """The left and right side of the inner product: each is ``plain`` (``g``) or ``moved`` (``P g``)."""
         times = round(2 * self.power)  # P is symmetric: how often it is applied in all
         return moved if times > 1 else plain, moved if times > 0 else plain
 

@@ -12,5 +12,5 @@ _NOTHING = nullcontext()
 
 def profiled(name: str) -> AbstractContextManager[object]:
     """A range of ``torch.profiler``, named ``ftw_optim/NAME``; nothing where no profiler runs."""
-    # Asked first: a range that nobody records takes 20 microseconds within a step, and there are hundreds of them.
+    # A range that no profiler records still takes 20 microseconds, and a step has hundreds of them.
     return record_function(f"ftw_optim/{name}") if _profiler_enabled() else _NOTHING

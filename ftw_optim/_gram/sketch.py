@@ -1,8 +1,8 @@
-"""The Gram matrix where exact is out of reach: a few numbers for each candidate, right on average.
+"""The sketched Gram matrix, for steps where the exact one costs too much: an unbiased estimate.
 
-Every gradient is reduced to a count sketch (:mod:`~ftw_optim._gram.count_sketch`) under a map whose square is the
-metric's: inner products of the sketches are unbiased estimates of those of the gradients. Where the map folds into
-factors and the layer is wide, no gradient is multiplied out.
+Every gradient is multiplied by the metric's power of ``P`` and reduced to a count sketch
+(:mod:`~ftw_optim._gram.count_sketch`): inner products of the sketches are unbiased estimates of those of the gradients.
+Where the map folds into factors and the layer is wide, no gradient is multiplied out.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from ftw_optim._gram.ways import BYTE, rotated
 from ftw_optim._preconditioners.maps import Preconditioner, Scalar
 
 COPIES = 2
-"""Independent halves of a sketch; how far they are apart tells its error."""
+"""Independent halves of a sketch; their difference tells its error."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Sketch:
-    """Has the Gram matrix estimated from ``dim`` numbers for each candidate in place of its gradient.
+    """The option to estimate the Gram matrix from ``dim`` numbers for each candidate: ``gram=Sketch(dim)``.
 
-    For many candidates, whose exact Gram matrix takes ``n ** 2`` products of whole gradients, and for micro-batches
-    under ``combine="rerun"``, whose factors are dropped as soon as they are sketched. Gram matrix, cross products and
-    target energy are all of the same sketch, drawn anew at each step from the optimizer's seed, and positive
-    semi-definite; each is unbiased, with a standard error of about ``(2 / dim) ** 0.5`` of the norms it is of.
-    ``selection.sketch`` holds the error measured in the step.
+    Use it for many candidates, whose exact Gram matrix takes ``n ** 2`` products of whole gradients, and for
+    micro-batches under ``combine="rerun"``, whose factors are dropped as soon as they are sketched. Gram matrix, cross
+    products and target energy come from the same sketch, so together they are positive semi-definite. The sketch is
+    drawn anew at each step from the optimizer's seed. Each product is unbiased, with a standard error of about
+    ``(2 / dim) ** 0.5`` times the norms of its two gradients. ``selection.sketch`` holds the error as measured.
 
     Attributes:
-        dim: how many numbers; even.
+        dim: numbers kept for each candidate; even.
 
     Source: Charikar, Chen and Farach-Colton (2002); Pham and Pagh (2013) for the sketch of an outer product.
     """
@@ -57,14 +57,14 @@ class Sketch:
 class SketchSums:
     """Sketches of all candidates and of the target, added up parameter by parameter; see :class:`GramSums`.
 
-    The target gradient stands for the gradient that the coming step is expected to see, in place of the candidates'
-    mean: so no candidate's sketch depends on another's, and they may come in any number of micro-batches.
+    The preconditioner is taken at the target gradient, not at the candidates' mean gradient as in :class:`GramSums`. So
+    no candidate's sketch depends on another's, and candidates may come in any number of micro-batches.
 
     Args:
-        spec: what they are made with.
-        accepted: bool (n,), on the CPU: candidates that are not rejected; the factors of the others are zero.
-        sketch: its size.
-        seed: of its random numbers.
+        spec: the inputs and options of the Gram matrix.
+        accepted: mask of the candidates that are not rejected, bool (n,) on the CPU; the factors of others are zero.
+        sketch: the size of the sketch.
+        seed: seed of the random buckets and signs.
     """
 
     def __init__(self, spec: GramSpec, accepted: Tensor, *, sketch: Sketch, seed: int) -> None:
@@ -81,7 +81,7 @@ class SketchSums:
         self.more(len(accepted))
 
     def more(self, n: int) -> None:
-        """Begin with ``n`` further candidates; what is added from now on is theirs."""
+        """Begin a micro-batch of ``n`` further candidates, to which all later :meth:`add` calls belong."""
         self._batches.append(self._zeros(n))
 
     def _zeros(self, n: int) -> dict[Metric, Tensor]:
@@ -90,7 +90,7 @@ class SketchSums:
 
     @torch.no_grad()
     def add(self, name: str, uses: Sequence[Factors]) -> str:
-        """Add one scored parameter that the candidates reached; ``"convolved"`` if it was so in every metric."""
+        """Add one scored parameter that the candidates reached; ``"convolved"`` if that was the way in all metrics."""
         block = self._spec.block(name, uses)
         target = self._spec.target.get(name)
         preconditioner = self._spec.preconditioner(name, block, self._reference(name, target))
@@ -106,13 +106,13 @@ class SketchSums:
         return CONVOLVED if taken == {CONVOLVED} else MATERIALISED
 
     def _reference(self, name: str, target: Tensor | None) -> Tensor:
-        """The target gradient, which the step is to match; its usual size where it has nothing of a parameter."""
+        """The target gradient of a parameter; where that is zero, its root mean square over all parameters."""
         if target is None:
             target = torch.zeros(self._spec.shapes[name], dtype=self._spec.dtype, device=self._spec.device)
         return target if self._usual is None else torch.where(target.any(), target, self._usual.to(target))
 
     def _hashes(self, name: str, block: Block) -> list[Hash]:
-        """The same for every micro-batch, in whatever order parameters come."""
+        """The hashes of a parameter, one for each copy: the same in every micro-batch and order of parameters."""
         generator = torch.Generator().manual_seed(self._seed ^ zlib.crc32(name.encode()))
         return [
             Hash.drawn(block.rows, block.columns, self._size, generator, dtype=block.dtype, device=self._spec.device)
@@ -120,7 +120,7 @@ class SketchSums:
         ]
 
     def products(self) -> dict[Metric, Products]:
-        """For each metric the estimated products, of all candidates so far."""
+        """The estimated products of all candidates added so far, by metric."""
         found = {}
         for metric in self._spec.metrics:
             rows = torch.cat([batch[metric] for batch in self._batches], dim=1)
@@ -137,7 +137,10 @@ class SketchSums:
 
 
 def _relative_error(halves: Tensor) -> Tensor:
-    """Standard error of an entry of the mean of two estimates (2, n, n), over the norms it is of: root mean square."""
+    """The relative standard error of the mean of two estimates (2, n, n), as root mean square over the entries.
+
+    Each entry is taken relative to the norms of its two gradients.
+    """
     norms = halves.mean(dim=0).diagonal().sqrt()
     apart = (halves[0] - halves[1]) / 2 / (norms[:, None] * norms)
     some = apart.isfinite()
@@ -150,10 +153,10 @@ def _add_block(
     """Add the sketches of ``side`` applied to each gradient of the block: ``sums`` (copies, n, size).
 
     Args:
-        sums: added to.
+        sums: the sketches, which are added to.
         block: the candidates' gradients.
-        side: a map of them.
-        hashes: one for each copy.
+        side: the map that is applied to them.
+        hashes: one hash for each copy.
         way: :data:`CONVOLVED`, where gradient and map allow it, or :data:`MATERIALISED`; None: the cheaper one.
 
     Returns:
@@ -189,7 +192,7 @@ def _add_block(
 
 
 def _moved(target: Tensor, block: Block, side: Preconditioner) -> Tensor:
-    """The target gradient as :func:`_add_block` has those of the block, (rows, columns)."""
+    """The target gradient, moved by ``side`` as :func:`_add_block` moves the candidates': (rows, columns)."""
     if block.is_matrix and (turned := side.basis()) is not None:
         left, right, diagonal = turned
         return diagonal.values.to(target) * rotated(target, left, right)
@@ -197,12 +200,12 @@ def _moved(target: Tensor, block: Block, side: Preconditioner) -> Tensor:
 
 
 def _convolves(block: Block, size: int, way: str | None) -> bool:
-    """Whether both sides are to be sketched apart, where the map folds into them."""
+    """Whether the two sides of the factors are to be sketched separately; asked where the map folds into them."""
     return _convolving_is_cheaper(block, size) if way is None else way == CONVOLVED
 
 
 def _convolving_is_cheaper(block: Block, size: int) -> bool:
-    """Whether sketches of both sides cost less than gradients multiplied out, in multiplications."""
+    """Whether sketching both sides costs less, in multiplications, than multiplying out the gradients."""
     n, rows, columns = block.count, block.rows, block.columns
     positions = sum(use.left.shape[1] for use in block.uses)
     byte = BYTE * block.dtype.itemsize
@@ -214,7 +217,7 @@ def _convolving_is_cheaper(block: Block, size: int) -> bool:
 
 
 def _add_matrices(sums: Tensor, matrices: Tensor, start: int, hashes: Sequence[Hash]) -> None:
-    """Add sketches of rows ``start`` and on, shape ``(n, some, columns)``, which are overwritten."""
+    """Add the sketches of the rows from ``start`` on, ``(n, some, columns)``; ``matrices`` is overwritten."""
     signs: Tensor | None = None
     for into, one in zip(sums, hashes, strict=True):
         new = one.signs(start, start + matrices.shape[1])
@@ -224,7 +227,7 @@ def _add_matrices(sums: Tensor, matrices: Tensor, start: int, hashes: Sequence[H
 
 
 def _add_outer(sums: Tensor, block: Block, side: Preconditioner, hashes: Sequence[Hash]) -> None:
-    """Add sketches of factors into which the map is folded, without multiplying them out."""
+    """Add the sketches of factors without multiplying them out; the map is folded into the factors first."""
     left, right = side.fold(*block.sides())
     at_once = 6 * left.shape[1] * hashes[0].size * block.dtype.itemsize
     for part in parts(block.count, at_once, block.limit):
@@ -233,7 +236,7 @@ def _add_outer(sums: Tensor, block: Block, side: Preconditioner, hashes: Sequenc
 
 
 def _add_indexed(sums: Tensor, use: Factors, block: Block, factor: Tensor | float, hashes: Sequence[Hash]) -> None:
-    """Add sketches of one-hot factors, position by position."""
+    """Add the sketches of one-hot factors, position by position."""
     assert use.right is not None
     at_once = 6 * use.right[0].numel() * block.dtype.itemsize
     for part in parts(block.count, at_once, block.limit):

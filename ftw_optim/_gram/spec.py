@@ -1,4 +1,4 @@
-"""What the Gram matrix of one step is made with, whether it is exact or sketched."""
+"""The inputs and options of one step's Gram matrix, exact or sketched."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from ftw_optim._gram.metric import Metric
 from ftw_optim._preconditioners.maps import Preconditioner
 
 DEFAULT_MEMORY_LIMIT = 256 * 2**20
-"""Bytes of multiplied-out gradients that may exist at a time, unless the user says otherwise."""
+"""Bytes of multiplied-out gradients that may exist at a time, unless the user sets a limit."""
 
 Observe = Callable[[str, Block, Tensor, Preconditioner], None]
-"""Told of each parameter that is added: its name, its gradients, the reference, and the ``P`` taken at that."""
+"""A function that is called with each added parameter: name, gradients, reference, and ``P`` at the reference."""
 
 MATERIALISED, TOKENS, CONVOLVED = "materialised", "tokens", "convolved"
-"""Ways: gradients multiplied out; pairs of positions; and, in a sketch, both sides apart."""
+"""Ways: gradients multiplied out; pairs of positions; and, in a sketch, both sides of the factors separately."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GramSpec:
-    """What the Gram matrix of one step is made with.
+    """The inputs and options of one step's Gram matrix.
 
     Attributes:
-        shapes: of the scored parameters, by name.
-        target: target gradient of each; none where the target does not depend on it.
+        shapes: the shapes of the scored parameters, by name.
+        target: the target gradients, by name; no entry where the target does not depend on the parameter.
         precondition: ``(name, reference) -> P``.
-        metrics: those that are summed.
-        dtype: to sum in.
-        device: to sum on.
-        scale: what the factors were multiplied by.
+        metrics: the metrics in which products are summed.
+        dtype: the dtype of the sums.
+        device: the device of the sums.
+        scale: the factor by which the losses, and so the factors, were multiplied.
         memory_limit: bytes of multiplied-out gradients that may exist at a time.
-        buffer: memory for them that outlives the sums.
-        way: one that every parameter takes where it can; None: the cheapest for each.
-        observe: told of each parameter before it is added.
+        buffer: memory for these gradients, which outlives the sums.
+        way: the way that every parameter takes where it can; None: the cheapest for each.
+        observe: called with each parameter before it is added.
     """
 
     shapes: Mapping[str, torch.Size]
@@ -60,17 +60,17 @@ class GramSpec:
         return Block.of(uses, self.shapes[name], scale=self.scale, limit=self.memory_limit, buffer=self.buffer)
 
     def preconditioner(self, name: str, block: Block, reference: Tensor) -> Preconditioner:
-        """``P`` of one parameter at the gradient that the coming step is expected to see."""
+        """``P`` of one parameter at ``reference``, the gradient that the coming step is expected to see."""
         preconditioner = self.precondition(name, reference)
         if self.observe is not None:
             self.observe(name, block, reference, preconditioner)
         return preconditioner
 
     def refuse_other_ways(self, *known: str) -> None:
-        """Refuse a way that these sums do not have.
+        """Refuse a :attr:`way` that these sums do not have.
 
         Raises:
-            ValueError: it is neither None nor one of the known ones.
+            ValueError: the way is neither None nor one of the ``known`` ones.
         """
         if self.way is not None and self.way not in known:
             raise ValueError(f"way must be None or one of {', '.join(map(repr, known))}, got {self.way!r}.")

@@ -1,9 +1,10 @@
-"""Ways from the factors of one parameter to its share of the Gram matrix; all give the same number, some sooner.
+"""Ways from the factors of one parameter to its share of the Gram matrix: the same result at different costs.
 
-*Multiplied out*, a range of rows at a time: linear in the positions, and the only way for an element-wise ``P`` of no
-further structure. *Tokens*: ``<g_i, g_j>`` as the sum over pairs of positions of ``<left, left> <right, right>``,
-without any gradient; quadratic in the positions, so for short contexts in wide layers. A ``P`` with structure is folded
-into the factors first: ``L G R`` has the factors ``L left`` and ``R' right``.
+*Materialised*: the gradients are multiplied out, a range of rows at a time. The cost is linear in the positions; it is
+the only way for an element-wise ``P`` without further structure. *Tokens*: ``<g_i, g_j>`` is the sum of
+``<left, left> <right, right>`` over pairs of positions, and no gradient is formed. The cost is quadratic in the
+positions, so it serves short contexts in wide layers. A ``P`` with structure is folded into the factors first:
+``L G R`` has the factors ``L left`` and ``R' right``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ftw_optim._gram.spec import MATERIALISED, TOKENS
 from ftw_optim._preconditioners.maps import Preconditioner
 
 BYTE = 10.0
-"""What moving a byte costs, in multiplications: memory is what a large layer's gradients wait for."""
+"""The cost of moving a byte, in multiplications: memory limits the speed for a large layer's gradients."""
 
 
 def add_parameter(
@@ -32,14 +33,14 @@ def add_parameter(
     *,
     way: str | None = None,
 ) -> str:
-    """Add one parameter's share, in whichever way costs least.
+    """Add one parameter's share to the products, in the cheapest way unless one is given.
 
     Args:
-        sums: by metric.
+        sums: the products to add to, by metric.
         block: the candidates' gradients.
-        target: gradient of the parameter; None: it has none.
+        target: the target gradient of the parameter; None where it has none.
         precondition: ``mean candidate gradient -> P``.
-        mean: weights of the mean, shape ``(n,)``.
+        mean: the candidates' weights in that mean, shape ``(n,)``.
         way: :data:`TOKENS`, where gradient and ``P`` allow it, or :data:`MATERIALISED`; None: the cheaper one.
 
     Returns:
@@ -55,7 +56,7 @@ def add_parameter(
         reference = (mean.to(first) @ first[: block.count].flatten(1)).reshape(block.shape)
     else:
         reference = block.mean(mean)
-    # Of a candidate that is not finite nothing will be kept; until that is known, no rule is to meet it.
+    # A candidate that is not finite is rejected later; until then its values must not reach a rule.
     preconditioner = precondition(reference.nan_to_num_(0.0, 0.0, 0.0))
     if block.is_matrix and (turned := preconditioner.basis()) is not None:
         left, right, preconditioner = turned
@@ -89,12 +90,12 @@ def add_parameter(
 
 
 def _takes_tokens(block: Block, metrics: int, way: str | None) -> bool:
-    """Whether pairs of positions are to be formed, if the map can be folded."""
+    """Whether to take the way *tokens*, provided that the map can be folded."""
     return tokens_are_cheaper(block, metrics) if way is None else way == TOKENS and block.is_matrix
 
 
 def tokens_are_cheaper(block: Block, metrics: int) -> bool:
-    """Whether pairs of positions cost less than gradients multiplied out, if the map can be folded."""
+    """Whether *tokens* costs less than multiplying out the gradients, provided that the map can be folded."""
     if not block.is_matrix:
         return False
     n, rows, columns = block.count, block.rows, block.columns
@@ -106,9 +107,10 @@ def tokens_are_cheaper(block: Block, metrics: int) -> bool:
 
 
 def _add_elementwise(sums: Mapping[Metric, Products], rows: Tensor, n: int, factor: Tensor | float) -> None:
-    """Add products of ``n`` candidates and the target behind them, ``(n + 1, some, columns)``, which are overwritten.
+    """Add the products of ``n`` candidates, and of the target where ``rows`` holds it as the last entry.
 
-    Those of ``g``, then of ``R g``, then of ``P g``, where ``P = R R``.
+    ``rows``, ``(n, some, columns)`` or ``(n + 1, some, columns)``, is overwritten: it is first ``g``, then ``R g``,
+    then ``P g``, where ``P = R R``.
     """
     root = factor.sqrt() if isinstance(factor, Tensor) else factor**0.5
     power = 0.0
@@ -122,7 +124,7 @@ def _add_elementwise(sums: Mapping[Metric, Products], rows: Tensor, n: int, fact
 def _add_tokens(
     sums: Mapping[Metric, Products], block: Block, target: Tensor | None, preconditioner: Preconditioner
 ) -> None:
-    """Add sums over pairs of positions, some candidates at a time, with a power of the map folded into the factors."""
+    """Add sums over pairs of positions, some candidates at a time; the power of ``P`` is folded into the factors."""
     n, dtype = block.count, block.dtype
     left, right = block.sides()
     positions = left.shape[1]
@@ -147,7 +149,7 @@ def _add_pair(
     preconditioner: Preconditioner,
     first: Tensor | None,
 ) -> None:
-    """Add ``<g, P g>`` under a map that is folded into a second block, a range of rows at a time."""
+    """Add the products under a map that is folded into the factors of a second block, a range of rows at a time."""
     moved = replace(block.folded(preconditioner), buffer=Buffer())
     moved_target = None if target is None else preconditioner.apply(target)
     whole = first is not None and block.at_once(copies=2) == block.rows
@@ -166,7 +168,7 @@ def _add_pair(
 def _add_general(
     sums: Mapping[Metric, Products], block: Block, target: Tensor | None, preconditioner: Preconditioner
 ) -> None:
-    """Add products under a map that mixes entries, which is applied to the gradients of some candidates at a time."""
+    """Add the products under a map that mixes entries; it is applied to the gradients of some candidates at a time."""
     n, size = block.count, block.rows * block.columns * block.dtype.itemsize
     fits = 2 * n * size <= block.limit
     ranges = [slice(0, n)] if fits else list(parts(n, 4 * size, block.limit))
@@ -198,6 +200,6 @@ def _add_general(
 
 
 def rotated(target: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """``left' target right``."""
+    """``left' target right``, where None stands for the identity."""
     target = target if left is None else left.T.to(target) @ target
     return target if right is None else target @ right.to(target)

@@ -1,7 +1,7 @@
-"""Layer rules: how the gradient of one kind of layer factorizes, one registered function for each kind.
+"""Layer rules: one registered function for each kind of layer, which gives its gradients in factorized form.
 
 A rule takes a layer's inputs and output gradients and returns :class:`~ftw_optim.Factors`; ``registry.py`` finds the
-rule of a module. May import ``_factors`` alone. To add a kind of layer, add a file beside ``linear.py`` and name it
+rule of a module. May import only ``_factors``. To add a kind of layer, add a file beside ``linear.py`` and name it
 below.
 """
 

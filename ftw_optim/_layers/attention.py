@@ -1,4 +1,4 @@
-"""``nn.MultiheadAttention``: four Linear layers whose weights it reads itself."""
+"""``nn.MultiheadAttention``: four Linear layers whose weights the module reads itself, without calling layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ftw_optim._factors.factors import Factors
 from ftw_optim._layers.registry import register_layer
 
 _DEFAULTS = (None, True, None, True, False)
-"""Of key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal."""
+"""Default values of key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal."""
 
 
 def _refuses(module: nn.Module) -> str | None:
@@ -35,7 +35,7 @@ def _refuses(module: nn.Module) -> str | None:
     replays=True,  # the dropout of the attention weights
 )
 def attention(module: nn.Module, inputs: tuple[Any, ...], output_grad: Any) -> dict[str, Factors | Tensor]:
-    """Each projection is a Linear layer; what lies between them is run again to get the gradients behind them."""
+    """Each projection is a Linear layer; the attention between them is run again to get their output gradients."""
     assert isinstance(module, nn.MultiheadAttention)
     sources: list[Tensor] = list(inputs[:3])
     given: list[Any] = list(inputs[3:])
@@ -95,7 +95,7 @@ def attention(module: nn.Module, inputs: tuple[Any, ...], output_grad: Any) -> d
         found[f"{name}_proj_weight"] = Factors(left=grad, right=x)
     places = {(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in sources}
     same = len(places) == 1  # self-attention
-    # One matrix for the three: their rows side by side, on common positions if the inputs are the same.
+    # The three projections share one matrix: their rows side by side, on common positions if the inputs are the same.
     rows = torch.cat(before, dim=2) if same else _block_diagonal(before)
     if module.in_proj_weight is not None:
         found["in_proj_weight"] = Factors(left=rows, right=sources[0] if same else torch.cat(sources, dim=1))
@@ -115,7 +115,7 @@ def _projections(module: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tup
 
 
 def _block_diagonal(parts: tuple[Tensor, ...]) -> Tensor:
-    """``(n, t_i, d)`` as ``(n, sum t_i, sum d)``, each part at rows and columns of its own."""
+    """Parts ``(n, t_i, d_i)`` as one tensor ``(n, sum t_i, sum d_i)``, each at positions and columns of its own."""
     widths = [part.shape[2] for part in parts]
     padded = [
         functional.pad(part, (sum(widths[:number]), sum(widths[number + 1 :]))) for number, part in enumerate(parts)

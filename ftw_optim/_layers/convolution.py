@@ -18,7 +18,7 @@ from ftw_optim._layers.registry import register_layer
 def convolution(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors | Tensor]:
     """``y = W * patches(x) + b``: outer products of output gradients and patches, within each group.
 
-    Multiplied out where that takes less memory than the patches, as it does with groups or large images.
+    The gradients are multiplied out where that takes less memory than the patches, as with groups or large images.
     """
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     patches = _patches(module, inputs[0])
@@ -39,7 +39,7 @@ def convolution(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor)
 
 
 def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """The inputs of every output position: ``(n, d_in, kernel, *positions)``, the kernel flat."""
+    """The inputs of every output position: ``(n, d_in, kernel, *positions)``, with the kernel flattened."""
     axes = len(module.kernel_size)
     if x.ndim != axes + 2:
         raise NotImplementedError(

@@ -24,7 +24,7 @@ def _refuses(module: nn.Module) -> str | None:
 
 @register_layer(nn.Embedding, parameters=["weight"], refuses=_refuses)
 def embedding(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
-    """``y[t] = W[ids[t]]``: row ``ids[t]`` of the gradient receives ``output_grad[t]``; the padding row nothing."""
+    """``y[t] = W[ids[t]]``: ``output_grad[t]`` is added to row ``ids[t]`` of the gradient, unless that is padding."""
     assert isinstance(module, nn.Embedding)
     ids = inputs[0].long()  # row indices arrive as int32 too
     ids = ids.reshape(len(ids), math.prod(ids.shape[1:]))  # not -1: a time axis may be empty
@@ -78,7 +78,7 @@ def embedding_bag(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tenso
 
 @recognise
 def scaled_embedding(module: nn.Module) -> LayerRule | None:
-    """A subclass of Embedding that returns ``scale * W[ids]``, such as Gemma's and BART's, known by what it does."""
+    """A subclass of Embedding that returns ``scale * W[ids]``, as in Gemma and BART; recognised by its behaviour."""
     if not isinstance(module, nn.Embedding) or list(own_parameters(module)) != ["weight"]:
         return None
     if _refuses(module) is not None or module.max_norm is not None:
@@ -98,7 +98,7 @@ def scaled_embedding(module: nn.Module) -> LayerRule | None:
 
 
 def _scale(module: nn.Module) -> Tensor:
-    """What the module multiplies a row with: its output, shape ``()`` or ``(d,)``, where all weights are one."""
+    """The scale by which the module multiplies a row: its output, shape ``(d,)``, where all weights are one."""
     weight = module._parameters["weight"]
     assert weight is not None
     ones = weight.new_ones(1, 1).expand_as(weight)  # no memory: the stride is zero

@@ -1,4 +1,4 @@
-"""A module's own parameters, taken out and put in, and a look at what it does that leaves no trace."""
+"""Access to a module's own parameters, to read or exchange them, and probes of a module without side effects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def place(module: nn.Module, local: str) -> tuple[dict[str, Any], str]:
-    """Where a module keeps the parameter of this dotted name: the dictionary and the key."""
+    """The place of the parameter of this dotted name in a module: the dictionary and the key in it."""
     if "." not in local:
         return module._parameters, local
     path, _, key = local.rpartition(".")
@@ -31,7 +31,7 @@ def place(module: nn.Module, local: str) -> tuple[dict[str, Any], str]:
 
 
 def exchange(module: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Put ``tensors`` in the places of the parameters of these dotted names; returns what stood there."""
+    """Put ``tensors`` in the places of the parameters of these dotted names; returns what was there before."""
     before = {}
     for local, tensor in tensors.items():
         parameters, key = place(module, local)
@@ -51,15 +51,15 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, IndexError)
-"""What a layer may raise on inputs that are not meant for it, or a comparison of its outputs."""
+"""Errors that a layer may raise on inputs not meant for it, or that a comparison of its outputs may raise."""
 
 
 @contextmanager
 def probed(module: nn.Module) -> Iterator[None]:
-    """A block in which a layer is run to see what it does, without gradients; no generator shows that it has.
+    """A block in which a layer is run to see what it does, without gradients; random generators are restored.
 
     Raises:
-        AssertionError: it drew random numbers.
+        AssertionError: the layer drew random numbers.
     """
     before = RandomState.now(module.parameters())
     try:

@@ -14,7 +14,7 @@ from ftw_optim._layers.registry import LayerRule, recognise, register_layer
 
 
 def _summed(values: Tensor, parameter_shape: torch.Size) -> Factors:
-    """``values`` (n, ..., *parameter_shape), summed over the axes between."""
+    """Factors of the sums of ``values`` (n, ..., *parameter_shape) over the axes in between."""
     axes = len(parameter_shape)
     values = values.flatten(values.ndim - axes)
     return Factors(left=values.unsqueeze(1) if values.ndim == 2 else values.flatten(1, -2))
@@ -31,7 +31,7 @@ def layer_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) 
 
 @register_layer(nn.GroupNorm, parameters=["weight", "bias"], channels_second=True)
 def group_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Tensor]:
-    """``y = weight * normalised(x) + bias``, one of each for a channel."""
+    """``y = weight * normalised(x) + bias``, with one weight and one bias for each channel."""
     assert isinstance(module, nn.GroupNorm)
     normalised = functional.group_norm(inputs[0], module.num_groups, eps=module.eps)
     return _by_channel(output_grad, normalised)
@@ -41,7 +41,7 @@ def group_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) 
 @register_layer(nn.InstanceNorm2d, parameters=["weight", "bias"], channels_second=True)
 @register_layer(nn.InstanceNorm3d, parameters=["weight", "bias"], channels_second=True)
 def instance_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Tensor]:
-    """As GroupNorm with a group for each channel, or with running statistics in evaluation."""
+    """``y = weight * normalised(x) + bias``, each channel normalised alone, or by running statistics in evaluation."""
     assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
     x = inputs[0]
     if x.ndim != module._get_no_batch_dim() + 1:
@@ -65,7 +65,7 @@ def _mixes_rows(module: nn.Module) -> str | None:
 @register_layer(nn.BatchNorm2d, parameters=["weight", "bias"], refuses=_mixes_rows, channels_second=True)
 @register_layer(nn.BatchNorm3d, parameters=["weight", "bias"], refuses=_mixes_rows, channels_second=True)
 def batch_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Tensor]:
-    """In evaluation: ``y = weight * (x - running_mean) / sqrt(running_var + eps) + bias``."""
+    """``y = weight * (x - running_mean) / sqrt(running_var + eps) + bias``; refused in training."""
     return _by_channel(output_grad, _with_running_statistics(module, inputs[0]))
 
 
@@ -77,7 +77,7 @@ def _with_running_statistics(module: Any, x: Tensor) -> Tensor:
 
 
 def _by_channel(output_grad: Tensor, normalised: Tensor) -> dict[str, Tensor]:
-    """Gradients of a scale and a shift for each channel, ``(n, d)``, from values ``(n, d, ...)``."""
+    """The gradients ``(n, d)`` of a scale and a shift for each channel, from values ``(n, d, ...)``."""
     dtype = torch.promote_types(output_grad.dtype, torch.float32)  # a sum over many positions
     scaled, plain = (
         (values.flatten(2) if values.ndim > 2 else values[..., None])
@@ -88,9 +88,10 @@ def _by_channel(output_grad: Tensor, normalised: Tensor) -> dict[str, Tensor]:
 
 @recognise
 def scale_norm(module: nn.Module) -> LayerRule | None:
-    """Any layer ``y = (a + b weight) * f(x)`` with a single weight: torch's RMSNorm and the model families' own.
+    """Any layer ``y = (a + b weight) * f(x)`` with a single weight: torch's RMSNorm and those of model families.
 
-    Known by what it does: at three weights, on a random input, the output is linear in the weight, entry by entry.
+    It is recognised by its behaviour: at three weights, on a random input, the output is linear in the weight, entry by
+    entry.
     """
     weight = own_parameters(module).get("weight")
     if weight is None or len(own_parameters(module)) != 1:
@@ -115,7 +116,7 @@ def scale_norm(module: nn.Module) -> LayerRule | None:
 
 
 def _scale_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
-    """``dy / dweight`` by the difference of two runs: exact, since the output is linear in the weight."""
+    """``dy / dweight`` from the difference of two runs: exact, since the output is linear in the weight."""
     slope = _at(module, inputs, 1.0) - _at(module, inputs, 0.0)
     return {"weight": _summed(output_grad * slope, own_parameters(module)["weight"].shape)}
 

@@ -1,4 +1,4 @@
-"""The generators that a module may draw from."""
+"""The state of the random generators that a module may draw from: Python's, NumPy's and those of torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RandomState:
 
     @classmethod
     def now(cls, tensors: Iterable[Tensor]) -> RandomState:
-        """The present state, on the CPU and wherever some tensors are."""
+        """The present state, on the CPU and on the devices of ``tensors``."""
         states = {torch.device("cpu"): torch.get_rng_state()}
         for device in {tensor.device for tensor in tensors}:
             if device.type not in ("cpu", "meta"):
@@ -37,7 +37,7 @@ class RandomState:
         )
 
     def restore(self) -> None:
-        """Make it the present state again."""
+        """Make this the present state again."""
         for device, state in self.tensors.items():
             if device.type == "cpu":
                 torch.set_rng_state(state)
@@ -61,7 +61,7 @@ class RandomState:
 
 @contextmanager
 def own_randomness(tensors: Iterable[Tensor], seed: int) -> Iterator[None]:
-    """A block with generators of its own, wherever some tensors are, seeded; outside, none shows what was drawn."""
+    """A block with a random state of its own, seeded, on the devices of ``tensors``; afterwards it is as before."""
     before = RandomState.now(tensors)
     try:
         torch.manual_seed(seed)

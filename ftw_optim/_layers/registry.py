@@ -1,4 +1,4 @@
-"""The registry of layer rules: which function knows a module, by its class or by its behaviour."""
+"""The registry of layer rules, which finds the rule of a module by its class or by its behaviour."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ Function = TypeVar("Function", bound=LayerFunction)
 @final
 @dataclass(frozen=True, kw_only=True)
 class LayerRule:
-    """A registered function together with the layers it refuses.
+    """A layer rule: the registered function, and the modules and parameters it is for.
 
     Attributes:
-        name: shown in coverage tables.
+        name: the name shown in coverage tables.
         function: ``(module, inputs, output_grad) -> {parameter name: Factors or per-candidate gradients}``.
-        refuses: ``module -> reason``, where no rule can be exact; None where one can.
-        serves: whether this rule is exact for a module that is not refused; where not, the module is run again.
-        parameters: local names of those it knows; None: all that the module owns.
-        replays: it runs parts of the module again, so the random state of the call must be restored.
-        own_layout: it finds the candidates in its inputs by itself; the output has one row for each.
-        channels_second: the second axis of its input is the channels', never the candidates' behind a time axis.
+        refuses: ``module -> reason`` where no rule can be exact; returns None where one can.
+        serves: ``module -> bool`` for a module that is not refused; False: the rule is not exact, run the module again.
+        parameters: local names of the parameters that the rule knows; None: all that the module owns.
+        replays: whether the rule runs parts of the module again, so that the random state of the call is restored.
+        own_layout: whether the rule finds the candidates in its inputs by itself; the output has one row for each.
+        channels_second: whether the second axis of the input holds channels, so that it is never taken for the
+            candidates' axis behind a time axis.
     """
 
     name: str
@@ -66,20 +67,21 @@ def register_layer(
     rule returns, for every trainable parameter that the module owns, its :class:`Factors` or the candidates' gradients,
     shape ``(n, *parameter.shape)``. It serves subclasses too, unless they override ``forward``.
 
-    Without a rule a module is exact as well, but slower: it is run again, candidate by candidate. Compare the two with
-    :func:`ftw_optim.testing.check_layer`.
+    The gradients of a module without a rule are exact as well, but slower: the module is run again, candidate by
+    candidate. Check a new rule with :func:`ftw_optim.testing.check_layer`.
 
     Args:
-        cls: the class, or its full dotted name where importing it would be a dependency.
-        name: shown in coverage tables; the class name by default.
-        parameters: local names of those the rule knows; by default all that the module owns. The module is run again
-            for the others.
+        cls: the class, or its full dotted name, so that its package need not be imported.
+        name: the name shown in coverage tables; by default the class name.
+        parameters: local names of the parameters that the rule knows; by default all that the module owns. For the
+            others the module is run again.
         refuses: called with a module before anything runs; returns why its gradients cannot be exact, or None.
-        serves: called with a module that is not refused; False where the rule does not hold for it and it has to be
-            run again.
-        replays: the rule runs parts of the module again, so the random state of the call is restored around it.
-        own_layout: the rule finds the candidates in the inputs by itself; the output has one row for each of them.
-        channels_second: the second axis of the input is the channels', never the candidates' behind a time axis.
+        serves: called with a module that is not refused; returns False where the rule does not hold for the module,
+            which then is run again.
+        replays: whether the rule runs parts of the module again; the random state of the call is restored around it.
+        own_layout: whether the rule finds the candidates in the inputs by itself; the output has one row for each.
+        channels_second: whether the second axis of the input holds channels, so that it is never taken for the
+            candidates' axis behind a time axis.
 
     Returns:
         A decorator that returns the rule unchanged.
@@ -103,13 +105,13 @@ def register_layer(
 
 
 def recognise(recogniser: Callable[[nn.Module], LayerRule | None]) -> Callable[[nn.Module], LayerRule | None]:
-    """Register a function that knows a kind of layer by its behaviour; asked where no class is registered."""
+    """Register a function that recognises layers by their behaviour; it is asked where no class is registered."""
     _RECOGNISERS.append(recogniser)
     return recogniser
 
 
 def rule_for(module: nn.Module) -> LayerRule | str | None:
-    """The rule of a module; why its gradients cannot be exact; None if it has to be run again."""
+    """The rule of a module; a string with the reason if no rule can be exact; None if it has to be run again."""
     cls = type(module)
     for parent in cls.__mro__:
         rule = _RULES.get(torch.typename(parent))
@@ -126,7 +128,7 @@ def rule_for(module: nn.Module) -> LayerRule | str | None:
 
 @contextmanager
 def rules_apart() -> Iterator[None]:
-    """A block after which the rules are those before it, whatever was registered inside."""
+    """A block after which the registered rules are those from before it."""
     rules, recognisers = dict(_RULES), list(_RECOGNISERS)
     try:
         yield

@@ -1,7 +1,7 @@
-"""What the package knows of single model classes: containers, MultiheadAttention, PEFT, Mamba, RNNs, caches.
+"""Special cases for single model classes: containers, MultiheadAttention, PEFT, Mamba, RNNs, caches.
 
-Everything else treats modules alike. A model that does something of its own with its parameters, its axes or its inputs
-is told apart here and nowhere else.
+All other code treats modules alike. A model that does something unusual with its parameters, its axes or its inputs is
+recognised here and nowhere else.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def reader_of(name: str, modules: Mapping[str, nn.Module]) -> str:
     """The name of the module whose calls read the parameters that the module ``name`` holds: itself, or one above it.
 
     Args:
-        name: of the module that holds them.
-        modules: all of the model, by name.
+        name: the name of the module that holds the parameters.
+        modules: all modules of the model, by name.
     """
     reader = name
     while reader and (isinstance(modules[reader], _ONLY_READ) or _adapts_a_parameter(reader, modules)):
@@ -47,9 +47,9 @@ def reader_of(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def _adapts_a_parameter(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the module is part of what PEFT adds to the weights of experts while a wrapper around them runs.
+    """Whether the module belongs to a PEFT wrapper that changes the weights of experts while they run.
 
-    That is a Linear layer that holds a factor, two levels below the wrapper, or another wrapper inside of it.
+    Such a module is a Linear layer that holds a factor, two levels below the wrapper, or another wrapper inside of it.
     """
 
     def is_wrapper(path: str) -> bool:
@@ -61,10 +61,10 @@ def _adapts_a_parameter(name: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _is_read_by_mixer(mixer: nn.Module, child: str, module: nn.Module) -> bool:
-    """Whether a Mamba-like mixer hands the weights of this layer below it to a fused kernel, or may do so.
+    """Whether a Mamba-like mixer may hand the weights of this layer below it to a fused kernel.
 
-    Those of the depthwise convolution over time, or of the projection of the step size. The mixer is run again for
-    parameters of its own anyway, and then finds these too, read or called.
+    These are the weights of the depthwise convolution over time, or of the projection of the step size. The mixer is
+    run again for its own parameters anyway; that finds the gradients of these too, whether it reads or calls the layer.
     """
     own = own_parameters(mixer)
     depthwise = isinstance(module, nn.Conv1d) and module.groups == module.in_channels > 1
@@ -72,7 +72,7 @@ def _is_read_by_mixer(mixer: nn.Module, child: str, module: nn.Module) -> bool:
 
 
 def cannot_run_again(module: nn.Module) -> str | None:
-    """Why running a module again cannot give its gradients, as far as can be said before it has run; None: it may."""
+    """The reason why running a module again cannot give its gradients, if known before it ran; None if it may."""
     if isinstance(module, torch.jit.ScriptModule):
         return "torch.jit compiled it; capture the module it was made from"
     if type(module).forward is nn.Module.forward:
@@ -89,14 +89,14 @@ def cannot_run_again(module: nn.Module) -> str | None:
 
 
 def candidate_axis_of_output(module: nn.Module, number: int) -> int | None:
-    """The axis of the candidates in output ``number`` of a module whose class fixes it; None where shapes must tell."""
+    """The candidate axis of output ``number``, where the module's class fixes it; None where the shape must tell it."""
     if isinstance(module, nn.RNNBase):
         return 0 if number == 0 else 1  # the last hidden states have their layers first
     return None
 
 
 def candidate_axis_of_input(module: nn.Module, number: int) -> int:
-    """The axis of the candidates in input leaf ``number``, if it has one: the first, but for a recurrent state."""
+    """The candidate axis of input leaf ``number``, if it has one: the first, or the second for a recurrent state."""
     return 1 if isinstance(module, nn.RNNBase) and number > 0 else 0
 
 

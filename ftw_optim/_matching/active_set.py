@@ -1,4 +1,4 @@
-"""Candidates at positive weights, grown one at a time: the iterations of Lawson and Hanson in Gram form."""
+"""The active set of non-negative least squares: the iterations of Lawson and Hanson in Gram form."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ftw_optim._matching.solution import WeightSolution
 _ZERO = torch.zeros((), dtype=torch.float64)
 
 RUN_PATIENCE = 8
-"""Candidates that are entered one at a time after a run came to nothing."""
+"""Number of candidates that are entered one at a time after a run in which none could enter."""
 
 
 @final
 class ActiveSet:
-    """Candidates at positive weights, grown one at a time; the weights are always the best for them.
+    """The candidates with positive weight (the active ones), grown one at a time, with the best weights for them.
 
-    The iterations of Lawson and Hanson on a set of admitted candidates that may grow between them, which is
-    all that a greedy filter adds. Candidates are scaled to length one and the target to at most one, so that
+    These are the iterations of Lawson and Hanson. Only admitted candidates may become active; a greedy filter admits
+    further ones between the iterations. Candidates are scaled to length one and the target to at most one, so that
     every threshold is a number without unit and powers of two pass through without rounding.
 
     Args:
         gram: shape ``(n, n)``.
         cross_gram: shape ``(n,)``.
         tol: as in :func:`solve_nnls`.
-        eps: spacing of the digits in which ``gram`` was accumulated; that of its dtype unless given.
-        target_energy: squared length of the target, where known. Rounding in ``cross_gram`` is proportional
-            to that length, not to ``cross_gram``: next to a target almost orthogonal to all candidates it is
-            everything.
+        eps: relative precision in which ``gram`` was accumulated; that of its dtype unless given.
+        target_energy: squared length of the target, where known. Rounding errors in ``cross_gram`` are proportional to
+            that length, not to ``cross_gram``: where the target is almost orthogonal to all candidates,
+            ``cross_gram`` is nothing but rounding.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ActiveSet:
         self._refit()
 
     def admit(self, candidate: int) -> bool:
-        """Let ``candidate`` have weight, and refit; False, and no change, if rounding hides what it adds."""
+        """Let ``candidate`` have weight, and refit; returns False, without a change, if rounding hides what it adds."""
         if not self._enter(candidate):
             return False
         self._admitted[candidate] = True
@@ -92,10 +92,10 @@ class ActiveSet:
         return True
 
     def grow(self, count: int) -> list[int]:
-        """Admit up to ``count`` candidates, each the :meth:`best` at its time; those that were, in order.
+        """Admit up to ``count`` candidates, each the :meth:`best` at its time; returns them in order.
 
-        While no weight is used up, an entry changes nothing of those before it: whole runs are formed first, with a
-        dozen small operations each, and looked at afterwards.
+        While no weight falls to zero, an entry does not change the entries before it. So whole runs of entries are
+        formed first, with a dozen small operations for each entry, and checked afterwards.
         """
         kept: list[int] = []
         reach, patience = count, 0
@@ -117,11 +117,11 @@ class ActiveSet:
         return kept
 
     def _run(self, count: int) -> list[int]:
-        """Enter up to ``count`` candidates by elimination alone, as far as every weight stays positive; they stay."""
+        """Enter up to ``count`` candidates by elimination alone, while every weight stays positive; returns them."""
         size, system, rows = len(self._active), self._system, self._rows
         slack = system[:, -1] - rows[:size, -1] @ rows[:size, :-1]
         accepted = self._tolerance.clamp(min=float(self._slack_rounding(torch.zeros(()))))
-        # What is below rounding may be picked here, and is found out afterwards: then nothing else was left.
+        # A candidate below rounding may be picked here; the check afterwards rejects it. Then no other was left.
         schur = torch.where(self._open & ~self._admitted, self._schur.clamp(min=self._rounding), torch.inf)
         history = torch.empty(count + 1, len(slack), dtype=torch.float64)
         history[0] = slack
@@ -163,12 +163,15 @@ class ActiveSet:
         return found
 
     def _sound(self, found: list[int], history: Tensor, accepted: Tensor) -> tuple[int, bool]:
-        """How many of the entries leave all weights positive and are no rounding; whether the last asks for a refit.
+        """The number of entries to keep from a run, and whether a refit is needed after the last of them.
+
+        An entry is kept if all weights stay positive and its gain is above rounding, as is that of all before it. A
+        refit is needed where an admitted candidate without weight has slack again.
 
         Args:
-            found: who entered, after the active ones.
-            history: slack before each entry, and after the last.
-            accepted: slack that counts as none.
+            found: the candidates that entered, in order, after the active ones.
+            history: slack of all candidates before each entry, and after the last.
+            accepted: slack that counts as zero.
         """
         if not found:
             return 0, False
@@ -196,12 +199,12 @@ class ActiveSet:
         return length, False
 
     def best(self) -> int | None:
-        """The candidate that would lower the objective most beside the active ones; None if none would.
+        """The candidate that would lower the objective most in addition to the active ones; None if none would.
 
-        By slack squared over the Schur complement, for candidates where both are above rounding and that are
-        not yet admitted. When the active ones lack a single direction of all, every candidate that has any of
-        it gains the same. Of equal gains the largest slack is best: it asks the least of the other weights,
-        which then stay positive. Of these, the first.
+        The gain of a candidate is its slack squared over its Schur complement; only candidates that are not yet
+        admitted, with both above rounding, count. When the active ones span all directions but one, every candidate
+        with a part in that direction has the same gain. Among equal gains the largest slack is best: it changes the
+        other weights the least, so that they stay positive. Among equal slacks it is the first.
         """
         useful = (self._slack > 0) & (self._schur > self._rounding) & ~self._admitted
         gains = torch.where(useful, self._slack.square() / self._schur, _ZERO)
@@ -209,12 +212,12 @@ class ActiveSet:
         return candidate if useful[candidate] else None
 
     def _first_of_equals(self, gains: Tensor, slack: Tensor) -> int:
-        """Of those with the largest gain the first with the largest slack, both up to rounding."""
+        """The first candidate with the largest slack among those with the largest gain, both up to rounding."""
         slack = torch.where(gains >= self._nearly * gains.max(), slack, _ZERO)
         return int((slack >= self._nearly * slack.max()).to(torch.uint8).argmax())
 
     def solution(self) -> WeightSolution:
-        """The weights so far, in the units of the system; ``converged`` speaks of all, admitted or not."""
+        """The weights so far, in the units of the system; ``converged`` refers to all candidates, admitted or not."""
         self._settle()
         scaled = torch.zeros_like(self._cross_gram).index_put((self._active,), self._shares)
         slack = self._system[:, -1] - self._system[:, :-1] @ scaled
@@ -232,27 +235,32 @@ class ActiveSet:
         )
 
     def _measure(self, slack: Tensor) -> None:
-        """Note the ``slack`` outside the active set where it is more than is accepted at a zero weight."""
+        """Store the ``slack`` outside of the active set, with zero where it is small enough to be accepted."""
         accepted = self._tolerance.clamp(min=float(self._slack_rounding(torch.zeros(()))))
         self._slack = torch.where((slack > accepted) & self._open, slack, _ZERO)
 
     def _slack_rounding(self, squared: Tensor) -> Tensor:
-        """What entries off by eps make of the slack of a candidate.
+        """The rounding error in the slack of a candidate that stems from errors of eps in the entries of ``gram``.
 
         Args:
-            squared: sum of its ``squared`` coefficients among the active candidates, whose weights are off too.
+            squared: sum of the squared coefficients of the candidate among the active ones, whose weights have rounding
+                errors too.
         """
         return self._rounding * (1.0 + self._shares.sum()) * (1.0 + squared).sqrt()
 
     def _start(self) -> None:
-        """Begin with all candidates whose weights are positive together, which is most often the answer."""
+        """Begin with a set of candidates whose weights are all positive when they are solved for together.
+
+        The set starts with all candidates; those without a positive weight are dropped until all weights are positive.
+        Most often this is already the solution.
+        """
         guess = self._lengths.isfinite().nonzero()[:, 0]
         while len(guess):
             self._iterations += 1
             block = self._system[guess]
             lower, failed = torch.linalg.cholesky_ex(block[:, guess])
             inverse = torch.linalg.solve_triangular(lower, torch.eye(len(guess), dtype=lower.dtype), upper=False)
-            # Only where half of the digits survive: in a worse system rounding could make a weight positive.
+            # Only where half of the digits are exact: in a worse system rounding could make a weight positive.
             if failed or not bool((inverse.square().sum(1) < self._rounding**-0.5).all()):
                 return
             shares = inverse.T @ (inverse @ block[:, -1])
@@ -271,11 +279,11 @@ class ActiveSet:
             self._enter(candidate)
 
     def _enter(self, candidate: int) -> bool:
-        """Give ``candidate`` weight; False if rounding hides how much.
+        """Give ``candidate`` weight; returns False if rounding hides how much.
 
-        The slack of the active candidates stays zero all the way: as the newcomer's weight grows, they make
-        room by its coefficients among them. One whose weight is used up leaves, and the newcomer goes on
-        beside the others.
+        The slack of the active candidates stays zero: as the weight of ``candidate`` grows, theirs change by its
+        coefficients among them. An active candidate whose weight reaches zero leaves, and the weight of ``candidate``
+        grows further among the others.
         """
         self._iterations += 1
         active, shares = self._active, self._shares
@@ -297,7 +305,7 @@ class ActiveSet:
             limits = torch.where(coefficients > 0, self._shares / coefficients, torch.inf)
             limit = float(limits.min()) if len(limits) else math.inf
             if limit == math.inf or not (independent or limit * schur <= slack):
-                # As far as rounding can tell, the objective falls without end.
+                # Up to rounding, the objective has no minimum in this direction.
                 self._set_active(active, shares)
                 return self._give_up(candidate)
             leaving = int(limits.argmin())
@@ -312,14 +320,14 @@ class ActiveSet:
         return True
 
     def _give_up(self, candidate: int) -> bool:
-        """Leave ``candidate`` as it is until another one enters."""
+        """Ignore ``candidate`` until another one enters; returns False."""
         self._given_up.append(candidate)
         self._open[candidate] = False
         self._slack[candidate] = 0.0
         return False
 
     def _append(self, candidate: int, weight: float, others: Tensor, column: Tensor) -> None:
-        """Add ``candidate`` to the active set: the last step of the elimination, by itself."""
+        """Add ``candidate`` to the active set, with one further step of the elimination."""
         size = len(self._active)
         schur = self._schur[candidate]
         row = self._rows[size]
@@ -336,14 +344,14 @@ class ActiveSet:
         self._measure(self._system[:, -1] - rows[:, -1] @ rows[:, :-1])
 
     def _set_active(self, active: Tensor, shares: Tensor, *, unchanged: int = 0) -> None:
-        """Make ``active`` the active set; the rows of its first ``unchanged`` ones are still right."""
+        """Make ``active`` the active set; the rows of its first ``unchanged`` candidates stay valid."""
         self._open[self._active] = True
         self._open[active] = False
         self._active, self._shares = active, shares
         self._eliminate(unchanged)
 
     def _eliminate(self, unchanged: int = 0) -> None:
-        """Form the rows of the active set after the first ``unchanged`` ones, and what follows from them."""
+        """Form the rows of the active set after the first ``unchanged`` ones, then Schur complements and slack."""
         size = len(self._active)
         head, new = self._rows[:unchanged], self._active[unchanged:]
         block = self._system[new] - head[:, new].T @ head
@@ -357,14 +365,14 @@ class ActiveSet:
         self._measure(self._system[:, -1] - rows[:, -1] @ rows[:, :-1])
 
     def _settle(self) -> None:
-        """Weights of the active candidates from their rows, without the rounding of the steps to here.
+        """Compute the weights of the active candidates anew from their rows, without the rounding of earlier steps.
 
-        Those that only this rounding had left positive leave.
+        Candidates whose weight was positive only by that rounding leave.
         """
         while len(self._active):
             rows, block = self._rows[: len(self._active)], self._system[self._active]
             shares = self._back_substitute(rows[:, -1:])[:, 0]
-            # One step of refinement: next to opposed candidates, weights are large and errors with them.
+            # One step of refinement: opposed candidates have large weights, and so large errors.
             missing = block[:, -1] - block[:, self._active] @ shares
             shares += torch.cholesky_solve(missing[:, None], rows[:, self._active], upper=True)[:, 0]
             positive = shares > 0
@@ -374,7 +382,7 @@ class ActiveSet:
             self._set_active(self._active[positive], shares[positive], unchanged=int(positive.int().argmin()))
 
     def _back_substitute(self, columns: Tensor) -> Tensor:
-        """``upper @ solution = columns``, where ``upper`` is the Cholesky factor of the active block."""
+        """The solution of ``upper @ solution = columns``, with the Cholesky factor ``upper`` of the active block."""
         upper = self._rows[: len(self._active), self._active]
         solution: Tensor = torch.linalg.solve_triangular(upper, columns, upper=True)
         return solution

@@ -15,24 +15,23 @@ from ftw_optim._matching.problem import Matching
 
 
 class FilterStage(ABC):
-    """Chooses the candidates that may have weight.
+    """The interface of filter stages, which choose the candidates that may have weight.
 
-    A stage is its hyper-parameters and one call. It sees the matching problem of one step and keeps nothing
-    of it.
+    A stage consists of its hyper-parameters and one call. It sees the matching problem of one step and keeps no state.
 
     Attributes:
-        metrics: names of further metrics whose matching problems the stage wants after the first.
+        metrics: names of further metrics in which the stage is given the matching problem, after the first one.
     """
 
     metrics: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __call__(self, matching: Matching, *more: Matching) -> Tensor:
-        """Indices of the kept candidates, distinct, int64, shape ``(k,)``, in picking order; ``k`` may be 0.
+        """The indices of the kept candidates, distinct, int64, shape ``(k,)``, in picking order; ``k`` may be 0.
 
         Args:
             matching: the problem of this step, in the optimizer's metric.
-            more: the same candidates in each of the stage's ``metrics``.
+            more: the problem of the same candidates in each of the stage's ``metrics``.
         """
 
 
@@ -41,14 +40,13 @@ class FilterStage(ABC):
 class GreedyFilter(FilterStage):
     """Keeps the candidates that together match the target best, picked one at a time.
 
-    Orthogonal least squares with non-negative weights, on the Gram matrix. Each pick is the candidate that
-    would lower the objective most beside those of positive weight: its slack squared over its Schur
-    complement, both above rounding, so that what is already said is never picked again. The weights are
-    refitted after each pick; a kept candidate may be left without weight. Stops early when nobody is left who
-    would help.
+    The method is orthogonal least squares with non-negative weights, on the Gram matrix. Each pick is the candidate
+    that would lower the objective most in addition to those of positive weight: the one with the largest slack squared
+    over its Schur complement, both above rounding, so that a redundant candidate is never picked. The weights are
+    refitted after each pick; a kept candidate may be left without weight. It stops early when no candidate would help.
 
     Args:
-        keep: at most how many: a count (int), or a share of all candidates offered (float in (0, 1]). ``1``
+        keep: the most candidates to keep: a count (int), or a share of all candidates offered (float in (0, 1]). ``1``
             is a count, ``1.0`` a share.
 
     Raises:
@@ -71,12 +69,12 @@ class GreedyFilter(FilterStage):
 @final
 @dataclass(frozen=True, kw_only=True)
 class TopKFilter(FilterStage):
-    """Keeps the candidates with the largest ``cross_gram``, of those where it is positive.
+    """Keeps the candidates with the largest ``cross_gram``, among those where it is positive.
 
-    Each is judged alone: two that say the same thing are both kept.
+    Each candidate is judged alone: two equal ones are both kept.
 
     Args:
-        keep: as in :class:`GreedyFilter`.
+        keep: the most candidates to keep, as a count or a share; see :class:`GreedyFilter`.
 
     Raises:
         TypeError: ``keep`` is neither an int nor a float.
@@ -89,7 +87,7 @@ class TopKFilter(FilterStage):
         _check_keep(self.keep)
 
     def __call__(self, matching: Matching, *more: Matching) -> Tensor:
-        """See :class:`FilterStage`; the largest first, equal ones by index."""
+        """See :class:`FilterStage`; the largest come first, equal ones in the order of their indices."""
         values, order = matching.cross_gram.sort(descending=True, stable=True)
         return order[values > 0][: _count(self.keep, matching)]
 
@@ -117,6 +115,6 @@ def _check_keep(keep: int | float) -> None:
 
 
 def _count(keep: int | float, matching: Matching) -> int:
-    """The most candidates to keep: of all offered ones for a share, and never more than there are."""
+    """The most candidates to keep: a count, or a share of all offered ones, but never more than there are."""
     count = keep if isinstance(keep, int) else max(1, math.floor(keep * matching.offered + 0.5))
     return min(count, len(matching))

@@ -12,21 +12,21 @@ from ftw_optim._matching.solution import WeightSolution
 def solve_nnls(gram: Tensor, cross_gram: Tensor, *, tol: float = 1e-10) -> WeightSolution:
     r"""Non-negative weights whose combined gradient lies closest to the target gradient.
 
-    Minimises ``w @ gram @ w / 2 - cross_gram @ w`` over ``w >= 0``: up to a constant, half the squared
-    distance to the target in the norm of the preconditioner. Solved in float64 on the CPU; the dtype of
-    ``gram`` says which of its digits are rounding, and nothing is fitted to those. Multiplying ``gram`` by
+    The weights minimise ``w @ gram @ w / 2 - cross_gram @ w`` over ``w >= 0``: up to a constant, half the squared
+    distance to the target in the norm of the preconditioner. The system is solved in float64 on the CPU; the dtype of
+    ``gram`` tells which of its digits are rounding, and the weights are not fitted to those. Multiplying ``gram`` by
     ``4**p`` and ``cross_gram`` by ``2**p`` multiplies the weights by ``2**-p``, to the last bit.
 
-    Where candidates depend on each other, one of the minimisers is found, with linearly independent
-    candidates at the positive weights. Where no minimum exists (a combination of no length with a positive
-    ``cross_gram``), the weights stay bounded and ``converged`` is False.
+    Where candidates are linearly dependent, one of the minimisers is found; its candidates of positive weight are
+    linearly independent. Where no minimum exists (a combination of length zero with a positive ``cross_gram``), the
+    weights stay bounded and ``converged`` is False.
 
     Args:
         gram: shape ``(k, k)``, symmetric positive semi-definite (not checked), may be singular.
         cross_gram: shape ``(k,)``.
-        tol: largest slack accepted at a zero weight, relative to the largest ``cross_gram``; both as they are
-            and both divided by the length of their candidate, so that a short candidate counts as much as a
-            long one. Slack that may be rounding is always accepted.
+        tol: largest slack accepted at a zero weight, relative to the largest ``cross_gram``. The comparison must hold
+            for both as they are, and for both divided by the length of their candidate, so that a short candidate
+            counts as much as a long one. Slack that may be rounding is always accepted.
 
     Returns:
         Weights without unit (``1 / k`` each gives the mean gradient), their slack in the unit of
@@ -44,7 +44,7 @@ def solve_nnls(gram: Tensor, cross_gram: Tensor, *, tol: float = 1e-10) -> Weigh
 
 
 def damped(gram: Tensor, cross_gram: Tensor, *, ridge: float, anchor: float) -> tuple[Tensor, Tensor]:
-    """The system in float64, pulled towards zero weights by ``ridge`` and towards uniform ones by ``anchor``.
+    """The damped system in float64: ``ridge`` pulls towards zero weights and ``anchor`` towards uniform ones.
 
     Args:
         gram: shape ``(k, k)``.

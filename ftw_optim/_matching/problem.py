@@ -1,7 +1,6 @@
-"""The small problem between the two halves of the library.
+"""The matching problem of one step.
 
-Capture and the Gram matrix end in a :class:`Matching`; the filter and weight stages start from one and see nothing
-else.
+Capture and the Gram matrix end in a :class:`Matching`; the filter and weight stages start from it and see nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 class Matching:
     """The update-matching problem of one step: minimise ``w @ gram @ w / 2 - cross_gram @ w`` over ``w >= 0``.
 
-    All that a stage ever sees. Rejected candidates are not in it. Tensors are on the CPU, in the dtype they were
+    It is all that a stage sees. Rejected candidates are not part of it. Tensors are on the CPU, in the dtype they were
     accumulated in: its precision tells a solver which differences are rounding.
 
     Attributes:
@@ -27,7 +26,7 @@ class Matching:
         target_energy: ``<target, M target>``.
         losses: shape ``(n,)``, the candidates' own losses.
         generator: random numbers for stages that draw; seeded anew for each step.
-        offered: how many candidates were offered, the rejected included; ``n`` unless given.
+        offered: number of candidates that were offered, with the rejected ones; ``n`` unless given.
     """
 
     gram: Tensor
@@ -51,7 +50,7 @@ class Matching:
         return self.cross_gram.shape[0]
 
     def restrict(self, kept: Tensor) -> Matching:
-        """The same problem for the candidates in ``kept`` (int64, shape ``(k,)``) alone, in that order."""
+        """This problem restricted to the candidates in ``kept`` (int64, shape ``(k,)``), in that order."""
         return replace(
             self,
             gram=self.gram[kept][:, kept],

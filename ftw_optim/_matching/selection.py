@@ -1,4 +1,4 @@
-"""The outcome of a step, as its user sees it."""
+"""The outcome of one selection, as users see it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 @final
 @dataclass(frozen=True, kw_only=True)
 class SketchReport:
-    """How the Gram matrix of a selection was estimated.
+    """The sketch with which the Gram matrix of a selection was estimated.
 
     Attributes:
-        dim: numbers for each candidate.
-        error: measured standard error of an inner product, over the norms of its two gradients; root mean square over
-            all pairs of candidates and target.
+        dim: numbers kept for each candidate.
+        error: measured standard error of an inner product, relative to the norms of its two gradients; root mean square
+            over all pairs of candidates and target.
     """
 
     dim: int
@@ -28,28 +28,30 @@ class SketchReport:
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
-    """What the last backward chose, and how well it met the target. Tensors are small, detached and on the CPU.
+    """The outcome of one selection: the kept candidates, their weights, and how well they meet the target.
+
+    Tensors are small, detached and on the CPU.
 
     Attributes:
         losses: shape ``(n,)``, the candidates' own losses, in the order of the closure.
         kept: shape ``(k,)`` int64, indices of the kept candidates in picking order.
-        weights: shape ``(k,)``, as applied; zero for a candidate that the weight stage gave no share.
-        fitted_scale: sum of the fitted weights before normalisation; 1 means that the target asks for a gradient
-            as long as the weighted mean of the kept ones.
+        weights: shape ``(k,)``, the applied weights; zero for a candidate to which the weight stage gave none.
+        fitted_scale: sum of the fitted weights before normalisation; 1 means that the best fit to the target is as long
+            as the weighted mean of the kept gradients.
         gram: shape ``(n, n)`` in the optimizer's ``metric``; rows and columns of rejected candidates are zero.
         cross_gram: shape ``(n,)``, inner products with the target gradient, zero for rejected candidates.
         target_energy: squared norm of the target gradient in the metric.
-        cosine: of the applied gradient with the target gradient, in the metric; 0 where either vanishes.
-        residual: ``1 - max(0, cosine) ** 2``, the share of the target energy no rescaling could match, in [0, 1].
-        predicted_decrease: of the target loss, in its unit, under the curvature the optimizer assumes.
+        cosine: cosine of the applied gradient with the target gradient, in the metric; 0 where either vanishes.
+        residual: ``1 - max(0, cosine) ** 2``, the share of the target energy that no rescaling could match, in [0, 1].
+        predicted_decrease: decrease of the target loss, in its unit, under the curvature that the optimizer assumes.
         effective_size: one over the sum of the squared normalised weights; 0 when skipped.
         rejected: indices of candidates with a non-finite loss or gradient, int64.
-        skipped: nothing was applied.
-        converged: the weight stage reached its tolerance.
+        skipped: whether nothing was applied.
+        converged: whether the weight stage reached its tolerance.
         combine: where the applied gradient came from: ``"factors"``, ``"graph"``, ``"rerun"`` or ``"skipped"``.
-        sketch: how the products above were estimated; None where they are exact.
-        milliseconds: by phase, as the host sees them: ``target``, ``candidates`` (their forward and backward pass),
-            ``gram``, ``solve`` (filter and weights, and waiting for the Gram system on an accelerator), ``combine``.
+        sketch: the sketch with which the products above were estimated; None where they are exact.
+        milliseconds: host time by phase: ``target``, ``candidates`` (their forward and backward pass), ``gram``,
+            ``solve`` (filter and weights, and waiting for the Gram system on an accelerator), ``combine``.
     """
 
     losses: Tensor
@@ -72,7 +74,7 @@ class Selection:
 
     @classmethod
     def nothing(cls, losses: Tensor, accepted: Tensor) -> Selection:
-        """The outcome where there is nothing to match; ``accepted`` is False where a candidate was rejected."""
+        """The skipped selection of a step without anything to match; ``accepted`` is False for rejected candidates."""
         n = len(losses)
         return cls(
             losses=losses,
@@ -93,7 +95,7 @@ class Selection:
         )
 
     def applied_by(self, way: str | None) -> Selection:
-        """The same selection, applied in that way; None: it cannot be applied, and is skipped."""
+        """This selection, applied in that ``way``; None: no way can apply it, and the step is skipped."""
         if way is not None:
             return replace(self, combine=way)
         return replace(
@@ -107,13 +109,13 @@ class Selection:
         )
 
     def spread_weights(self) -> Tensor:
-        """The weights of all candidates, shape ``(n,)`` float64: zero for those that are not kept."""
+        """The weights of all candidates, shape ``(n,)`` float64; zero for candidates that are not kept."""
         weights = torch.zeros(len(self.losses), dtype=torch.float64)
         weights[self.kept] = self.weights
         return weights
 
     def weighted_loss(self) -> Tensor:
-        """The kept losses under weights that sum to one; skipped: the mean of the finite ones; all rejected: NaN."""
+        """The weighted mean of the kept losses; if skipped, the mean of accepted ones; if all are rejected, NaN."""
         if not self.skipped:
             share = (self.weights / self.weights.sum()).to(self.losses)
             return (share * self.losses[self.kept]).sum()

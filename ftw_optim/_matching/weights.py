@@ -1,4 +1,4 @@
-"""Weight stages: how much each kept candidate counts."""
+"""Weight stages: the weight of each kept candidate."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Normalization = Literal["sum", "norm"] | None
 
 
 class WeightStage(ABC):
-    """Gives each of the kept candidates a non-negative weight.
+    """The interface of weight stages, which give each of the kept candidates a non-negative weight.
 
-    A stage is its hyper-parameters and one call. It sees the matching problem of one step, restricted to the
-    kept candidates, and keeps nothing of it.
+    A stage consists of its hyper-parameters and one call. It sees the matching problem of one step, restricted to the
+    kept candidates, and keeps no state.
 
     Attributes:
-        metrics: names of further metrics whose matching problems the stage wants after the first.
-        normalize: what becomes of the fitted weights afterwards. ``"sum"``: divided by their sum.
-            ``"norm"``: scaled until the combined gradient is as long, in the metric, as the mean gradient.
-            None: applied as fitted.
+        metrics: names of further metrics in which the stage is given the matching problem, after the first one.
+        normalize: how the fitted weights are scaled afterwards. ``"sum"``: divided by their sum. ``"norm"``: scaled so
+            that the combined gradient is as long, in the preconditioned metric, as the mean gradient of all accepted
+            candidates. None: applied as fitted.
     """
 
     metrics: ClassVar[tuple[str, ...]] = ()
@@ -39,7 +39,7 @@ class WeightStage(ABC):
 
         Args:
             matching: the problem of the kept candidates, in the optimizer's metric.
-            more: the same candidates in each of the stage's ``metrics``.
+            more: the problem of the same candidates in each of the stage's ``metrics``.
         """
 
 
@@ -48,14 +48,14 @@ class WeightStage(ABC):
 class NonNegativeLeastSquares(WeightStage):
     """Weights whose combined gradient lies closest to the target gradient; see :func:`solve_nnls`.
 
-    With ``d`` the mean diagonal of the kept block of ``gram``, the weights are the non-negative minimiser for
-    ``gram + (ridge + anchor) * d * I`` and ``cross_gram + anchor * d / k``, and their slack is the slack of
-    that system.
+    The weights are the non-negative minimiser for ``gram + (ridge + anchor) * d * I`` and
+    ``cross_gram + anchor * d / k``, where ``d`` is the mean diagonal of the kept block of ``gram``. Their slack is that
+    of this system.
 
     Args:
-        ridge: pull towards no weight at all, in units of ``d``.
-        anchor: pull towards ``1 / k`` each, in units of ``d``.
-        normalize: as in :class:`WeightStage`.
+        ridge: strength of the pull towards zero weights, in units of ``d``.
+        anchor: strength of the pull towards weights of ``1 / k``, in units of ``d``.
+        normalize: how the fitted weights are scaled afterwards; see :class:`WeightStage`.
         tol: largest slack accepted at a zero weight, relative to the largest ``cross_gram``.
 
     Raises:
@@ -93,10 +93,10 @@ class NonNegativeLeastSquares(WeightStage):
 @final
 @dataclass(frozen=True, kw_only=True)
 class UniformWeights(WeightStage):
-    """The mean of the kept gradients: ``1 / k`` each."""
+    """Uniform weights ``1 / k``, so that the combined gradient is the mean of the kept ones."""
 
     def __call__(self, matching: Matching, *more: Matching) -> WeightSolution:
-        """See :class:`WeightStage`; nothing is fitted, so it has always converged."""
+        """See :class:`WeightStage`; nothing is fitted, so ``converged`` is always True."""
         k = len(matching)
         weights = torch.full((k,), 1.0 / max(k, 1), dtype=torch.float64)
         slack = matching.cross_gram.double() - matching.gram.double() @ weights

@@ -1,6 +1,6 @@
 """Preconditioners: the positive map ``P`` of the inner optimizer's next update, read from its live state.
 
-``maps.py`` holds the forms of ``P``, ``lookup.py`` finds that of a parameter: by a rule of ``rules/``, or by
+``maps.py`` holds the forms of ``P``; ``lookup.py`` finds the ``P`` of a parameter, by a rule of ``rules/`` or by
 ``probing/``. May import nothing above it. To add an optimizer, add a rule; to add a form of ``P``, add a class to
 ``maps.py``.
 """

@@ -1,4 +1,4 @@
-"""What the coming step is expected to see: the second moments of all rules look ahead by it."""
+"""The gradient that the coming step is expected to see, and second moments that already include it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 FLOOR = 0.03
-"""Smallest reference entry that enters the second moment, over the root mean square of the non-zero ones.
+"""Smallest size of a reference entry in the second moment, relative to the root mean square of the non-zero ones.
 
-Entries where the second moment is almost nothing and single candidates are not would dominate the Gram matrix and
-ruin its precision: a parameter's first gradient, a rare token's row.
+Without it, entries whose second moment is almost zero while a candidate's gradient is not would dominate the Gram
+matrix and ruin its precision: a parameter's first gradient, a rare token's row.
 """
 
 NOISE = 64.0
-"""What counts as zero, over the rounding of the largest entry."""
+"""Size up to which an entry counts as zero, in units of the rounding of the largest entry."""
 
 
 def expected_gradient(param: Tensor, group: dict[str, Any], reference: Tensor) -> Tensor:
-    """The gradient as it enters the second moment: sign turned under ``maximize``, coupled decay added, floored."""
+    """The reference as it enters the second moment: negated under ``maximize``, with coupled decay, and floored."""
     return floored(_with_decay(param, group, reference))
 
 
@@ -31,7 +31,7 @@ def _with_decay(param: Tensor, group: dict[str, Any], reference: Tensor) -> Tens
 
 
 def undecayed_gradient(param: Tensor, group: dict[str, Any], reference: Tensor | None) -> Tensor:
-    """That of an optimizer whose weight decay acts on its own; zero without a reference. Of :func:`moment_dtype`."""
+    """The expected gradient without decay, for decoupled decay; zeros without a reference. In :func:`moment_dtype`."""
     dtype = moment_dtype(param)
     if reference is None:
         return torch.zeros_like(param, dtype=dtype)
@@ -39,17 +39,17 @@ def undecayed_gradient(param: Tensor, group: dict[str, Any], reference: Tensor |
 
 
 def floored(values: Tensor, floor: float = FLOOR) -> Tensor:
-    """``values``, the small ones raised in size to ``floor`` of the root mean square of those that are not zero."""
+    """``values`` with small entries raised in size to ``floor`` times the root mean square of the non-zero ones."""
     size = _floored_size(values, floor)
     return torch.where(values < 0, -size, size)
 
 
 def _floored_size(values: Tensor, floor: float = FLOOR) -> Tensor:
-    """The size of each entry of :func:`floored`; in place where it can be, for fresh memory is what takes time."""
+    """The absolute values of :func:`floored`; in place where possible, since fresh memory takes most of the time."""
     size = values.abs()
     if not size.numel():
         return size
-    # What a cancelled sum leaves is as good as zero: whether it is so to the last bit is chance (a key's bias).
+    # The rest of a cancelled sum counts as zero: whether it is exactly zero is chance (a key's bias).
     count = (size > NOISE * torch.finfo(values.dtype).eps * size.amax()).count_nonzero().clamp(min=1)
     return size.clamp_(min=floor * torch.linalg.vector_norm(values) / count.to(values.dtype).sqrt())
 
@@ -62,14 +62,14 @@ def moment_dtype(param: Tensor) -> torch.dtype:
 def second_moment(
     param: Tensor, group: dict[str, Any], stored: Tensor | None, reference: Tensor | None, *, decay: float, fresh: float
 ) -> Tensor:
-    """``decay * stored + fresh * reference^2``: the second moment in the coming step, in memory of its own.
+    """``decay * stored + fresh * reference^2``: the second moment in the coming step, as a new tensor.
 
     Args:
         param: the parameter.
-        group: its group.
+        group: the parameter's group.
         stored: the second moment so far; None before the first step.
         reference: the gradient that the coming step is expected to see; None for zero.
-        decay: what is kept of ``stored``.
+        decay: share of ``stored`` that is kept.
         fresh: share of the new square.
     """
     dtype = moment_dtype(param)
@@ -81,12 +81,12 @@ def second_moment(
 
 
 def plain(stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of the state as an ordinary one: low-bit ones are dequantised."""
+    """A tensor of the optimizer's state as an ordinary tensor: low-bit tensors are dequantised."""
     if type(stored) not in (Tensor, torch.nn.Parameter) and hasattr(stored, "dequantize"):
         stored = stored.dequantize()
     return stored.to(dtype)
 
 
 def number(value: Any) -> float:
-    """A setting or step count that may be a tensor, as a number."""
+    """A setting or step count as a Python float; it may be a tensor."""
     return float(value)

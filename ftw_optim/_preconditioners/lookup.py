@@ -24,13 +24,13 @@ from ftw_optim._preconditioners.registry import registered_rule
 from ftw_optim._preconditioners.rules.adam import adam
 
 LOOK_EVERY = 16
-"""Steps between two looks at an optimizer that no rule knows."""
+"""Steps between two probes of an optimizer that no rule knows."""
 
 
 @final
 @dataclass
 class _Looks:
-    """What looking at an optimizer's parameters told."""
+    """The results of probing an optimizer's parameters, by the identity of the parameter."""
 
     count: dict[int, int] = field(default_factory=dict)
     like_adam: dict[int, bool] = field(default_factory=dict)
@@ -39,9 +39,10 @@ class _Looks:
     warned: bool = False
 
     def due(self, param: Tensor, *, with_history: bool) -> bool:
-        """Whether to look anew: at the first times and then now and again, as some change their ways later.
+        """Whether to probe again: at calls 1, 2, 4 and 8, then every :data:`LOOK_EVERY`, since some optimizers change.
 
-        Without history some updates only look element-wise: a look with it follows.
+        Calls with and without history (a filled state) are counted separately: some updates only seem element-wise
+        before the state is filled.
         """
         key = 2 * id(param) + with_history
         count = self.count[key] = self.count.get(key, 0) + 1
@@ -52,17 +53,17 @@ _looks: WeakKeyDictionary[Optimizer, _Looks] = WeakKeyDictionary()
 
 
 def learning_rate_is_zero(optimizer: Optimizer) -> bool:
-    """Whether that of every group is, as before a scheduler's first step."""
+    """Whether the learning rate of every group is zero, as before a scheduler's first step."""
     rates = [group.get("lr") for group in optimizer.param_groups]
     return all(rate is not None and float(rate) == 0.0 for rate in rates)
 
 
 class Preconditioners:
-    """The preconditioners of an optimizer's coming step; made anew for each step.
+    """The preconditioners of an optimizer's coming step; one object for each step.
 
     Args:
         optimizer: the inner optimizer.
-        unknown_as_identity: where none can be found, take the learning rate times the identity, with one warning.
+        unknown_as_identity: where no preconditioner is found, take the learning rate times the identity and warn once.
     """
 
     def __init__(self, optimizer: Optimizer, *, unknown_as_identity: bool = False) -> None:
@@ -73,7 +74,7 @@ class Preconditioners:
         self._learning_rate_is_zero = learning_rate_is_zero(optimizer)
 
     def __call__(self, param: Tensor, group: dict[str, Any], reference: Tensor | None) -> Preconditioner:
-        """``P`` of one parameter of a group, as :func:`ftw_optim.preconditioner_of` gives it."""
+        """``P`` of one parameter of a group; see :func:`ftw_optim.preconditioner_of`."""
         if param.is_complex():
             raise NotImplementedError(
                 "Expected real parameters, got a complex one. Hold its real and imaginary parts (torch.view_as_real)."
@@ -97,7 +98,7 @@ class Preconditioners:
     def _with_its_decay(
         self, param: Tensor, group: dict[str, Any], reference: Tensor | None, *, due: bool
     ) -> dict[str, Any]:
-        """The group, with a word on whether its weight decay is decoupled from the gradient."""
+        """The group with ``decoupled_weight_decay`` set where it has weight decay and does not say whether coupled."""
         if not group.get("weight_decay") or "decoupled_weight_decay" in group:
             return group
         if due or id(param) not in self._looks.couples_decay:
@@ -112,7 +113,7 @@ class Preconditioners:
     def _is_like_adam(
         self, param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None, *, due: bool
     ) -> bool:
-        """Whether its state has Adam's names, and a step on a copy does what Adam's rule says."""
+        """Whether the state has Adam's names, and a step on a copy does what Adam's rule says."""
         if not ({"exp_avg", "exp_avg_sq"} <= state.keys() and {"lr", "betas", "eps"} <= group.keys()):
             return False
         if due or id(param) not in self._looks.like_adam:
@@ -135,7 +136,7 @@ class Preconditioners:
             warnings.warn(message, stacklevel=2)
 
     def _tried(self, param: Tensor, group: dict[str, Any], reference: Tensor | None, *, due: bool) -> Preconditioner:
-        """By two steps on a copy, after a look whether the update is element-wise at all."""
+        """``P`` from two steps on a copy, after a check that the update is element-wise at all."""
         if due:
             expected = torch.ones_like(param) if reference is None else reference
             try:

@@ -1,4 +1,4 @@
-"""The forms a preconditioner takes. Each is a symmetric positive semi-definite map on gradients of one parameter."""
+"""The forms of a preconditioner: symmetric positive semi-definite maps on the gradients of one parameter."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from torch import Tensor
 class Preconditioner(ABC):
     """``P`` in ``update = update_at_zero_gradient - P gradient``, in the unit of the parameter over the gradient.
 
-    A form must know :meth:`apply`; what else it knows makes it faster. With :meth:`root` it can be sketched; with
-    :meth:`fold` or :meth:`basis` it is taken into the factors of a layer, before anything is multiplied out.
+    A form must define :meth:`apply`; the other methods are optional. With :meth:`root` it can be used in a sketch; with
+    :meth:`fold` or :meth:`basis` it is applied to the factors of a layer, which is faster than to whole gradients.
     """
 
     @abstractmethod
     def apply(self, gradient: Tensor) -> Tensor:
-        """``P gradient``; axes in front of the parameter's own, such as one for candidates, are batch axes."""
+        """``P gradient``; axes in front of the parameter's own axes, such as one for candidates, are batch axes."""
 
     @property
     def factor(self) -> Tensor | float | None:
-        """What each entry of the gradient is multiplied by: a number or a tensor shaped like it; None: entries mix."""
+        """The factor of each entry of the gradient: a number or a tensor of its shape; None if ``P`` mixes entries."""
         return None
 
     def root(self) -> Preconditioner:
-        """The map that makes this one when it is applied twice.
+        """The map that, applied twice, is this one.
 
         Raises:
-            NotImplementedError: only :meth:`apply` is known of this form.
+            NotImplementedError: the form does not define its root.
         """
         raise NotImplementedError(
             f"Expected a preconditioner whose root is known, one of Scalar, Diagonal, RankOne, Kronecker and "
@@ -41,35 +41,35 @@ class Preconditioner(ABC):
 
     @final
     def power(self, exponent: float) -> Preconditioner:
-        """``P`` to the power of 0, 1/2 or 1."""
+        """``P`` to the power ``exponent``, which is 0, 1/2 or 1."""
         if exponent == 1.0:
             return self
         return self.root() if exponent == 0.5 else Scalar(1.0)
 
     folds: ClassVar[bool] = False
-    """Whether :meth:`fold` is known."""
+    """Whether the form defines :meth:`fold`."""
 
     def fold(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Two sides whose outer products are ``P outer(left, right)``.
+        """New sides whose outer products are ``P outer(left, right)``.
 
         Args:
-            left: shape ``(..., rows)``, of a parameter that is a matrix.
+            left: shape ``(..., rows)``; the parameter is a matrix.
             right: shape ``(..., columns)``.
         """
         raise NotImplementedError
 
     def basis(self) -> tuple[Tensor | None, Tensor | None, Diagonal] | None:
-        """Matrices ``left``, ``right`` and the diagonal that this map is of ``left' G right``; or None."""
+        """Matrices ``left`` and ``right``, and the diagonal of ``P`` on ``left' G right``; None without such a form."""
         return None
 
 
 class Elementwise(Preconditioner):
-    """A preconditioner that multiplies entry by entry."""
+    """A preconditioner that multiplies each entry of the gradient by a factor."""
 
     @property
     @abstractmethod
     def factor(self) -> Tensor | float:
-        """A number, or a tensor shaped like the parameter."""
+        """The factor of each entry: a number, or a tensor of the parameter's shape."""
 
     @final
     def apply(self, gradient: Tensor) -> Tensor:
@@ -102,13 +102,13 @@ class Scalar(Elementwise):
 @final
 @dataclass(frozen=True, eq=False)
 class Diagonal(Elementwise):
-    """``P = diag(values)``, shaped like the parameter, as for Adam."""
+    """``P = diag(values)``, with ``values`` of the parameter's shape, as for Adam."""
 
     values: Tensor
 
     @property
     def factor(self) -> Tensor:
-        """The diagonal."""
+        """The diagonal ``values``."""
         return self.values
 
     def root(self) -> Diagonal:
@@ -119,7 +119,7 @@ class Diagonal(Elementwise):
 @final
 @dataclass(frozen=True, eq=False)
 class RankOne(Elementwise):
-    """``P = diag(outer(rows, columns))`` of a matrix, ``(d_out,)`` and ``(d_in,)``, as for Adafactor."""
+    """``P = diag(outer(rows, columns))`` for a matrix, ``rows`` (d_out,) and ``columns`` (d_in,), as for Adafactor."""
 
     folds: ClassVar[bool] = True
     rows: Tensor
@@ -127,7 +127,7 @@ class RankOne(Elementwise):
 
     @property
     def factor(self) -> Tensor:
-        """The outer product."""
+        """The outer product of ``rows`` and ``columns``."""
         return self.rows[:, None] * self.columns
 
     def root(self) -> RankOne:
@@ -142,12 +142,13 @@ class RankOne(Elementwise):
 @final
 @dataclass(frozen=True, eq=False)
 class Kronecker(Preconditioner):
-    """``P G = left G right`` of a matrix, as for Shampoo; all factors symmetric positive semi-definite.
+    """``P G = left G right`` for a matrix, as for Shampoo; all factors are symmetric positive semi-definite.
 
     Attributes:
-        left: of the first axis, shape ``(d_out, d_out)``; None for the identity.
-        right: of the last axis, shape ``(d_in, d_in)``; None for the identity.
-        between: of the axes between them, as convolutions have; None for the identity. ``left`` is the axis before.
+        left: factor of the first axis, shape ``(d_out, d_out)``; None for the identity.
+        right: factor of the last axis, shape ``(d_in, d_in)``; None for the identity.
+        between: factors of the axes between them, as convolutions have, None for the identity. ``left`` then belongs to
+            the axis before these.
     """
 
     folds: ClassVar[bool] = True
@@ -172,13 +173,13 @@ class Kronecker(Preconditioner):
 @final
 @dataclass(frozen=True, eq=False)
 class RotatedDiagonal(Preconditioner):
-    """``P G = left (values * (left' G right)) right'`` of a matrix: a diagonal in a rotated basis, as for SOAP.
+    """``P G = left (values * (left' G right)) right'`` for a matrix: a diagonal in a rotated basis, as for SOAP.
 
     Attributes:
-        left: orthogonal, of the first axis, shape ``(d_out, d_out)``; None for the identity.
-        right: orthogonal, of the last axis, shape ``(d_in, d_in)``; None for the identity.
-        values: shaped like the parameter, non-negative.
-        between: orthogonal, of the axes between them; None for the identity.
+        left: orthogonal matrix of the first axis, shape ``(d_out, d_out)``; None for the identity.
+        right: orthogonal matrix of the last axis, shape ``(d_in, d_in)``; None for the identity.
+        values: the diagonal, of the parameter's shape, not negative.
+        between: orthogonal matrices of the axes between them; None for the identity.
     """
 
     left: Tensor | None

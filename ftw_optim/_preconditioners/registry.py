@@ -20,7 +20,7 @@ Rule = TypeVar("Rule", bound=PreconditionerRule)
 @final
 @dataclass(frozen=True)
 class Registered:
-    """A rule, the optimizer's attributes that it wants to find in the group, and what users should know of it."""
+    """A registered rule, with the optimizer's attributes to add to the group for it, and a note for users."""
 
     rule: PreconditionerRule
     attributes: tuple[str, ...] = ()
@@ -38,13 +38,13 @@ def register_preconditioner(
     The rule is called as ``rule(param, group, state, reference)``: the parameter, its group (with ``lr`` 1 where every
     group's is zero), its state (empty before its first step) and the gradient that the coming step is expected to see,
     float32 at least and shaped like ``param``, or None for zero. It returns ``P`` of that coming step, with the
-    learning rate, bias corrections and the fresh gradient's share of the momentum included; momentum and decay left
-    out. It serves subclasses too, unless they override ``step`` or a method that it may call.
+    learning rate, bias corrections and the fresh gradient's share of the momentum included, but without old momentum
+    and decay. It serves subclasses too, unless they override ``step`` or a method that it may call.
 
     Args:
-        cls: the class, or its full dotted name where importing it would be a dependency.
+        cls: the class, or its full dotted name, so that its package need not be imported.
         attributes: settings that the optimizer keeps as attributes of its own; the rule finds them in the group.
-        note: what a user should know of this geometry, said in one warning when such an optimizer is wrapped.
+        note: what users should know about this preconditioner; a warning says it when such an optimizer is wrapped.
 
     Returns:
         A decorator that returns the rule unchanged.
@@ -70,10 +70,10 @@ _REFUSED: dict[str, str] = {
 
 
 def registered_rule(optimizer: Optimizer) -> Registered | None:
-    """The rule of an optimizer's class; None where its state or trying it out must tell.
+    """The rule of an optimizer's class; None where there is none and the optimizer has to be probed.
 
     Raises:
-        NotImplementedError: the class is known not to work.
+        NotImplementedError: the class is known not to work with selection.
     """
     cls = type(optimizer)
     for parent in cls.__mro__:
@@ -93,7 +93,7 @@ _NO_PART_OF_A_STEP = {"__init__", "add_param_group", "zero_grad", "train", "eval
 
 
 def _steps_otherwise(cls: type, parent: type) -> bool:
-    """Whether a subclass overrides ``step``, or a method that it may call."""
+    """Whether a subclass overrides ``step``, or a method that ``step`` may call."""
     for name, own in inspect.getmembers(cls, callable):
         of_parent = getattr(parent, name, None)
         special = name.startswith("__") or name in _NO_PART_OF_A_STEP

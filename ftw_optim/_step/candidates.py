@@ -19,18 +19,19 @@ from ftw_optim._step.closures import CandidateClosure, Plain, checked_losses
 from ftw_optim._step.run import Run, full_precision
 
 Taker = Callable[[Tensor], Callable[[str, list[Factors]], None]]
-"""``losses -> take``, and ``take(name, factors)`` for each captured parameter."""
+"""A function ``losses -> take``; ``take(name, factors)`` is then called for each captured parameter."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Candidates:
-    """Everything that the pass found.
+    """The results of the pass over the candidates.
 
     Attributes:
         losses: shape ``(n,)``, with their graph where it was kept.
-        found: factors of each captured parameter that was reached, multiplied by the scale; none if they were taken.
-        footprints: what the factors of each came to.
+        found: factors of each captured parameter that was reached, multiplied by the scale; empty if they were handed
+            over layer by layer.
+        footprints: number of uses, multiplications and bytes of the factors of each parameter.
         computed_in: the dtypes that the captured layers computed in.
     """
 
@@ -42,9 +43,9 @@ class Candidates:
 
 @final
 class CandidatePass:
-    """A context in which the closure is run and its layers are captured; leaving it ends every capture.
+    """The context in which the closure runs and its layers are captured; leaving it ends every capture.
 
-    Where a graph is kept for a second backward, its captures last as long: checkpointed layers may run again.
+    Where the graph is kept for a second backward, its captures last as long: checkpointed layers may run again.
     """
 
     def __init__(self, run: Run, closure: CandidateClosure) -> None:
@@ -62,20 +63,20 @@ class CandidatePass:
         self._captures.__exit__(kind, error, trace)
 
     def again(self, rows: Tensor) -> Any:
-        """What the closure returns for some rows, when nothing is captured any longer."""
+        """Run the closure on some ``rows`` after all captures have ended; returns what it returns."""
         self._captures.close()
         return self.closure(rows)
 
     def candidates(self, rows: Tensor | None = None, taker: Taker | None = None) -> Candidates | Plain:
-        """Losses and factors of the candidates, by one call of the closure.
+        """The losses and factors of the candidates, from one call of the closure.
 
         Args:
-            rows: those of the candidates to run; None: all.
+            rows: indices of the candidates to run; None: all.
             taker: takes the factors layer by layer, as they come; then none are returned.
 
         Raises:
-            ValueError: an iterator without any losses, or together with ``combine="rerun"`` or ``sample_ids`` that are
-                not one for each micro-batch.
+            ValueError: the closure returned an iterator that yields nothing, or one where ``combine="rerun"`` needs a
+                single batch; or ``sample_ids`` is not one tensor for each micro-batch.
         """
         with self._run.clock.phase("candidates"):
             capture = self._begun(0)
@@ -93,7 +94,7 @@ class CandidatePass:
             return found
 
     def _in_turn(self, iterator: Iterator[Any], capture: Capture, taker: Taker | None) -> Candidates:
-        """All micro-batches as one batch."""
+        """The losses and factors of all micro-batches, joined to those of one batch."""
         batches: list[Candidates] = []
         while True:
             with torch.enable_grad():
@@ -115,7 +116,7 @@ class CandidatePass:
         return self._captures.enter_context(capture)
 
     def _differentiated(self, capture: Capture, value: Any, taker: Taker | None) -> Candidates:
-        """The backward pass of one batch; without a graph to keep, its capture ends here."""
+        """Run the backward pass of one batch; its capture ends here unless its graph is kept."""
         losses, run = checked_losses(value, capture.count), self._run
         footprints: dict[str, Footprint] = {}
         found: dict[str, list[Factors]] = {}
@@ -144,7 +145,7 @@ class CandidatePass:
         return self._run.sample_ids is not None and not isinstance(self._run.sample_ids, Tensor)
 
     def _ids(self, batch: int) -> Tensor | None:
-        """The sample_ids of a micro-batch; None where there are none, or none left."""
+        """The ``sample_ids`` of a micro-batch; None where there are none, or none are left."""
         ids = self._run.sample_ids
         if ids is None or isinstance(ids, Tensor):
             return ids

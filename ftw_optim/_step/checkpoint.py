@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the inner optimizer's state: plain tensors and containers of them."""
+"""The extra state in a checkpoint, beside the inner optimizer's: plain tensors and containers of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def written_state(backwards: int, seed: int, target: Mapping[str, Tensor] | None) -> dict[str, Any]:
-    """Step count, seed and, where it must outlive a step, the target gradient."""
+    """The extra state: number of selections, seed and, where it must outlive a step, the target gradient."""
     extra: dict[str, Any] = {"backwards": torch.tensor(backwards), "seed": torch.tensor(seed)}
     if target is not None:
         extra["target"] = dict(target)
@@ -18,16 +18,16 @@ def written_state(backwards: int, seed: int, target: Mapping[str, Tensor] | None
 
 
 def read_state(extra: Any, key: str, model: nn.Module, *, seed: int) -> tuple[int, int, dict[str, Tensor] | None]:
-    """What :func:`written_state` was given; the target gradient is on the devices of the model's parameters.
+    """The arguments that :func:`written_state` was given, read back from its result.
 
     Args:
-        extra: what it returned; None where a checkpoint holds none.
-        key: where it is in a state dict.
-        model: whose parameters the target gradient is of.
-        seed: where a checkpoint holds none.
+        extra: the extra state; None where a checkpoint holds none.
+        key: the key of the extra state in a state dict, for the message.
+        model: the model; the target gradient is put on the devices of its parameters.
+        seed: the seed to return where the checkpoint holds no extra state.
 
     Raises:
-        ValueError: it is something else, or of another model.
+        ValueError: ``extra`` is not such a state, or its target gradient is that of another model.
     """
     if extra is None:
         return 0, seed, None

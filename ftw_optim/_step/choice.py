@@ -1,4 +1,4 @@
-"""The stages in their order: inner products to kept candidates, weights, and what they achieve."""
+"""The choice of a step: filter stage and weight stage, from the inner products to a selection."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NORMALIZATIONS = ("sum", "norm", None)
 
 
 def choose(run: Run, comparison: Comparison) -> Selection:
-    """Filter, then weights: whom this step selects and how much of each; nothing is applied yet."""
+    """Run the filter and weight stages of this step: its selection, which is not applied yet."""
     if not comparison.problem:
         return Selection.nothing(comparison.losses, comparison.accepted)
     with run.clock.phase("solve"):
@@ -59,17 +59,21 @@ def select(
     """Run the filter and the weight stage on the accepted candidates.
 
     Args:
-        products: in ``metric``, in the preconditioned one and in those the stages name; of all candidates.
+        products: the products of all candidates, in ``metric``, in the preconditioned one and in those the stages name.
         losses: shape ``(n,)``, on the CPU.
-        accepted: bool (n,): candidates that are not rejected.
-        metric: that of the first Matching a stage sees.
+        accepted: mask of the candidates that are not rejected, bool (n,).
+        metric: the metric of the first Matching that a stage sees.
         filter_stage: ``(matching, *more) -> kept``.
         weight_stage: ``(matching, *more) -> WeightSolution``, restricted to ``kept``.
-        generator: for stages that draw.
-        learning_rate_is_zero: nothing can be decreased.
+        generator: random numbers for stages that draw.
+        learning_rate_is_zero: whether the step cannot decrease anything, so that the predicted decrease is zero.
 
     Returns:
-        The outcome, with indices into all ``n`` candidates, and ``combine`` still open.
+        The selection, with indices into all ``n`` candidates; ``combine`` is not set yet.
+
+    Raises:
+        TypeError: the filter stage did not return int64 indices of shape (k,).
+        ValueError: the indices are not distinct or out of range, or the weights are not ``k`` finite numbers >= 0.
     """
     names = accepted.nonzero()[:, 0]
 
@@ -134,7 +138,7 @@ def select(
 
 
 def _energies(products: Products, kept: Tensor, weights: Tensor) -> tuple[float, float, float]:
-    """Squared norms of the target and of the combined gradient, and their inner product."""
+    """The squared norms of the target and of the combined gradient, and their inner product."""
     gram = products.gram.double()[kept][:, kept]
     inner = products.cross_gram.double()[kept] @ weights
     # Rounding may turn a vanishing square negative.
@@ -144,7 +148,7 @@ def _energies(products: Products, kept: Tensor, weights: Tensor) -> tuple[float,
 def _normalised(
     weights: Tensor, total: float, products: Products, kept: Tensor, names: Tensor, normalize: str | None
 ) -> Tensor:
-    """``weights`` (k,), which sum to one, in the length that ``normalize`` asks for."""
+    """The ``weights`` (k,), which sum to one, scaled as ``normalize`` asks."""
     if normalize is None:
         return weights * total
     if normalize == "norm":

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""The clock that measures the time of each phase of a step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ftw_optim._gram.profiling import profiled
 class Clock:
     """Adds up the milliseconds of each phase, as the host sees them.
 
-    An accelerator works on behind the host: what is waited for counts where it is waited for. A phase inside of another
-    does not count for that.
+    An accelerator runs asynchronously: its work counts in the phase in which the host waits for it. The time of a phase
+    inside of another one counts only for the inner one.
 
     Phases are ranges of ``torch.profiler`` as well, named ``ftw_optim/PHASE``; within them are ``ftw_optim/backward``
     (the backward pass to the factors), ``ftw_optim/materialise`` (gradients multiplied out) and ``ftw_optim/products``.
 
     Args:
-        now: seconds, of whatever clock.
+        now: returns the present time in seconds, from any start.
     """
 
     def __init__(self, *, now: Callable[[], float] = time.perf_counter) -> None:
@@ -31,7 +31,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Within it, time counts for ``name``."""
+        """A block whose time counts for the phase ``name``."""
         outer, self._inside = self._inside, 0.0
         start = self._now()
         try:

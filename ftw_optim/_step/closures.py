@@ -1,4 +1,4 @@
-"""What a closure may return, and what each return means."""
+"""Closures: what a closure may return, and the meaning of each return value."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plain:
-    """A closure's request for nothing but the inner optimizer's step.
+    """A closure's request for the inner optimizer's step alone, without a selection.
 
     Attributes:
-        value: None, or the scalar that it returned after a backward of its own.
+        value: the closure's return value: None, or a scalar after a backward of its own.
     """
 
     value: Any
@@ -25,12 +25,12 @@ class Plain:
 
 @final
 class CandidateClosure:
-    """A user's closure: called once for the candidates' losses, and perhaps again for some rows of them.
+    """A user's closure, called once for the candidates' losses and perhaps again for some of the candidates.
 
     Args:
         function: the closure.
-        parameters: those that a backward of its own would give a ``.grad``.
-        may_be_plain: whether it may ask for the inner step alone.
+        parameters: the parameters whose ``.grad`` shows whether the closure ran a backward of its own.
+        may_be_plain: whether the closure may ask for the inner step alone.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class CandidateClosure:
     ) -> None:
         self._function, self._parameters, self._may_be_plain = function, parameters, may_be_plain
         self.takes_rows = _takes_rows(function)
-        """Whether it can be called as ``closure(rows=kept)``."""
+        """Whether the closure can be called as ``closure(rows=kept)``."""
 
     def __call__(self, rows: Tensor | None = None) -> Any:
-        """What it returns for all candidates or some ``rows``; :class:`Plain` where that asks for the inner step."""
+        """Call the closure for all candidates or some ``rows``; :class:`Plain` where it asks for the inner step."""
         if rows is not None:
             return self._function(rows=rows)
         before = self._gradient_marks()
@@ -53,7 +53,7 @@ class CandidateClosure:
         return Plain(value=value) if value is None or ran_backward else value
 
     def _gradient_marks(self) -> dict[str, tuple[int, int]]:
-        """Equal before and after a call only if it replaced or changed no ``.grad``."""
+        """Marks of every ``.grad``, which are equal before and after a call only if it replaced or changed none."""
         return {
             name: (id(parameter.grad), parameter.grad._version)
             for name, parameter in self._parameters.items()
@@ -70,16 +70,16 @@ def _takes_rows(function: Callable[..., Any]) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
-    """Whether this is what a closure with a backward of its own returns."""
+    """Whether the value is a scalar, as a closure with a backward of its own returns."""
     return isinstance(value, float) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 def checked_losses(losses: Any, count: int | None = None) -> Tensor:
-    """The closure's losses, shape ``(n,)``, one for each of the ``count`` rows that the model saw, if that is known.
+    """The closure's losses, shape ``(n,)``, after checks; ``count`` is the number of rows the model saw, if known.
 
     Raises:
-        TypeError: it returned no tensor.
-        ValueError: the losses are reduced, detached, empty, or another number.
+        TypeError: the closure returned no tensor.
+        ValueError: the losses are reduced, detached or empty, or their number is not ``count``.
     """
     wanted = "one loss for each candidate, shape (n,), such as token_losses(model, batch)"
     if not isinstance(losses, Tensor):

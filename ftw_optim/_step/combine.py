@@ -1,4 +1,4 @@
-"""Where the combined gradient comes from: the factors, the common graph, or the kept candidates once more."""
+"""The combined gradient: from the factors, from the graph, or from running the kept candidates once more."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ftw_optim._step.parameters import StepParameters
 from ftw_optim._step.run import Run, full_precision
 
 Combined = tuple[dict[str, Tensor], bool]
-"""Gradients by parameter name, and whether all of them are finite."""
+"""The gradients by parameter name, and whether all of them are finite."""
 
 
 def cheapest_way(model: nn.Module, parameters: StepParameters, layers: Sequence[Owner]) -> str:
-    """The way of ``combine="auto"``.
+    """The way that ``combine="auto"`` stands for: ``"factors"`` or ``"graph"``.
 
-    With a rule for every updated parameter the factors cost less than a second backward, however few are scored; to run
-    modules again for parameters that are not scored costs more.
+    Where every updated parameter has a rule, the factors cost less than a second backward, however few parameters are
+    scored. Running modules again for parameters that are not scored costs more than a second backward.
     """
     again = {name for owner in layers if owner.rule is None for name in owner.parameters.values()}
     costly = again & (parameters.updated.keys() - parameters.scored.keys())
@@ -39,19 +39,20 @@ def cheapest_way(model: nn.Module, parameters: StepParameters, layers: Sequence[
 def combine(
     run: Run, comparison: Comparison, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> tuple[Selection, Mapping[str, Tensor]]:
-    """``scale * sum_i weights[i] g_i`` of every updated parameter that was reached, in the first way that can serve.
+    """Form ``scale * sum_i weights[i] g_i`` for every updated parameter that was reached, in the first usable way.
 
-    ``.grad`` is left alone.
+    No ``.grad`` is changed.
 
     Args:
-        run: the step.
-        comparison: the small problem; where it overflowed, the gradient is infinite: a GradScaler looks for that.
-        selection: whom to combine, with which weights.
-        factors: of the candidates, multiplied by the scale.
+        run: the inputs and options of the step.
+        comparison: the matching problem; where it overflowed, the gradients are infinite, as a GradScaler expects.
+        selection: the kept candidates and their weights.
+        factors: the candidates' factors, multiplied by the scale.
         candidate_pass: runs the kept candidates once more.
 
     Returns:
-        The selection, with the way that was taken; skipped where none can serve. And the gradients by parameter name.
+        The selection, with the way that was taken, or skipped where no way is usable; and the gradients by parameter
+        name.
 
     Raises:
         RuntimeError: the graph's gradient is not that of the factors.
@@ -71,9 +72,9 @@ def combine(
 
 
 def _usable_ways(run: Run, selection: Selection, candidate_pass: CandidatePass) -> list[str]:
-    """The ways that can serve, the first one that gives a finite gradient to be taken; empty where none can.
+    """The usable ways, in order; the first that gives a finite gradient is taken. Empty where there is none.
 
-    A backward through the common graph would multiply a rejected candidate's NaN by zero inside the layers.
+    The graph is not usable beside a rejected candidate: a backward would multiply its NaN by zero inside the layers.
     """
     if selection.skipped:
         return []
@@ -92,13 +93,13 @@ def _from_factors(run: Run, selection: Selection, factors: PassFactors, candidat
         name: weighted_sum(uses, weights, updated[name].shape).to(updated[name].dtype)
         for name, uses in factors.found.items()
     }
-    # What the Gram matrix has seen is finite, unless it is too large for the parameter.
+    # Gradients in the Gram matrix are known to be finite, unless they are too large for the parameter's dtype.
     unseen = [g for name, g in gradients.items() if name not in run.parameters.scored or g.dtype == torch.float16]
     return gradients, not unseen or all(told([finite(unseen)]))
 
 
 def _from_graph(run: Run, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass) -> Combined:
-    """A weighted backward over the same graph, looked at beside the factors that were captured of it."""
+    """A weighted backward over the same graph, checked against the factors that were captured from it."""
     weights, losses = selection.spread_weights(), factors.candidates.losses
     gradients = _ordinary_backward(run, [(weights.to(losses) * losses).sum() * run.scale])
     scored = {name: gradients[name] for name in run.parameters.scored if name in gradients}
@@ -125,7 +126,7 @@ _WAYS: dict[str, Callable[[Run, Selection, PassFactors, CandidatePass], Combined
     "rerun": _from_rerun,
 }
 COMBINES = ("auto", *_WAYS)
-"""What the option ``combine`` may be."""
+"""The values of the option ``combine``."""
 
 
 def _losses_again(run: Run, selection: Selection, candidate_pass: CandidatePass) -> Iterator[Tensor]:
@@ -144,7 +145,7 @@ def _losses_again(run: Run, selection: Selection, candidate_pass: CandidatePass)
 
 
 def _ordinary_backward(run: Run, totals: Iterable[Tensor]) -> dict[str, Tensor]:
-    """What ``total.backward()`` forms for the updated parameters, one after another."""
+    """The gradients of the updated parameters from ``total.backward()`` for each total, added up."""
     updated = run.parameters.updated
     with gradients_set_aside(run.model.parameters()):
         for total in totals:

@@ -1,8 +1,8 @@
-"""Candidates compared with each other and with the target: the small problem of a step, and whom it is about.
+"""The comparison of candidates with each other and with the target, which gives the matching problem of a step.
 
-What is not finite is rejected on the way. A candidate's square tells: it is not finite where a factor is not. Beside
-such a candidate nothing can be measured (the expected gradient, and so ``P``, has it inside): the others are compared
-anew.
+Candidates that are not finite are rejected here. They show by their squares, which are not finite where a factor is
+not. The products of the others are not usable then, because the expected gradient, and so ``P``, includes such a
+candidate: the others are compared again without it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ftw_optim._step.target import TargetNow
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison:
-    """The small problem of a step.
+    """The matching problem of a step.
 
     Attributes:
         problem: products in each metric, zero for rejected candidates; empty where there is nothing to match.
         losses: shape ``(n,)``, on the CPU.
-        accepted: bool (n,): candidates that are not rejected.
-        overflowed: a scaled gradient did, a candidate's or the target's: nothing may be applied.
-        target_overflowed: the target's did.
+        accepted: mask of the candidates that are not rejected, bool (n,).
+        overflowed: whether a scaled gradient overflowed, a candidate's or the target's: then nothing may be applied.
+        target_overflowed: whether the scaled target gradient overflowed.
     """
 
     problem: Mapping[Metric, Products]
@@ -42,10 +42,10 @@ class Comparison:
 
 
 def compare(run: Run, factors: PassFactors, target: TargetNow) -> Comparison:
-    """The products of all candidates that are finite, with each other and with the target.
+    """The products of all finite candidates with each other and with the target.
 
     Raises:
-        ValueError: the target is not finite.
+        ValueError: the target losses or the target gradient are not finite.
     """
     while True:
         seen, before = factors.measured(), factors.accepted
@@ -53,7 +53,7 @@ def compare(run: Run, factors: PassFactors, target: TargetNow) -> Comparison:
         left = before & seen.clean & seen.measurable
         if target_overflowed or not torch.equal(left, before):
             clean = before & factors.clean(seen)
-            # A bare run would leave what makes a GradScaler back off.
+            # Without selection, an infinite gradient would make a GradScaler lower its scale: so it must here.
             overflowed = run.scale > 1.0 and bool((before & seen.finite & ~clean).any())
             if target_overflowed or overflowed:
                 return Comparison(
@@ -63,7 +63,7 @@ def compare(run: Run, factors: PassFactors, target: TargetNow) -> Comparison:
                     overflowed=True,
                     target_overflowed=target_overflowed,
                 )
-            left = left if torch.equal(clean, before) else clean  # beside one that is not, nothing can be measured
+            left = left if torch.equal(clean, before) else clean  # beside one that is not, no product is usable
             factors.keep_only(left)
         if not seen.problem or not bool(left.any()):
             return Comparison(problem={}, losses=seen.losses, accepted=left)

@@ -27,13 +27,13 @@ MatchingSums = GramSums | SketchSums
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """What a look at the candidates told; on the CPU, brought there by one copy.
+    """The measured products of the candidates, with losses and flags; on the CPU, copied there at once.
 
     Attributes:
         problem: products of all ``n`` candidates in each metric; empty where none of them reached a scored parameter.
         losses: shape ``(n,)``.
-        finite: bool (n,), whose loss is finite.
-        clean: bool (n,), of whom all is finite that was looked at beside the products.
+        finite: mask of the candidates whose loss is finite, bool (n,).
+        clean: mask of the candidates for which everything else that was checked is finite, bool (n,).
         target: flags of the target gradient, see :class:`TargetNow`.
     """
 
@@ -45,14 +45,14 @@ class Measured:
 
     @property
     def measurable(self) -> Tensor:
-        """Whose square is finite in every metric: bool (n,)."""
+        """Mask of the candidates whose square is finite in every metric: bool (n,)."""
         squares = [one.gram.diagonal() for one in self.problem.values()]
         return torch.stack(squares).isfinite().all(dim=0) if squares else torch.ones_like(self.finite)
 
 
 @final
 class KeptFactors:
-    """Candidates whose factors are all there, until the combined gradient is formed."""
+    """Factors of all candidates, kept until the combined gradient is formed."""
 
     def __init__(self, run: Run, candidates: Candidates, target: TargetNow) -> None:
         self._run, self._target = run, target
@@ -67,7 +67,7 @@ class KeptFactors:
         self.found = {name: [use.without(~accepted) for use in uses] for name, uses in self.found.items()}
 
     def measured(self) -> Measured:
-        """The products of those that are accepted; that all are finite is taken for granted until they are known."""
+        """The products of the accepted candidates, which may turn out not to be finite."""
         run, losses = self._run, self.candidates.losses
         scored = {name: uses for name, uses in self.found.items() if name in run.parameters.scored}
         unseen = {name: uses for name, uses in self.found.items() if name not in scored}
@@ -87,7 +87,7 @@ class KeptFactors:
         return Measured(problem=problem, losses=values, finite=finite, clean=clean, target=flags)
 
     def clean(self, measured: Measured) -> Tensor:
-        """Whether each candidate's loss and factors are finite: bool (n,)."""
+        """Mask of the candidates whose loss and factors are all finite: bool (n,)."""
         return finite_candidates(self.found, self.candidates.losses).cpu()
 
 
@@ -105,7 +105,7 @@ class _Stream:
         """Whose factors are too, where that must be told from squares out of range."""
 
     def begin(self, losses: Tensor) -> Callable[[str, list[Factors]], None]:
-        """The function that takes the factors of these losses."""
+        """Begin a batch with these losses; returns the function that takes its factors."""
         finite = losses.detach().isfinite()
         self.finite.append(finite)
         self.clean.append(finite)
@@ -159,7 +159,7 @@ class StreamedFactors:
         self.accepted = accepted
 
     def measured(self) -> Measured:
-        """The products of those that are accepted, who are run again if others were compared beside them."""
+        """The products of the accepted candidates, which are run again if others were in the pass before."""
         if not bool(self.accepted[self._rows].all()):
             self._run_again(self.accepted.nonzero()[:, 0])
         stream = self._stream
@@ -184,7 +184,7 @@ class StreamedFactors:
         )
 
     def clean(self, measured: Measured) -> Tensor:
-        """Whether each candidate's loss and factors are finite, as far as the products tell: bool (n,)."""
+        """Mask of the candidates whose loss and factors are finite, as far as known after the drop: bool (n,)."""
         return measured.clean if self._run.scale > 1.0 else measured.clean & measured.measurable
 
     def _run_again(self, rows: Tensor) -> None:
@@ -198,7 +198,7 @@ PassFactors = KeptFactors | StreamedFactors
 
 
 def gather(run: Run, candidate_pass: CandidatePass, target: TargetNow) -> PassFactors | Plain:
-    """The candidates' factors, kept or taken layer by layer; or the request of a closure that has no candidates."""
+    """The candidates' factors, kept or dropped layer by layer; or the request of a closure without candidates."""
     stream = _Stream(run, target) if run.drops_factors else None
     candidates = candidate_pass.candidates(taker=None if stream is None else stream.begin)
     if isinstance(candidates, Plain):
@@ -209,7 +209,7 @@ def gather(run: Run, candidate_pass: CandidatePass, target: TargetNow) -> PassFa
 
 
 def sums_of(run: Run, accepted: Tensor, target: TargetNow, device: torch.device) -> MatchingSums:
-    """The sums of this step's Gram matrix, nothing added yet."""
+    """The sums of this step's Gram matrix, before anything is added."""
     preconditioners = Preconditioners(run.inner, unknown_as_identity=run.metric is Metric.EUCLIDEAN)
     parameters, groups = run.parameters.scored, run.parameters.groups
     dtype = torch.float32

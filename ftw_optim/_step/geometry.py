@@ -21,15 +21,16 @@ def preconditioner_of(optimizer: Optimizer, param: Tensor, reference: Tensor | N
     Args:
         optimizer: a supported optimizer, or a :class:`SelectiveOptimizer` around one.
         param: one of its parameters.
-        reference: the gradient the step is expected to see, shaped like ``param``; it enters the second moment as the
-            step would let it, with entries below 0.03 of the root mean square of its non-zero ones raised to that, so
-            that no entry without history outweighs all others. None: the step at zero gradient.
+        reference: the gradient the step is expected to see, shaped like ``param``; None: the step at zero gradient. It
+            enters the second moment as it does in the step, but entries smaller than 0.03 times the root mean square of
+            the non-zero ones are raised to that size, so that no entry without history outweighs all others.
 
     Returns:
         ``P``; call ``.apply(gradient)``.
 
     Raises:
-        NotImplementedError: the optimizer has no rule and its update is not element-wise.
+        NotImplementedError: the optimizer has no rule and cannot be probed, for example as its update is not
+            element-wise.
         ValueError: ``param`` is not one of the optimizer's, or ``reference`` has another shape.
     """
     inner = optimizer

@@ -1,4 +1,4 @@
-"""Predicates for what is scored."""
+"""Predicates for the option ``scored``."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class LastBlocks:
     blocks: tuple[str, ...]
 
     def __call__(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether the parameter counts."""
+        """Whether the parameter is in one of the blocks."""
         return name.startswith(self.blocks)
 
 
 def last_blocks(model: nn.Module, count: int) -> LastBlocks:
     """A predicate for ``scored`` that accepts the last repeated blocks of a model, without embeddings and head.
 
-    The blocks are the children of the longest stack in the model: the ``ModuleList`` or ``Sequential`` of equal modules
-    that holds most parameters (of several as large, such as an encoder's and a decoder's, the last).
+    The blocks are the children of the largest stack in the model: the ``ModuleList`` or ``Sequential`` of modules of
+    one kind that holds most parameters. Of several similar ones, such as an encoder's and a decoder's, it is the last.
 
     Args:
         model: a model with a stack of blocks, such as any Transformer.
-        count: how many blocks, from the end.
+        count: number of blocks, counted from the end.
 
     Returns:
         ``(name, parameter) -> bool``.
@@ -58,11 +58,11 @@ def last_blocks(model: nn.Module, count: int) -> LastBlocks:
 
 
 def _are_alike(classes: list[type]) -> bool:
-    """Whether some blocks are of one class, or of one kind: hybrid models mix attention and mixers."""
+    """Whether some blocks share a class or a base class beside ``Module``: hybrid models mix attention and mixers."""
     common = set.intersection(*(set(cls.__mro__) for cls in classes)) if classes else set()
     return bool(common - set(nn.Module.__mro__))
 
 
 def _inside(name: str, stacks: dict[str, tuple[int, int]]) -> bool:
-    """Whether a stack lies within another one, as the experts of a block do."""
+    """Whether a stack lies inside of another one, as the experts of a block do."""
     return any(name != other and name.startswith(f"{other}." if other else "") for other in stacks)

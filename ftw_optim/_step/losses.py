@@ -23,9 +23,9 @@ def token_losses(
 ) -> Tensor:
     """Each row's own next-token loss, shape ``(n,)``, ready to be returned by a closure.
 
-    The two reductions differ in what a token counts. ``"token_mean"``: every candidate counts the same, however long;
-    the mean over candidates is a mean of means. ``"token_sum"``: every token counts the same; the mean over candidates
-    is the model's own loss, the mean over all label tokens, so that uniform weights make a trainer's ordinary step.
+    The two reductions differ in how much a token counts. With ``"token_mean"`` every candidate counts the same, however
+    long; the mean over candidates is a mean of means. With ``"token_sum"`` every token counts the same; the mean over
+    candidates is the model's own loss, the mean over all label tokens, so uniform weights make a trainer's step.
 
     Args:
         model: a causal language model. Called with everything in ``batch`` but the labels, as keywords; returns logits
@@ -34,16 +34,17 @@ def token_losses(
             ``t`` predicts label ``t + 1``, as in Transformers.
         reduction: ``"token_mean"`` divides a row's sum by the number of its own labels, ``"token_sum"`` by
             ``label_tokens / candidates``, the mean number of labels of a candidate.
-        label_tokens: with ``"token_sum"``: labels of the whole accumulation window, see :func:`count_label_tokens`;
-            None: of this batch.
-        candidates: with ``"token_sum"``: how many candidates a selection is made among, all of the window or those of
-            this micro-batch; None: the rows of this batch.
+        label_tokens: with ``"token_sum"``: number of labels in the whole accumulation window, see
+            :func:`count_label_tokens`; None: the number in this batch.
+        candidates: with ``"token_sum"``: number of candidates that a selection is made among, all of the window or
+            those of this micro-batch; None: the rows of this batch.
 
     Returns:
         Losses in nats, float32 or the model's dtype if wider. A row without labels has loss and gradient zero.
 
     Raises:
-        ValueError: no labels, an unknown reduction, counts without ``"token_sum"``, or logits of another shape.
+        ValueError: the batch has no labels, the reduction is unknown, counts are given without ``"token_sum"``, or the
+            logits have another shape.
     """
     if reduction not in ("token_mean", "token_sum"):
         raise ValueError(f'reduction must be "token_mean" or "token_sum", got {reduction!r}.')
@@ -69,22 +70,22 @@ def token_losses(
 
 
 def count_label_tokens(*batches: Mapping[str, Any]) -> int:
-    """How many labels of some batches :func:`token_losses` counts: those a position before them predicts.
+    """The number of labels that :func:`token_losses` counts in some batches: those with a position before them.
 
     Raises:
-        ValueError: a batch without labels.
+        ValueError: a batch has no labels.
     """
     return sum(int((shifted_labels(_labels_of(batch)) != IGNORED).sum()) for batch in batches)
 
 
 def shifted_labels(labels: Tensor) -> Tensor:
-    """The label that each position predicts, shape ``(n, t)``: the next one; none at the last."""
+    """The label that each position predicts, shape ``(n, t)``: the next one; -100 at the last position."""
     # The labels are shifted, not the logits: no copy of the larger of the two.
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def position_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each position, zero where it has no target, and which have one; both of shape ``(n, t)``.
+    """The loss of each position, zero where it has no target, and the mask of those that have one; both ``(n, t)``.
 
     Args:
         logits: shape ``(n, t, vocabulary)``.

@@ -1,4 +1,4 @@
-"""What users hold: the options, the two ways to make a step, and all that lasts from one step to the next."""
+"""The optimizer that users hold: its options, its two ways to make a step, and its state between steps."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ class SelectiveOptimizer(OptimizerWrapper):
         optimizer: the inner optimizer; all of its parameters must be the model's.
         model: the module that the closures call.
         target: a closure that returns the target examples' losses, shape ``(m,)``, or a :class:`TargetGradient`.
-        filter: which candidates are kept.
-        weight: how much each of the kept counts.
+        filter: the filter stage, which chooses the kept candidates; None: :class:`GreedyFilter` with ``keep=0.25``.
+        weight: the weight stage, which gives each kept candidate its weight; None: :class:`NonNegativeLeastSquares`.
         metric: ``"preconditioned"`` (``<g_i, P g_j>``), ``"update"`` (``<P g_i, P g_j>``) or ``"euclidean"``.
         combine: where the combined gradient comes from: ``"factors"`` (the captured factors), ``"graph"`` (a weighted
             backward over the same graph), ``"rerun"`` (the kept candidates once more, ``closure(rows=kept)``) or
             ``"auto"``: factors where every updated parameter has a layer rule, else graph.
-        scored: predicate ``(name, parameter)`` of what counts in the Gram matrix, such as ``last_blocks(model, 1)``;
-            None: all that is updated.
-        gram: ``"exact"``, or a :class:`Sketch` that estimates the Gram matrix where that is out of reach.
+        scored: predicate ``(name, parameter)`` for the parameters that count in the Gram matrix, such as
+            ``last_blocks(model, 1)``; None: all that are updated.
+        gram: ``"exact"``, or a :class:`Sketch` that estimates the Gram matrix where the exact one costs too much.
         memory_limit: bytes of multiplied-out per-candidate gradients that may exist at a time, kept from step to step;
             None: 256 MiB.
         self_check: compare the captured gradients with autograd's at the first backward, and whenever a layer is read
             in a new way.
-        seed: of the target's random state, and of stages that draw.
+        seed: seed of the target's random state, of sketches and checks, and of stages that draw.
 
     Raises:
         ValueError: an option is not one of those above, or a group parameter is not the model's.
@@ -73,7 +73,7 @@ class SelectiveOptimizer(OptimizerWrapper):
     """
 
     _observe: Observe | None = None
-    """Told of what is added to the Gram matrix, while :func:`ftw_optim.testing.recorded` is entered."""
+    """A function called with all that is added to the Gram matrix, while in :func:`ftw_optim.testing.recorded`."""
 
     def __init__(
         self,
@@ -132,12 +132,12 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     @property
     def selection(self) -> Selection | None:
-        """What the last backward chose; None before the first."""
+        """The selection of the last backward or step; None before the first."""
         return self._selection
 
     @property
     def coverage(self) -> Coverage:
-        """Which rule captures which parameter; after a backward also what was captured and at which cost."""
+        """The table of the rules that capture the parameters; after a backward also what was captured at which cost."""
         table = coverage(self.model)
         if self._last_capture is None:
             return table
@@ -149,16 +149,17 @@ class SelectiveOptimizer(OptimizerWrapper):
 
         Args:
             closure: returns the candidates' own losses, shape ``(n,)``, or an iterator of such tensors, one for each
-                micro-batch (a generator function will do); run once, with gradients enabled. What ``.grad`` held
-                before is discarded. None, or a closure that returns None: the inner optimizer's step on whatever
+                micro-batch (a generator function will do). It is run once, with gradients enabled; previous values of
+                ``.grad`` are discarded. None, or a closure that returns None: the inner optimizer's step on whatever
                 ``.grad`` holds, or nothing if every :meth:`backward` since the last step was skipped.
-            select: False: a closure is only run, and then it is as if there had been none. For frameworks that pass one
-                of their own to the second half of a step, as Lightning does; without this, the target is evaluated
+            select: False: run the closure, then do the same as without one. For frameworks that pass a closure of their
+                own to the second half of a step, as Lightning does; without this option the target would be evaluated
                 before the closure turns out to have no candidates.
 
         Returns:
-            The weighted loss, detached (weights summing to one; skipped: the mean of the finite losses; all rejected:
-            NaN). Without a closure None; without selecting whatever it returned.
+            The weighted loss, detached: the mean of the kept losses under weights that sum to one; if skipped, the mean
+            over accepted candidates; if all are rejected, NaN. Without a closure None; with ``select=False``, or a
+            closure without candidates, whatever the closure returned.
 
         Raises:
             TypeError: the closure returned no tensor.
@@ -195,8 +196,8 @@ class SelectiveOptimizer(OptimizerWrapper):
         return result.value
 
     def _replace_gradients_and_step(self, result: StepResult) -> None:
-        """Apply a result as :meth:`step` does; on an exception everything is as before."""
-        # Frozen ones too: what they hold from before they were would still move them.
+        """Apply a result for :meth:`step`; on an exception all attributes and gradients are as before."""
+        # Frozen parameters too: gradients from before they were frozen would still move them.
         held = [(p, p.grad) for group in self.param_groups for p in group["params"]]
         before = dict(self.__dict__)
         try:
@@ -228,17 +229,17 @@ class SelectiveOptimizer(OptimizerWrapper):
         Args:
             closure: returns the candidates' own losses, shape ``(n,)``, or an iterator of such tensors; run once, with
                 gradients enabled.
-            grad_scale: multiplies the losses for the pass, and so ``.grad``: ``scaler.get_scale()``, over the number of
-                accumulated calls.
-            sample_ids: int64, the shape of the token grid: the candidate of each position, -1 for none, where rows are
-                packed from several candidates. Where the closure yields micro-batches, a list of one for each, with
-                numbers that start at 0 in each.
+            grad_scale: multiplies the losses for the pass, and so ``.grad``: ``scaler.get_scale()``, divided by the
+                number of accumulated calls.
+            sample_ids: where rows are packed from several candidates: the candidate of each position, -1 for none,
+                int64 in the shape of the token grid. Where the closure yields micro-batches: a list with one such
+                tensor for each, with numbers that start at 0 in each.
 
         Returns:
             The weighted loss, as :meth:`step` does.
 
         Raises:
-            As :meth:`step`; on any exception ``.grad`` is as before.
+            The same errors as :meth:`step`; on any exception ``.grad`` is as before.
         """
         if "optimizer" not in self.__dict__:
             raise RuntimeError(
@@ -254,7 +255,7 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     @torch.no_grad()
     def _add_gradients(self, result: StepResult, *, scaled: bool) -> None:
-        """Apply a result as :meth:`backward` does."""
+        """Apply a result for :meth:`backward`: add its gradients to ``.grad``."""
         for name, parameter in result.parameters.updated.items():
             gradient = result.gradients.get(name)
             if gradient is None and result.selection.skipped and scaled and parameter.grad is None:
@@ -265,7 +266,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._commit(result)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, as the inner optimizer does; a backward before it no longer counts."""
+        """Clear the gradients, as the inner optimizer does, and forget earlier backward calls of this step."""
         super().zero_grad(set_to_none)
         self._pending = None
 
@@ -277,7 +278,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         may_be_plain: bool,
         sample_ids: Tensor | Sequence[Tensor] | None = None,
     ) -> tuple[Run, CandidateClosure]:
-        """What one step is made with, and the closure that it calls; what could not be made is refused here."""
+        """The inputs and options of one step, and its closure; a step that cannot be made is refused here."""
         refuse_more_than_one_process()
         parameters = parameters_of(self.model, self.param_groups, self.scored)
         closure = CandidateClosure(function, parameters.updated, may_be_plain=may_be_plain)
@@ -326,11 +327,11 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._backwards += 1
 
     def extra_state(self) -> dict[str, Any]:
-        """Step count, seed and, where it must outlive a step, the target gradient."""
+        """The number of selections, the seed and, where it must outlive a step, the target gradient."""
         return written_state(self._backwards, self.seed, self._kept_target)
 
     def read_extra_state(self, extra: Mapping[str, Any] | None) -> dict[str, Any]:
-        """See :meth:`extra_state`."""
+        """The attributes restored from :meth:`extra_state`."""
         backwards, seed, target = read_state(extra, self.EXTRA_KEY, self.model, seed=self.seed)
         return {"_backwards": backwards, "seed": seed, "_kept_target": target, "_pending": None}
 

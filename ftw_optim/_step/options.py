@@ -1,4 +1,4 @@
-"""What a :class:`SelectiveOptimizer` is refused for, before anything runs."""
+"""Checks of the options of a :class:`SelectiveOptimizer`, before anything runs."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def check_options(
     gram: str | Sketch,
     memory_limit: int | None,
 ) -> None:
-    """Refuse what a step could not be made with.
+    """Refuse options with which no step can be made.
 
     Args:
         optimizer: the inner optimizer.
         model: the module that the closures call.
         stages: the filter and the weight stage.
-        metric: of the matching.
+        metric: the metric of the matching problem.
         combine: where the combined gradient comes from.
         gram: ``"exact"`` or a sketch.
-        memory_limit: in bytes, or None.
+        memory_limit: bytes of multiplied-out gradients, or None.
 
     Raises:
-        TypeError: the inner optimizer or the model is none.
-        ValueError: another option is not one of those there are.
+        TypeError: the inner optimizer is no optimizer, or the model is no module.
+        ValueError: another option has a value that is not known or out of range.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"Expected a torch.optim.Optimizer to wrap, got {type(optimizer).__name__}.")
@@ -63,10 +63,10 @@ def check_options(
 
 
 def refuse_more_than_one_process() -> None:
-    """Refuse a run of several, in which each would select for itself.
+    """Refuse a run of several processes, each of which would select for itself.
 
     Raises:
-        NotImplementedError: there are several.
+        NotImplementedError: there are several processes.
     """
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:

@@ -1,4 +1,4 @@
-"""The optimizer's parameters by their names in the model: those that are updated, and those that are scored."""
+"""The optimizer's parameters by their names in the model: the updated ones, and the scored ones among them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Scored = Callable[[str, nn.Parameter], bool]
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepParameters:
-    """The optimizer's parameters that require a gradient, found anew for each step: wrappers swap parameters.
+    """The optimizer's parameters that require a gradient; found anew for each step, since wrappers swap parameters.
 
     Attributes:
-        updated: all of them.
-        groups: the group of each.
-        scored: those that count in the Gram matrix.
-        others_train: some other parameter of the model requires a gradient too.
+        updated: all of these parameters, by name.
+        groups: the group of each parameter, by name.
+        scored: the parameters that count in the Gram matrix, by name.
+        others_train: whether some other parameter of the model requires a gradient too.
     """
 
     updated: Mapping[str, nn.Parameter]
@@ -33,7 +33,7 @@ def parameters_of(model: nn.Module, groups: Sequence[dict[str, Any]], scored: Sc
     """The parameters in ``groups``, by the names the model gives them.
 
     Raises:
-        ValueError: one is not the model's, none requires a gradient, or ``scored`` accepts none.
+        ValueError: a parameter is not the model's, none requires a gradient, or ``scored`` accepts none.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     updated: dict[str, nn.Parameter] = {}

@@ -1,4 +1,4 @@
-"""What one step is made with: the optimizer's options, and what this step alone has."""
+"""The inputs of one step: the optimizer's options, and what belongs to this step alone."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from ftw_optim._step.target import TargetGradient, TargetNow
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """What one step is made with; every stage reads it, none changes it.
+    """The inputs and options of one step; every stage reads them, none changes them.
 
     Attributes:
-        inner: the inner optimizer, whose state is the geometry.
+        inner: the inner optimizer, from whose state the preconditioner is read.
         model: the module that the closures call.
-        parameters: those that are updated, and those that are scored.
-        plan: what is captured.
+        parameters: the updated and the scored parameters.
+        plan: the captured parameters and their layers.
         combine: where the combined gradient comes from, ``"factors"``, ``"graph"`` or ``"rerun"``.
-        target: when the target gradient is formed.
+        target: the target closure, and when the target gradient is formed.
         kept_target: the target gradient of the step before, where it is remembered.
         filter: the filter stage.
         weight: the weight stage.
-        metric: that of the first Matching a stage sees.
-        sketch: how the Gram matrix is estimated; None: it is exact.
+        metric: the metric of the first Matching that a stage sees.
+        sketch: the sketch that estimates the Gram matrix; None: it is exact.
         memory_limit: bytes of multiplied-out gradients that may exist at a time; None: the default.
         buffer: memory for those gradients, kept from step to step.
-        scale: what the losses are multiplied by.
-        sample_ids: the candidate of each position, where rows are packed.
-        checks: what the self-check has seen; None: no self-check.
-        backwards: selections before this one.
+        scale: the factor by which the losses are multiplied.
+        sample_ids: the candidate of each position, where rows are packed; a list with one tensor for each micro-batch.
+        checks: what the self-check has vouched for; None: no self-check.
+        backwards: number of selections before this one.
         seed_of: ``purpose -> seed`` of this step.
-        clock: of the phases of this step.
-        observe: told of each parameter that is added to the Gram matrix.
+        clock: measures the phases of this step.
+        observe: called with each parameter that is added to the Gram matrix.
     """
 
     inner: Optimizer
@@ -82,7 +82,7 @@ class Run:
         return [metric for metric in Metric if metric in wanted]
 
     def generator(self, purpose: str) -> torch.Generator:
-        """Random numbers of this step for one purpose."""
+        """A generator of this step's random numbers for one purpose."""
         return torch.Generator().manual_seed(self.seed_of(purpose))
 
     def target_gradient(self) -> TargetNow:
@@ -108,5 +108,5 @@ def metrics_of(stage: Callable[..., Any]) -> tuple[Metric, ...]:
 
 
 def full_precision(losses: Tensor) -> torch.autocast:
-    """A block out of an autocast region around the step: it is meant for the closure, not for our products."""
+    """A block without autocast: a region around the step is meant for the closure, not for the products here."""
     return torch.autocast(losses.device.type, enabled=False)

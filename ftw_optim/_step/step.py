@@ -1,4 +1,4 @@
-"""The algorithm of one step, one line a stage."""
+"""The algorithm of one step, with one line for each stage."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from ftw_optim._step.run import Run
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepResult:
-    """What one selection came to.
+    """The outcome of one step before it is applied.
 
     Attributes:
-        selection: whom, and how much.
-        gradients: what it makes of every updated parameter that was reached, times the scale.
+        selection: the kept candidates and their weights.
+        gradients: the combined gradient of every updated parameter that was reached, times the scale.
         loss: the weighted loss, detached.
-        parameters: those of the step.
+        parameters: the parameters of the step.
         kept_target: the target gradient that the next step is given; None: it forms its own.
-        footprints: what the factors of each captured parameter came to.
+        footprints: number of uses, multiplications and bytes of the factors of each captured parameter.
     """
 
     selection: Selection
@@ -43,15 +43,15 @@ class StepResult:
 
 
 def selective_step(run: Run, closure: CandidateClosure, apply: Callable[[StepResult], None]) -> StepResult | Plain:
-    """One step: what is applied is the weighted candidates' gradient that comes closest to the target's.
+    """Make one step: apply the weighted sum of candidates' gradients that comes closest to the target gradient.
 
     Args:
-        run: what the step is made with.
+        run: the inputs and options of the step.
         closure: gives the candidates' losses.
-        apply: puts the gradient where the inner optimizer finds it, and lets that make its step.
+        apply: puts the combined gradient into ``.grad``, and may make the inner optimizer's step.
 
     Returns:
-        What was applied; or the request of a closure that has no candidates, for which nothing was done.
+        The applied result; or the request of a closure that has no candidates, for which nothing was done.
     """
     target = run.target_gradient()
     with CandidatePass(run, closure) as candidate_pass:

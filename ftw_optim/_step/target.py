@@ -1,4 +1,4 @@
-"""The target gradient: when it is formed, and what becomes of the one before."""
+"""The target gradient: when it is formed anew, and how it is kept and averaged between steps."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ LOOK = "look at the target batch."
 @final
 @dataclass(frozen=True)
 class TargetGradient:
-    """The gradient that the combined candidates should match: that of the mean of some target losses.
+    """The gradient that the combined candidates should match: the gradient of the mean target loss.
 
     Attributes:
         closure: called without arguments, returns the target examples' losses, shape ``(m,)``, computed with the
             model in whatever mode it is in. It runs under a random state of its own, so that the candidates see the
-            dropout masks they would see without it.
-        refresh_every: backward calls from one evaluation to the next; the gradient in between is kept.
-        decay: at each evaluation ``gradient = decay * kept + (1 - decay) * new``; in [0, 1).
+            same dropout masks as without it.
+        refresh_every: number of selections from one evaluation of the gradient to the next; it is kept in between.
+        decay: factor of the moving average at each evaluation, ``gradient = decay * kept + (1 - decay) * new``; in
+            [0, 1).
     """
 
     closure: Callable[[], Tensor]
@@ -57,24 +58,25 @@ class TargetGradient:
         scale: float,
         seed: int,
     ) -> TargetNow:
-        """The target gradient of this step, by parameter name; parameters that it does not depend on are left out.
+        """The target gradient of this step: formed anew, or the kept one.
 
         Args:
-            parameters: those scored.
+            parameters: the scored parameters, by name.
             kept: the gradient of the step before, or None.
-            model: whose ``.grad`` is set aside where only a plain backward will do.
-            calls: backward calls before this one.
+            model: the model; its ``.grad`` are set aside where only a plain backward works.
+            calls: number of selections before this one.
             scale: multiplies the losses for the pass; the gradient is divided by it.
-            seed: of the random state the closure runs under.
+            seed: seed of the random state the closure runs under.
 
         Returns:
-            Float32 at least. Whether it is finite is asked later: see :meth:`TargetNow.overflowed`.
+            The gradient by parameter name, zero where the target does not depend on a parameter; float32 at least.
+            Whether it is finite is checked later, by :meth:`TargetNow.overflowed`.
 
         Raises:
             TypeError: the closure returned no tensor.
-            ValueError: its shape is not ``(m,)`` with m > 0, or it is detached.
+            ValueError: the shape of the losses is not ``(m,)`` with m > 0, or they are detached.
         """
-        # A gradient kept for other parameters than are scored now cannot serve.
+        # A gradient that was kept for other parameters than those scored now is not usable.
         usable = kept is not None and kept.keys() == parameters.keys()
         if usable and calls % self.refresh_every:
             assert kept is not None
@@ -108,11 +110,11 @@ class TargetNow:
     """The target gradient of one step.
 
     Attributes:
-        gradients: by parameter name.
-        finite: bool: whether the losses are, and the gradient; empty where they are known to be. Looked at together
-            with the Gram matrix, so that a device is waited for once.
+        gradients: the gradients by parameter name.
+        finite: two flags, bool (2,): whether the losses and whether the gradient are finite; empty where they are known
+            to be. They are copied together with the Gram matrix, so that a device is waited for only once.
         before: the gradient that was kept from the step before.
-        remembered: it must outlive the step.
+        remembered: whether the gradient must outlive the step.
     """
 
     gradients: Mapping[str, Tensor]
@@ -121,20 +123,20 @@ class TargetNow:
     remembered: bool
 
     def to_keep(self, *, overflowed: bool) -> Mapping[str, Tensor] | None:
-        """What the next step is given: an average of target gradients survives one that overflowed."""
+        """The gradient to keep for the next step; after an overflow the one from before, so that averages survive."""
         if not self.remembered:
             return None
         return self.before if overflowed else self.gradients
 
     def overflowed(self, flags: Tensor, scale: float) -> bool:
-        """Whether the gradient of the scaled losses did.
+        """Whether the gradient of the scaled losses overflowed.
 
         Args:
             flags: :attr:`finite`, on the CPU.
-            scale: of the losses.
+            scale: the factor by which the losses were multiplied.
 
         Raises:
-            ValueError: the losses are not finite, or the gradient is not though nothing was scaled up.
+            ValueError: the losses are not finite, or the gradient is not, although the losses were not scaled up.
         """
         if bool(flags.all()):
             return False

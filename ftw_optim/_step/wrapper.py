@@ -1,4 +1,4 @@
-"""An optimizer around another one, that schedulers, scalers and checkpoints cannot tell from it."""
+"""An optimizer around another one, which schedulers, scalers and checkpoints can use like the inner one."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _HOOKS = (
 
 
 class OptimizerWrapper(Optimizer):
-    """Groups, state and defaults are the inner optimizer's own objects; hooks and pickling are the wrapper's.
+    """An optimizer whose groups, state and defaults are the inner optimizer's; hooks and pickling are its own.
 
-    Properties, not aliases: ``load_state_dict`` rebinds the inner objects. No ``__getattr__``: forwarding a fused
-    Adam's flags would make a GradScaler unscale twice.
+    Groups, state and defaults are properties, not aliases, since ``load_state_dict`` rebinds the inner objects. There
+    is no ``__getattr__``: if a fused Adam's flags were forwarded, a GradScaler would unscale twice.
 
     Attributes:
         optimizer: the inner optimizer.
     """
 
     EXTRA_KEY = "selective"
-    """Where :meth:`state_dict` keeps what is ours; a bare optimizer ignores it."""
+    """The key under which :meth:`state_dict` keeps the extra state; a bare optimizer ignores it."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         # Not Optimizer.__init__: it would make groups and state of its own.
@@ -54,7 +54,7 @@ class OptimizerWrapper(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """The inner optimizer's state; nothing of ours is in it."""
+        """The inner optimizer's state; the wrapper adds nothing to it."""
         return self.optimizer.state
 
     @state.setter
@@ -79,25 +79,25 @@ class OptimizerWrapper(Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def train(self) -> None:
-        """Put a schedule-free inner optimizer's parameters where it trains; nothing for others."""
+        """Switch a schedule-free inner optimizer to its training parameters; nothing for other optimizers."""
         if callable(train := getattr(self.optimizer, "train", None)):
             train()
 
     def eval(self) -> None:
-        """Put a schedule-free inner optimizer's parameters where they are evaluated and saved; nothing for others."""
+        """Switch a schedule-free inner optimizer to its parameters for evaluation and saving; nothing for others."""
         if callable(evaluate := getattr(self.optimizer, "eval", None)):
             evaluate()
 
     def extra_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the inner state; plain tensors and containers of them."""
+        """The extra state for a checkpoint, beside the inner optimizer's: plain tensors and containers of them."""
         raise NotImplementedError
 
     def read_extra_state(self, extra: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The attributes that :meth:`extra_state` gave the values of; None where a checkpoint holds none."""
+        """The attributes restored from :meth:`extra_state`, by name; ``extra`` is None if the checkpoint has none."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state dict with one more top-level key, which a bare optimizer ignores."""
+        """The inner optimizer's state dict with one further top-level key, which a bare optimizer ignores."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = {**self.optimizer.state_dict(), self.EXTRA_KEY: self.extra_state()}
@@ -107,7 +107,7 @@ class OptimizerWrapper(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a wrapped or a bare optimizer's state dict; one without our key starts our part anew."""
+        """Load the state dict of a wrapped or a bare optimizer; without our key the extra state starts anew."""
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, state_dict)

@@ -1,6 +1,6 @@
-"""Loops of accelerate: what ``accelerator.backward`` does to a loss, for :meth:`SelectiveOptimizer.backward`.
+"""Training loops with accelerate: the ``grad_scale`` with which :meth:`SelectiveOptimizer.backward` fits in.
 
-The prepared optimizer is stepped and cleared, as ever. It forwards no attributes: keep the selective one beside it.
+The prepared optimizer is stepped and cleared as usual. It forwards no attributes, so keep the selective one beside it.
 
 Example:
     selective = SelectiveOptimizer(torch.optim.AdamW(model.parameters()), model, target)
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 
 def loss_scale(accelerator: Accelerator, *, accumulation_steps: int | None = None) -> float:
-    """What ``accelerator.backward`` multiplies a loss by: one over the accumulation steps, times a GradScaler's scale.
+    """The factor that ``accelerator.backward`` applies to a loss: the GradScaler's scale over the accumulation steps.
 
     Args:
-        accelerator: whose optimizer is stepped.
-        accumulation_steps: how many calls of ``backward`` one step adds up; None: the accelerator's. 1 where one
-            selection is made over the whole window, or where the losses are shares of it
+        accelerator: the accelerator that prepared the optimizer.
+        accumulation_steps: number of ``backward`` calls that one step adds up; None: the accelerator's. Pass 1 where
+            one selection is made over the whole window, or where the losses are shares of the window's loss
             (``token_losses(..., reduction="token_sum", label_tokens=...)``).
 
     Raises:
-        ValueError: no positive number of steps.
+        ValueError: the number of steps is not positive.
     """
     steps = accelerator.gradient_accumulation_steps if accumulation_steps is None else accumulation_steps
     if steps < 1:

@@ -1,8 +1,8 @@
 """Lightning: a module whose training step selects, by manual optimisation.
 
-Under automatic optimisation Lightning hands over a closure that runs its own backward and returns a scalar; a
-:class:`SelectiveOptimizer` is its inner optimizer there, and says so once. A module of
-:class:`SelectiveModuleMixin` keeps ``configure_optimizers`` as it was and defines what its candidates' losses are:
+Under automatic optimisation Lightning passes a closure that runs its own backward and returns a scalar: a
+:class:`SelectiveOptimizer` then acts as its inner optimizer alone, with one warning. A module with
+:class:`SelectiveModuleMixin` keeps its ``configure_optimizers`` and defines its candidates' losses:
 
     class Module(SelectiveModuleMixin, LightningModule):
         def candidate_losses(self, batch):  # in the place of training_step
@@ -37,19 +37,20 @@ _OF_TARGET = ("refresh_every", "decay")
 
 
 class SelectiveModuleMixin(LightningModule):
-    """Trains on the candidates that its target asks for; before other bases in a class.
+    """Makes a module train on the candidates that its target asks for; name it before other base classes.
 
     Lightning allows neither ``Trainer(accumulate_grad_batches=...)`` nor ``Trainer(gradient_clip_val=...)`` under
-    manual optimisation: they are attributes of the module here, with the same names and meanings. Learning rates are
-    scheduled as configured (``interval`` and ``frequency``), metrics are logged by :meth:`log_selection`, and a
-    checkpoint holds all it takes to go on to the last bit. One device only.
+    manual optimisation: here they are attributes of the module, with the same names and meanings. Learning rates are
+    scheduled as configured (``interval`` and ``frequency``), metrics are logged by :meth:`log_selection`, and a run
+    resumed from a checkpoint goes on exactly, to the last bit. Only one device is supported.
 
     Attributes:
-        accumulate_grad_batches: batches of one window, after which the optimizer steps; the last window of an epoch may
-            be shorter, and counts less, as in Lightning.
+        accumulate_grad_batches: number of batches in a window, after which the optimizer steps; the last window of an
+            epoch may be shorter, and counts less, as in Lightning.
         select_from: ``"window"``: one selection among all candidates of the window, whose batches wait for it.
-            ``"batch"``: one for each batch, whose gradients add up.
-        gradient_clip_val: None: no clipping. Any other ``configure_gradient_clipping`` is called too.
+            ``"batch"``: one selection for each batch; their gradients add up.
+        gradient_clip_val: the limit with which ``configure_gradient_clipping`` is called; None: no clipping, unless the
+            module overrides that method.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
         lr_monitor: the logged metric that a ``ReduceLROnPlateau`` follows after each epoch. Under manual optimisation
             Lightning drops the ``monitor`` of a scheduler.
@@ -82,17 +83,17 @@ class SelectiveModuleMixin(LightningModule):
         )
 
     def target_losses(self, batch: Any) -> Tensor:
-        """The losses of target examples, shape ``(m,)``; :meth:`candidate_losses` unless defined otherwise."""
+        """The losses of target examples, shape ``(m,)``; by default :meth:`candidate_losses`."""
         return self.candidate_losses(batch)
 
     def target_dataloader(self) -> Iterable[Any]:
-        """Batches of target examples, one for each target gradient, round and round: a ``DataLoader`` or a list."""
+        """The batches of target examples, one for each target gradient, used in rounds: a ``DataLoader`` or a list."""
         raise NotImplementedError(
             f"Expected {type(self).__name__} to define target_dataloader(), the batches of target examples."
         )
 
     def configure_selection(self) -> dict[str, Any]:
-        """Options of :class:`SelectiveOptimizer`, and ``refresh_every`` and ``decay`` of :class:`TargetGradient`.
+        """The options of :class:`SelectiveOptimizer`, and ``refresh_every`` and ``decay`` of :class:`TargetGradient`.
 
         ``model`` is the module that :meth:`candidate_losses` calls: by default the only child that holds all of the
         optimizer's parameters, or else the ``LightningModule`` itself.
@@ -100,9 +101,9 @@ class SelectiveModuleMixin(LightningModule):
         return {}
 
     def log_selection(self, selection: Selection, loss: Tensor) -> None:
-        """Log what a selection came to; all of it is on the CPU already but the loss, which is logged as it is.
+        """Log the loss and the metrics of a selection; the metrics are on the CPU already, the loss need not be.
 
-        A logger repeats it for the batches that only wait for their window: ``log_every_n_steps`` counts batches.
+        A logger repeats them for the batches that only wait for their window: ``log_every_n_steps`` counts batches.
         """
         metrics: dict[str, Any] = {"loss": loss, **numbers_of(selection)}
         self.log_dict({PREFIX + name: value for name, value in metrics.items()}, batch_size=len(selection.losses))
@@ -110,12 +111,12 @@ class SelectiveModuleMixin(LightningModule):
     # ------------------------------------------------------------------ what Lightning calls
 
     def configure_callbacks(self) -> list[Callback]:
-        """With the one that wraps the optimizer: a module that has others adds them to ``super()``'s."""
+        """The callback that wraps the optimizer; a module with callbacks of its own adds them to ``super()``'s."""
         inherited = super().configure_callbacks()
         return [*(inherited if isinstance(inherited, Sequence) else [inherited]), Selecting()]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """Select, and step at the end of a window; the weighted loss where a selection was made."""
+        """Select, and step at the end of a window; returns the weighted loss where a selection was made, else None."""
         selecting = _selecting(self.trainer)
         selective = selecting.selective
         ends_epoch = self.trainer.is_last_batch or batch_idx + 1 == self.trainer.num_training_batches
@@ -158,7 +159,7 @@ class SelectiveModuleMixin(LightningModule):
             def closure() -> Any:
                 return self.candidate_losses(batches[0])
 
-        scale = len(batches) / self.accumulate_grad_batches  # Lightning's own, of a window that the epoch cuts short
+        scale = len(batches) / self.accumulate_grad_batches  # as Lightning does in a window that the epoch cuts short
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:  # not get_scale(): a fresh scaler makes its scale at its first call of scale()
             scale *= float(scaler.scale(torch.ones((), device=self.device)))
@@ -168,7 +169,7 @@ class SelectiveModuleMixin(LightningModule):
         return loss
 
     def _schedule(self, interval: str, count: int) -> None:
-        """Move the learning rates whose turn it is, as automatic optimisation does."""
+        """Step the learning-rate schedulers that are due, as automatic optimisation does."""
         for config in self.trainer.lr_scheduler_configs:
             on_turn = config.interval == interval and count % config.frequency == 0
             if on_turn and not isinstance(config.scheduler, ReduceLROnPlateau):
@@ -176,9 +177,9 @@ class SelectiveModuleMixin(LightningModule):
 
 
 class Selecting(Callback):
-    """What a fit adds to its module: the wrapped optimizer, the target's batches, and the window that waits.
+    """The state that a fit adds to its module: the wrapped optimizer, the target's batches, the unfinished window.
 
-    A callback, since modules override hooks without calling the inherited ones.
+    It is a callback, since modules often override hooks without calling the inherited ones.
 
     Attributes:
         window: batches that wait for the selection.
@@ -198,7 +199,7 @@ class Selecting(Callback):
         return self._selective
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what would go wrong later."""
+        """Refuse settings that selection does not support, before the fit starts."""
         if stage != "fit":
             return
         module = _mixed_in(pl_module)
@@ -270,7 +271,7 @@ class Selecting(Callback):
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move the learning rates that follow a metric."""
+        """Step the learning-rate schedulers that follow a metric."""
         module = _mixed_in(pl_module)
         for config in trainer.lr_scheduler_configs:
             if not isinstance(config.scheduler, ReduceLROnPlateau) or (trainer.current_epoch + 1) % config.frequency:
@@ -285,12 +286,12 @@ class Selecting(Callback):
             module.lr_scheduler_step(config.scheduler, metric)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the inner optimizer as it was."""
+        """Remove the hook for clipping from the inner optimizer."""
         if self._clipping is not None:
             self._clipping.remove()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As :meth:`teardown`, which Lightning leaves out then."""
+        """Call :meth:`teardown`, which Lightning does not call after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
@@ -298,7 +299,7 @@ class Selecting(Callback):
         return {"window": self.window, "targets": None if self._targets is None else self._targets.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Before the optimizer is wrapped."""
+        """Restore the state; Lightning calls this before the optimizer is wrapped."""
         self.window, self._position = list(state_dict["window"]), state_dict["targets"]
 
 

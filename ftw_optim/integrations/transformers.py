@@ -42,41 +42,41 @@ LOG_STATE = "selection_log.json"
 
 
 class SelectiveTrainerMixin(_Base):
-    """Makes each accumulation window of a trainer the candidates of one selection.
+    """Makes a trainer select among the candidates of each accumulation window.
 
-    Put before a trainer class: ``class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer)``. All that
+    Name it before a trainer class: ``class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer)``. All
     ``per_device_train_batch_size * gradient_accumulation_steps`` samples of a window are compared with the target; the
     combined gradient of the kept ones is in ``.grad`` when the trainer clips it, logs its norm and steps. The optimizer
     is the one that the training arguments ask for, or the one given as ``optimizers``.
 
     Args:
-        *args: of the trainer.
-        target_dataset: examples of what to train for, prepared as the training data are; with a length, found by
+        *args: positional arguments of the trainer.
+        target_dataset: examples of the task to train for, prepared like the training data; with a length, and found by
             number.
         selective: options of :class:`SelectiveOptimizer`: ``filter``, ``weight``, ``metric``, ``combine``, ``scored``,
             ``gram``, ``memory_limit``, ``self_check``, ``seed`` (by default that of the training arguments).
-        sample_weighting: what a candidate's own loss is. ``"token_sum"``: ``n`` times the sum over its labels, divided
-            by all labels of the window, so that equal weights make the trainer's own step and long answers count more;
-            ``"token_mean"``: the mean over its labels. The target's likewise.
-        target_batch_size: target examples in a step; None: ``per_device_train_batch_size``.
-        target_refresh_every: steps from one evaluation of the target gradient to the next.
-        realised_every: measure the realised decrease of the target loss every so many steps (two evaluations of the
-            target batch, a copy of parameters and optimizer state); 0: never.
-        selection_log: takes every step's selection, under the step's number in the trainer's log; it is saved and
-            resumed with checkpoints, and yours to close.
+        sample_weighting: how a candidate's loss is formed. ``"token_sum"``: ``n`` times the sum over its labels,
+            divided by the number of labels in the window, so that equal weights make the trainer's own step and long
+            answers count more; ``"token_mean"``: the mean over its labels. Target losses are formed alike.
+        target_batch_size: number of target examples in a step; None: ``per_device_train_batch_size``.
+        target_refresh_every: number of steps from one evaluation of the target gradient to the next.
+        realised_every: number of steps from one measurement of the realised decrease of the target loss to the next
+            (two evaluations of the target batch, a copy of parameters and optimizer state); 0: never.
+        selection_log: takes every step's selection, under the step's number in the trainer's log. Its state is saved
+            and resumed with checkpoints; you close it.
         sample_id_column: column of the training data with the ids of samples for the log; None: step and number.
         source_column: column of the training data with their sources for the log.
         text_column: column of the training data with their texts for the log.
-        **kwargs: of the trainer.
+        **kwargs: keyword arguments of the trainer.
 
     Raises:
         ValueError: an option is not one of those above.
-        NotImplementedError: the trainer is set to something that selection cannot do.
+        NotImplementedError: the trainer has a setting that selection does not support.
 
-    The log of the trainer gets, averaged over the steps since it was last written: ``selection/kept_share``,
+    The trainer's log gets averages over the steps since it was last written: ``selection/kept_share``,
     ``effective_size``, ``residual``, ``cosine``, ``predicted_decrease``, ``realised_decrease``, ``rejected`` and
-    ``skipped`` (see :class:`Selection`), and its milliseconds by phase, ``selection/ms_target`` and so on. The loss is
-    the mean of a token under the weights.
+    ``skipped`` (see :class:`Selection`), and its milliseconds by phase, ``selection/ms_target`` and so on. The logged
+    loss is the mean loss of a token under the weights.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class SelectiveTrainerMixin(_Base):
         """Wait for the last micro-batch of the window, then select among all of them.
 
         Returns:
-            The mean loss of a token of the window under the weights; zero before its last micro-batch, so that what
-            the trainer adds up is the loss.
+            The mean loss of a token under the weights, at the last micro-batch of the window; zero before, so that the
+            trainer's sum is the loss.
         """
         self._micro_batches.append(inputs)
         if not self.accelerator.sync_gradients:
@@ -158,15 +158,15 @@ class SelectiveTrainerMixin(_Base):
         return window.token_loss(selection)
 
     def position_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss of each position, and which have one; override it for another loss than that of the next token.
+        """The loss of each position, and which positions count; override it for another loss than the next-token loss.
 
         Args:
-            model: to call.
-            inputs: a batch with labels, on the device, without what is meant for the log.
+            model: the model to call.
+            inputs: a batch with labels, on the device, without the columns for the log.
 
         Returns:
-            Losses, zero where nothing counts, and bool, where something does; both ``(b, t)``, as the labels, or
-            ``(b, 1)`` where rows have one label each.
+            The losses, zero where a position does not count, and a bool mask of the positions that count; both
+            ``(b, t)`` as the labels, or ``(b, 1)`` where rows have one label each.
         """
         labels, targets = inputs.pop("labels", None), inputs.pop("shift_labels", None)
         targets = shifted_labels(labels) if targets is None else targets
@@ -197,7 +197,7 @@ class SelectiveTrainerMixin(_Base):
         """Compare the losses of positions with the trainer's own loss, once.
 
         Raises:
-            RuntimeError: they are not its parts.
+            RuntimeError: the mean of the losses of positions is not the trainer's loss.
         """
         one = MicroBatch.of(batch, shifts=bool(self._loss_shifts_labels))
         labels = one.counted.sum()
@@ -222,7 +222,7 @@ class SelectiveTrainerMixin(_Base):
         self._losses_compared = True
 
     def _trainers_loss(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | None) -> Tensor:
-        """The trainer's own loss of one batch, and nothing noted of it."""
+        """The trainer's own loss of one batch; nothing is added to the trainer's metrics."""
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=tokens)
         assert isinstance(loss, Tensor)
@@ -231,7 +231,7 @@ class SelectiveTrainerMixin(_Base):
     # ------------------------------------------------------------------ the target
 
     def _target_losses(self) -> Tensor:
-        """Of this step's target batch, shape ``(m,)``."""
+        """The losses of this step's target batch, shape ``(m,)``."""
         batch = self._prepare_inputs(self.target_batches.at(self.state.global_step))
         window = self._window(self.model_wrapped, [batch])
         if not any(bool(one.counted.any()) for one in window.batches):
@@ -253,7 +253,7 @@ class SelectiveTrainerMixin(_Base):
     # ------------------------------------------------------------------ what the trainer asks for
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The trainer's optimizer, inside of a :class:`SelectiveOptimizer`."""
+        """Create the trainer's optimizer, wrapped in a :class:`SelectiveOptimizer`."""
         self._micro_batches = []  # of a run that was stopped within a window
         optimizer = super().create_optimizer(model)
         bare = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
@@ -286,7 +286,7 @@ class SelectiveTrainerMixin(_Base):
         return self.optimizer
 
     def get_train_dataloader(self) -> Any:
-        """The trainer's, whose batches also carry what the log asks for."""
+        """The trainer's data loader; its batches also hold the columns for the selection log."""
         if self.selection_log is None or not self._log_columns:
             return super().get_train_dataloader()
         collator, signature = self.data_collator, self._signature_columns
@@ -325,7 +325,7 @@ class SelectiveTrainerMixin(_Base):
 
 
 class _AfterStep(TrainerCallback):
-    """Calls a function with the step's number when the optimizer has made it, before anything is saved."""
+    """Calls a function with the number of each step after the optimizer has made it, before anything is saved."""
 
     def __init__(self, function: Callable[[int], None]) -> None:
         self._function = function

@@ -27,8 +27,8 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
     """The SFT trainer of TRL with selection; see :class:`SelectiveTrainerMixin`.
 
     ``target_dataset`` is prepared like ``train_dataset``, but never packed. With ``packing=True`` (``"bfd"``) or
-    ``padding_free=True`` each document is a candidate. The output layer runs fused with the loss where it is not
-    trained, as under LoRA; where it is, it must be captured, and the logits of a micro-batch are formed.
+    ``padding_free=True`` each document is a candidate. Where the output layer is not trained, as under LoRA, it runs
+    fused with the loss; where it is trained, it must be captured, and the logits of a micro-batch are formed.
     """
 
     def position_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
         return losses, counted, entropy, correct
 
     def _note_batch(self) -> None:
-        """Note what the trainer of TRL logs of a micro-batch, with as many synchronisations as it has."""
+        """Add to the metrics that TRL's trainer logs of a micro-batch, with no more synchronisations than it makes."""
         *sums, seen = self._last_tokens
         metrics = self._metrics["train"]
         valid, bits, hits = torch.stack([one.double() for one in sums]).tolist()
@@ -91,7 +91,7 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
 
 
 def _entropy_and_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed over the positions with a target: the entropy of the prediction, and how often the target is its top."""
+    """Sums over the positions with a target: the entropy of the prediction, and the hits of its most likely token."""
     entropy, hits = torch.zeros((), device=logits.device), torch.zeros((), device=logits.device)
     for row, wanted in zip(logits, targets, strict=True):  # row by row: no second copy of all logits
         row, wanted = row[wanted != IGNORED].float(), wanted[wanted != IGNORED]

@@ -2,7 +2,7 @@
 
 ``python -m ftw_optim.report RUN [--out page.html] [--title TITLE]`` reads the log that a
 :class:`~ftw_optim.selection_log.SelectionLog` wrote into ``RUN`` (or a folder of it) and writes one HTML file that
-needs nothing else: no script, no network.
+needs no script and no network.
 
 ``_data.py`` turns the log into numbers, ``_charts.py`` into drawings, ``_page.py`` into the page. May import
 ``selection_log``. To add a section, add its numbers to ``_data.py`` and its place to ``_page.py``.

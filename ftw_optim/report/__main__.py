@@ -1,4 +1,4 @@
-"""``python -m ftw_optim.report RUN [--out page.html] [--title TITLE]``."""
+"""The command ``python -m ftw_optim.report RUN [--out page.html] [--title TITLE]``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ftw_optim.selection_log import read_log
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m ftw_optim.report", description="One HTML page about a selection log."
     )

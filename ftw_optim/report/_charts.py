@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines, stacked areas and bars, with their axes, their legends and the same as a table."""
+"""Charts as inline SVG: lines, stacked areas and bars, with axes and legends, and their numbers in a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 28, 38
 
 
 def number(value: float | None, *, percent: bool = False) -> str:
-    """A number for people."""
+    """A number as text for readers; a dash for None."""
     if value is None:
         return MISSING
     if percent:
@@ -34,7 +34,7 @@ def superscript(exponent: int) -> str:
 
 
 def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
-    """Round numbers within the range, about that many."""
+    """Round numbers from ``low`` to ``high``, about ``count`` of them."""
     size = (high - low) / count
     power: float = 10.0 ** math.floor(math.log10(size))
     unit = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= size * 0.999)
@@ -44,7 +44,7 @@ def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """Where values lie along one side, in units of the picture."""
+    """A scale of the picture, which maps values from ``low`` to ``high`` to places from ``start`` to ``end``."""
 
     low: float
     high: float
@@ -57,7 +57,7 @@ class Axis:
 
 
 def _range(values: Sequence[float], *, zero: bool) -> tuple[float, float, bool]:
-    """What a vertical axis shows, and whether single values lie far outside and are cut."""
+    """The lower and upper end of a vertical axis, and whether single values far outside are cut."""
     if not values:
         return 0.0, 1.0, False
     ranked = sorted(values)
@@ -88,14 +88,14 @@ class Chart:
     """A figure over the bins of a run.
 
     Attributes:
-        title, note: above it; the note says how to read it.
-        unit: what the vertical axis counts.
-        series: by name; all as long as ``edges``.
+        title, note: the texts above the figure; the note says how to read it.
+        unit: the unit of the vertical axis.
+        series: the values by name; all as long as ``edges``.
         edges: first and last step of each bin.
         kind: ``"lines"``, ``"stack"`` or ``"bars"``.
-        limits: of the vertical axis; None: as the values need.
-        percent: the values are shares.
-        zero: the vertical axis shows zero, as it does of areas and bars.
+        limits: the ends of the vertical axis; None: chosen from the values.
+        percent: whether the values are shares, to be shown in percent.
+        zero: whether the vertical axis of lines shows zero, as it always does for areas and bars.
     """
 
     title: str
@@ -109,7 +109,7 @@ class Chart:
     zero: bool = False
 
     def html(self, number_of_chart: int) -> str:
-        """The figure; its number makes the ids of its title and description unique."""
+        """The HTML of the figure; ``number_of_chart`` makes the ids of its title and description unique."""
         series = {name: values for name, values in self.series.items() if only_numbers(values)}
         if not series:
             return ""
@@ -209,7 +209,7 @@ class Chart:
         )
 
     def _tips(self, series: Mapping[str, Series], x: Axis) -> list[str]:
-        """Invisible columns, one a bin, that name its values under the pointer."""
+        """Invisible columns, one for each bin, which show the values of the bin under the pointer."""
         count = len(self.edges)
         places = [x(self._middle(index)) for index in range(count)]
         borders = [_LEFT, *((a + b) / 2 for a, b in pairwise(places)), WIDTH - _RIGHT]
@@ -234,13 +234,13 @@ class Chart:
 
 
 def below(x: float, text: str) -> str:
-    """The label of a tick of the horizontal axis, which at the right edge must not be cut."""
+    """The label of a tick on the horizontal axis; at the right edge it is moved so that it is not cut."""
     anchor = "end" if x > WIDTH - _RIGHT - 16 else "middle"
     return f'<text class="tick" x="{x}" y="{HEIGHT - 20}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def as_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str) -> str:
-    """The numbers of a figure, to be opened."""
+    """The numbers of a figure as a table that readers can open."""
     return f"<details><summary>The same as a table</summary>{table(heads, rows, caption=caption)}</details>"
 
 
@@ -268,7 +268,7 @@ def _said(values: Series, percent: bool) -> str:
 
 
 def _stacked(series: Sequence[Series]) -> list[tuple[Series, Series]]:
-    """Bottoms and tops; a bin in which nothing was measured stays empty."""
+    """The bottoms and tops of stacked series; a bin in which nothing was measured stays empty."""
     below: list[float] = [0.0] * len(series[0])
     layers = []
     for values in series:
@@ -280,7 +280,7 @@ def _stacked(series: Sequence[Series]) -> list[tuple[Series, Series]]:
 
 
 def _pieces(values: Series) -> list[tuple[int, int]]:
-    """Where the runs of values begin and end."""
+    """The first and the one-past-last index of each run of bins that have values."""
     pieces: list[tuple[int, int]] = []
     for index, value in enumerate(values):
         if value is None:

@@ -1,4 +1,4 @@
-"""From the rows of a selection log to what its page shows: one pass, in memory that the bins and the ids bound."""
+"""The numbers of a report, from one pass over a selection log; memory grows only with the bins and the ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Series = list[float | None]  # one value for each bin; None where there was noth
 
 @final
 class _Mean:
-    """A mean for each bin of what was finite."""
+    """A mean for each bin over the values that are not None."""
 
     def __init__(self, bins: int) -> None:
         self._sums, self._counts = [0.0] * bins, [0] * bins
@@ -43,7 +43,7 @@ class _Mean:
 @final
 @dataclass(kw_only=True)
 class SourceTotals:
-    """What one source gave and got over the whole run."""
+    """The totals of one source over the whole run."""
 
     offered: int = 0
     kept: int = 0
@@ -58,9 +58,9 @@ class Example:
     """One sample, over all the steps at which it was offered.
 
     Attributes:
-        score: mean of its utility over the mean size of its step's utilities, with one offer of zero added, so that
-            those seen once do not take all places.
-        share: mean share of its step's weight.
+        score: mean of the sample's utility relative to the mean size of utilities at the step. One offer with utility
+            zero is added, so that samples seen once do not take all places.
+        share: mean share of the weight at the sample's steps.
     """
 
     id: str
@@ -75,17 +75,21 @@ class Example:
 @final
 @dataclass(kw_only=True)
 class Digest:
-    """What a page shows.
+    """The numbers that a page shows.
 
     Attributes:
+        steps, candidates: their numbers over the whole run.
         edges: first and last step of each bin.
-        offered, weight: by source, share of the candidates and of the weight in each bin; they sum to one.
-        utility: by source, mean in each bin.
-        curves: by name, mean over the steps of each bin; of a metric the name is the user's.
-        phases: by phase, mean milliseconds of a step.
+        offered, weight: for each source, its share of the candidates and of the weight in each bin; shares sum to one.
+        utility: for each source, the mean utility in each bin.
+        curves: for each named quantity of a selection, the mean over the steps of each bin.
+        metrics: for each of the user's metrics, the mean over the steps of each bin.
+        phases: for each phase, the mean milliseconds of a step in each bin.
         skipped, rejected: counts in each bin.
-        shares: of the weight of their step, all kept candidates.
-        totals: by source, those of "other" sources apart.
+        shares: for each kept candidate, its share of the weight of its step.
+        totals: the totals of every source, without joining small ones to "other sources".
+        most, least: the most and the least useful samples.
+        has_texts: whether the log has texts of samples.
     """
 
     steps: int
@@ -107,11 +111,11 @@ class Digest:
 
 
 def digest(run: LoggedRun, *, progress: Callable[[float], None] = lambda share: None) -> Digest:
-    """What a page shows of a run.
+    """The numbers that a page shows about a run.
 
     Args:
-        run: as read by :func:`read_log`.
-        progress: is told the share that is done, now and then.
+        run: the run, as :func:`read_log` returns it.
+        progress: called with the share that is done, every thousand steps.
     """
     steps = run.steps
     bins = min(MOST_BINS, len(steps))
@@ -192,7 +196,7 @@ def _step_curves(found: Digest, steps: Sequence[Row], of_step: dict[int, int]) -
 def _share_out(
     found: Digest, offered: dict[str, list[int]], weight: dict[str, list[float]], utility: dict[str, _Mean]
 ) -> None:
-    """Shares by bin of the largest sources, and of the others together."""
+    """Fill in the shares of the largest sources in each bin, and those of all others together."""
     totals = found.totals
     everything = max(1.0, sum(one.weight for one in totals.values()))
     ranked = sorted(
@@ -220,7 +224,7 @@ def _shares(parts: Sequence[Sequence[float]], totals: Sequence[float]) -> Series
 
 @final
 class _Samples:
-    """Sums by id, in arrays: a run may see millions."""
+    """Sums for each sample id, in arrays: a run may see millions of samples."""
 
     def __init__(self) -> None:
         self._index: dict[str, int] = {}
@@ -241,7 +245,7 @@ class _Samples:
         self._kept[at] += share > 0.0
 
     def extremes(self, run: LoggedRun) -> tuple[list[Example], list[Example], bool]:
-        """The most and the least useful, and whether there are texts."""
+        """The most and the least useful samples, and whether the log has texts."""
         ids = list(self._index)
         scores = [score / (count + 1) for score, count in zip(self._scores, self._scored, strict=True)]
         ranked = sorted((at for at, count in enumerate(self._scored) if count), key=lambda at: (-scores[at], at))
@@ -270,12 +274,12 @@ class _Samples:
 
 
 def histogram(values: array[float], *, bins: int = 24) -> tuple[list[float], Counter[int]]:
-    """Edges (``bins + 1``) from zero to the largest value, and how many values lie from each to the next."""
+    """The ``bins + 1`` edges from zero to the largest value, and the number of values in each bin."""
     top = max(values, default=0.0) or 1.0
     counts = Counter(min(bins - 1, int(value / top * bins)) for value in values)
     return [top * i / bins for i in range(bins + 1)], counts
 
 
 def only_numbers(series: Series) -> list[float]:
-    """Those values that there are."""
+    """The values of a series that are not None."""
     return [value for value in series if value is not None]

@@ -46,7 +46,7 @@ def _empty() -> str:
 
 
 def _figures(found: Digest) -> str:
-    """The run in a few numbers."""
+    """The box with the few most important numbers of the run."""
     kept = sum(one.kept for one in found.totals.values())
     phases = [only_numbers(values) for values in found.phases.values()]
     shown = {
@@ -139,7 +139,7 @@ def _charts(found: Digest) -> str:
 
 
 def _weights(found: Digest) -> str:
-    """The histogram of the kept candidates' shares."""
+    """The histogram of the kept candidates' shares of the weight."""
     if not found.shares:
         return ""
     edges, counts = histogram(found.shares)

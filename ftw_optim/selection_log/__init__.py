@@ -1,4 +1,4 @@
-"""What was offered, what was kept and with which weight, at every step: a log on disk that survives a killed run.
+"""The selection log: offered and kept candidates with their weights at every step, on disk, safe if a run is killed.
 
 ``_log.py`` records selections and reads a run back; ``_store.py`` writes and cuts the files. May import ``_matching``
 for the selection it records. To add a column, change ``_log.py``; to add a file format, ``_store.py``.

@@ -1,4 +1,4 @@
-"""What was offered, what was kept and with which weight, at every step: a log on disk that survives a killed run."""
+"""The selection log: writing the selection of every step to disk, and reading the log of a run."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ class SelectionLog:
     - ``steps``: ``step``, ``offered``, ``kept``, ``kept_share``, ``effective_size``, ``residual``, ``cosine``,
       ``predicted_decrease``, ``fitted_scale``, ``rejected`` (ids), ``skipped``, ``converged``, ``combine``,
       ``metrics``;
-    - ``times``: ``step``, ``ms``: the selection's milliseconds by phase, and whatever else a clock measured, apart from
-      the others, so that these are the same in every repetition of a run;
+    - ``times``: ``step``, ``ms``: the selection's milliseconds by phase, and other measured times. They have a table of
+      their own, so that all other tables are the same in every repetition of a run;
     - ``texts``: ``id``, ``text``, once for each id.
 
     Numbers that are not finite are written as null. JSON lines are handed to the system step by step: a killed process
-    loses nothing but a torn last line. Parquet is written every ``rows_per_part`` candidates and at every
+    loses at most a last line that is half written. Parquet is written every ``rows_per_part`` candidates and at every
     :meth:`state_dict`.
 
-    A resumed run calls :meth:`load_state_dict` with what :meth:`state_dict` gave at its checkpoint: all that was
-    written after it is removed, and the log goes on as if the run had never stopped.
+    A resumed run calls :meth:`load_state_dict` with the :meth:`state_dict` of its checkpoint: all rows that were
+    written after the checkpoint are removed, and the log goes on as if the run had never stopped.
 
     Args:
-        directory: where to; made at the first :meth:`record`.
+        directory: the directory of the log; it is made at the first :meth:`record`.
         format: ``"jsonl"``, or ``"parquet"``, which needs pyarrow.
-        overwrite: remove a log that is there already and is not resumed.
-        rows_per_part: candidates that Parquet holds back before it writes them; JSON lines hold back none.
+        overwrite: remove a log that is already there, unless it is resumed.
+        rows_per_part: number of candidates that Parquet collects before it writes them; JSON lines are written at once.
 
     Raises:
-        ValueError: another format, or no row in a part.
-        ImportError: Parquet without pyarrow.
+        ValueError: the format is not known, or ``rows_per_part`` is less than one.
+        ImportError: the format is Parquet and pyarrow is missing.
     """
 
     def __init__(
@@ -86,19 +86,20 @@ class SelectionLog:
         """Add one selection.
 
         Args:
-            step: greater than that of the record before.
-            selection: of the optimizer, ``n`` candidates.
-            ids: ``n`` names of samples, kept as text; a sample has the same one whenever it is offered.
-            sources: ``n`` names of where the samples come from.
+            step: the number of the step, greater than that of the record before.
+            selection: the optimizer's selection among ``n`` candidates.
+            ids: ``n`` names of samples, kept as text; a sample must have the same name whenever it is offered.
+            sources: ``n`` names of the samples' sources.
             metrics: further numbers of the step. Those with ``ms`` as one part of their name, such as ``ms_target`` or
-                ``selection/ms/gram``, are times in milliseconds; one that ends in ``realised_decrease`` is the target
-                loss's, beside the predicted one.
-            texts: ``n`` texts, of which the first one of each id is kept.
+                ``selection/ms/gram``, are times in milliseconds. One that ends in ``realised_decrease`` is the realised
+                decrease of the target loss, which reports show beside the predicted one.
+            texts: ``n`` texts of the samples; the first text of each id is kept.
 
         Raises:
             ValueError: the step is not greater, or a sequence has another length than ``n``.
-            TypeError: a metric is a tensor on a device, which to write would wait for the device.
-            FileExistsError: the directory has a log that was neither resumed nor is to be overwritten.
+            TypeError: a metric is a tensor on an accelerator; writing it would wait for the device.
+            FileExistsError: the directory holds a log that was not resumed and must not be overwritten.
+            RuntimeError: the log is closed.
         """
         self._begin()
         if self._last is not None and step <= self._last:
@@ -158,14 +159,14 @@ class SelectionLog:
         self._last = step
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the log ends, for a checkpoint; plain values. All rows up to here are on the disk."""
+        """The end of the log, for a checkpoint, as plain values; all rows up to it are on the disk afterwards."""
         if not self._begun and not self._overwrite:
             self._refuse_what_is_there()
         position = self._store.position() if self._begun else None
         return {"format": self._store.format, "step": self._last, "position": position}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was called, and remove what a run wrote after that.
+        """Go on where :meth:`state_dict` was called, and remove all rows that were written after that.
 
         Raises:
             ValueError: the state is of a log in another format, or the directory holds less than it says.
@@ -185,7 +186,7 @@ class SelectionLog:
         self._ids_with_text = {row["id"] for row in self._store.rows("texts")}
 
     def close(self) -> None:
-        """Write what is held back. Nothing can be recorded after it."""
+        """Write all rows that are not written yet, and close the log: nothing can be recorded afterwards."""
         self._store.close()
         self._closed = True
 
@@ -229,7 +230,7 @@ class LoggedRun:
     """A log as :func:`read_log` finds it.
 
     Attributes:
-        directory: where it is.
+        directory: the directory of the log.
         steps: the rows of the table ``steps``, each with its times as ``ms``, a dict that may be empty.
     """
 
@@ -238,12 +239,12 @@ class LoggedRun:
     _store: Store
 
     def candidates(self) -> Iterator[Row]:
-        """The rows of the table ``candidates``, read as they are asked for; a step without its row is left out."""
+        """The rows of the table ``candidates``, read lazily, without those of a step that is not in ``steps`` yet."""
         last = self.steps[-1]["step"] if self.steps else -math.inf
         return (row for row in self._store.rows("candidates") if row["step"] <= last)
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """Ids and texts, read as they are asked for."""
+        """The ids and texts of samples, read lazily."""
         return ((row["id"], row["text"]) for row in self._store.rows("texts"))
 
 
@@ -251,11 +252,11 @@ def read_log(directory: str | Path) -> LoggedRun:
     """The log that a :class:`SelectionLog` wrote, of a finished, running or killed run.
 
     Args:
-        directory: that of the log, or one that has it in a folder.
+        directory: the directory of the log, or one that has the log in one of its folders.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: there are several, or a line that is not JSON and not the last.
+        FileNotFoundError: there is no log.
+        ValueError: there are several logs, or a complete line is not JSON.
     """
     directory = Path(directory)
     if not directory.is_dir():

@@ -1,4 +1,4 @@
-"""Tables of rows on disk that only grow, and can be cut back to where a checkpoint saw them."""
+"""Tables of rows on disk that only grow, and can be cut back to their size at a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class Store(ABC):
 
     @abstractmethod
     def position(self) -> dict[str, Any]:
-        """How much there is; JSON values. What was appended before is on the disk when this returns."""
+        """The size of the tables as JSON values; all rows appended before are on the disk when this returns."""
 
     @abstractmethod
     def cut(self, position: Mapping[str, Any]) -> None:
-        """Remove what was appended after :meth:`position` returned that.
+        """Remove all rows that were appended after :meth:`position` returned this ``position``.
 
         Raises:
-            ValueError: there is less than that.
+            ValueError: the tables are smaller than that.
         """
 
     @abstractmethod
     def rows(self, table: str) -> Iterator[Row]:
-        """The rows of a table that are on the disk, from the first on; a torn last line is left out."""
+        """The rows of a table that are on the disk, from the first on; a half-written last line is left out."""
 
     @abstractmethod
     def close(self) -> None:
-        """Write what is held back."""
+        """Write all rows that are not written yet."""
 
 
 @final
@@ -105,13 +105,14 @@ class JsonLines(Store):
 
 @final
 class Parquet(Store):
-    """Numbered Parquet files, a set of them whenever enough rows came together, and at each checkpoint.
+    """Numbered Parquet files, one set whenever enough rows have been collected, and at each checkpoint.
 
-    A Parquet file cannot grow, and one without its end cannot be read: so each is written whole, under another name.
+    A Parquet file cannot grow, and one without its end cannot be read. So each is written as a whole under another
+    name, and renamed afterwards.
 
     Args:
-        directory: of the files.
-        rows_per_part: how many candidates are enough.
+        directory: the directory of the files.
+        rows_per_part: number of candidates after which a set is written.
     """
 
     format = "parquet"
@@ -209,6 +210,6 @@ def store(format: str, directory: Path, *, rows_per_part: int = ROWS_PER_PART) -
 
 
 def log_files(directory: Path, format: str) -> list[Path]:
-    """The files of a log in that format, in no order; those of :data:`TABLES` alone."""
+    """The files of a log in that format, in no order; only those of :data:`TABLES`."""
     pattern = {"jsonl": "{}.jsonl", "parquet": "{}-*.parquet"}[format]
     return [path for table in TABLES for path in directory.glob(pattern.format(table))]

@@ -1,4 +1,4 @@
-"""Where the candidates are in the inputs and outputs of a module that no rule knows."""
+"""The candidate axis of each input and output of a module that no rule knows."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SHARED = -1
 @final
 @dataclass(frozen=True)
 class Axis:
-    """Where the candidates are in a tensor: along ``dim``, or in no axis of its own (:data:`SHARED`)."""
+    """The candidate axis of a tensor: ``dim``, or :data:`SHARED` where it has no such axis."""
 
     dim: int
 
     def split(self, values: Tensor, n: int) -> Tensor:
-        """``values`` with the candidates in front of the shape that one candidate alone has."""
+        """``values`` with a first axis for the candidates, in front of the shape that a single candidate has."""
         if self.dim == SHARED:
             return values
         shape = list(values.shape)
@@ -34,9 +34,9 @@ class Axis:
 
 
 def candidate_axes(call: Call, n: int, output: Any) -> list[Axis | None]:
-    """Where the candidates are in each tensor of a call's output, by its shape; None where that cannot be told.
+    """The candidate axis of each tensor in a call's output, told from its shape; None where it cannot be told.
 
-    The self-check finds out where that was wrong.
+    A wrong guess is found by the self-check.
     """
     inputs = call.tensors()
     return [_axis(leaf, number, call, n, inputs) for number, leaf in enumerate(tensors_in(output))]
@@ -64,7 +64,7 @@ def _axis(value: Tensor, number: int, call: Call, n: int, inputs: Sequence[Tenso
 
 
 def _is_the_same_for_one(value: Tensor, number: int, call: Call, n: int) -> bool:
-    """Whether the first candidate alone gets the very same output: asked where its shape could mean both."""
+    """Whether the first candidate alone gets exactly the same output; asked only where the shape is ambiguous."""
     flat, rebuild = candidate_inputs(call, n)
     try:
         with call.replayed(), torch.no_grad():
@@ -75,7 +75,7 @@ def _is_the_same_for_one(value: Tensor, number: int, call: Call, n: int) -> bool
 
 
 def candidate_dims(call: Call, n: int) -> dict[int, int]:
-    """The axis of the candidates in each input leaf that has one."""
+    """The candidate axis of each input leaf that has one, by the number of the leaf."""
     leaves = tree_leaves((call.args, dict(call.kwargs)))
     rows = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
     dims = {}
@@ -87,7 +87,7 @@ def candidate_dims(call: Call, n: int) -> dict[int, int]:
 
 
 def candidate_inputs(call: Call, n: int) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], tuple[Any, Any]]]:
-    """The inputs that have a candidate axis, split along it, and how to put one candidate's back in their places."""
+    """The inputs split along their candidate axis, and a function that puts one candidate's back in their places."""
     leaves, structure = tree_flatten((call.args, dict(call.kwargs)))
     dims = candidate_dims(call, n)
     flat = [Axis(dim).split(leaves[number], n) for number, dim in dims.items()]

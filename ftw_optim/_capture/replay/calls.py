@@ -1,4 +1,4 @@
-"""One call of a module, remembered well enough to run it again and get the same output."""
+"""Records of module calls, complete enough to run the call again with the same output."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Call:
     """The detached inputs of one call of a module, and the state it ran in.
 
     Attributes:
-        module: which module.
+        module: the module that was called.
         args: positional inputs.
         kwargs: keyword inputs.
         random: the random state before the call; None where it was not recorded.
-        drew: the call drew random numbers.
+        drew: whether the call drew random numbers.
         autocast: the dtype of the autocast region the call was in; None outside of one.
     """
 
@@ -54,10 +54,10 @@ class Call:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """A block in which the module runs as in the call; afterwards nothing shows that it has.
+        """A block in which the module can run as in the call, without side effects.
 
-        Random state and precision are those of the call. What the module and those below it keep, in buffers or in
-        attributes, is afterwards as before.
+        Random state and autocast dtype are those of the call. Afterwards the random state, and the buffers and
+        attributes of the module and of those below it, are as before.
         """
         device = device_of(self.module)
         with (
@@ -70,7 +70,7 @@ class Call:
             yield
 
     def run(self, parameters: Mapping[str, Tensor], args: Any = None, kwargs: Any = None) -> Any:
-        """The module's ``forward``, without its hooks, with some parameters and perhaps other inputs."""
+        """Run the module's ``forward``, without its hooks, with these parameters and optionally other inputs."""
         with swapped(self.module, parameters):
             return self.module.forward(
                 *(self.args if args is None else args), **(self.kwargs if kwargs is None else kwargs)
@@ -85,10 +85,10 @@ def tensors_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]
 
 
 def detached(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """The inputs of a call with their tensors out of the graph, and without the caches that the call has filled since.
+    """The inputs of a call, with tensors detached and with None in place of caches, which the call has filled.
 
-    What a cache held before a call in training is nothing; where it was something, the module gives something else when
-    it is run again, and is refused.
+    In training a cache is empty before the call. If it was not, the module returns something else when it is run again,
+    and is refused.
     """
 
     def leaf(value: Any) -> Any:
@@ -110,7 +110,7 @@ def autocast_dtype(module: nn.Module) -> torch.dtype | None:
 
 @contextmanager
 def _without_reentrant_checkpoints() -> Iterator[None]:
-    """A block in which they run what is inside of them as it is: they refuse gradients by named tensors."""
+    """A block in which reentrant checkpoints simply run their function: they refuse ``torch.autograd.grad``."""
 
     def run(function: Any, preserve: bool, *args: Any) -> Any:
         return function(*args)
@@ -124,7 +124,7 @@ def _without_reentrant_checkpoints() -> Iterator[None]:
 
 @contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
-    """After the block the random state is as before, and so is what the modules keep."""
+    """A block after which the random state, and what the modules keep, are as before."""
     state = RandomState.now(module.parameters())
     kept = [(sub, dict(sub.__dict__), _copies(sub)) for sub in module.modules()]
     try:
@@ -142,7 +142,7 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
 
 
 def _copies(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The containers among a module's attributes, its buffers too, each with a copy of what is in it."""
+    """The containers among a module's attributes, buffers included, each with a copy of its contents."""
     held = module.__dict__.items()
     return [
         (value, value.copy())

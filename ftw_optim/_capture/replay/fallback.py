@@ -1,13 +1,14 @@
 """Exact gradients of any module's own parameters, candidate by candidate, by running the module again.
 
-From the recorded inputs and output gradients of one call, in the cheapest of three ways that works:
+The gradients are formed from the recorded inputs and output gradients of one call, in the cheapest of three ways that
+works:
 
 - all candidates at once under ``torch.func.vmap``;
 - row by row, where vmap cannot (control flow that depends on data, recurrent kernels);
 - the whole batch once more under the same random state, and a backward for each candidate with the output gradients
   of the others set to zero: where the call drew random numbers, or depends on the size of its batch.
 
-A way counts as working if the module then gives what it gave in the call.
+A way works if the module returns the same output as in the call, up to rounding.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ class Output:
     index: int
     value: Tensor
     changed: bool
-    """The value was changed in place since, and says nothing."""
+    """Whether the value was changed in place after the call, so that it cannot be compared."""
     grad: Tensor
     axis: Axis | None
 
 
 class NotRepeatable(RuntimeError):
-    """Running the module again did not give what it gave before."""
+    """Raised where running a module again did not give the same output."""
 
 
 def per_candidate(
@@ -59,19 +60,19 @@ def per_candidate(
     """Every candidate's gradient of a module's own parameters.
 
     Args:
-        call: how the module was called.
-        parameters: the module's, by their local dotted names.
-        outputs: what it returned, with the gradients that arrived.
-        n: candidates.
+        call: the recorded call of the module.
+        parameters: the module's own parameters, by their local dotted names.
+        outputs: the tensors that the call returned, with the gradients that arrived.
+        n: number of candidates.
         tolerance: largest relative difference of outputs that counts as rounding.
         sample_ids: the candidate of each position, where rows are packed.
-        whole: run the whole batch at once, since a part of it may come out otherwise.
+        whole: run the whole batch at once, because the output of a part of it may differ.
 
     Returns:
-        Shape ``(n, *parameter.shape)`` each, float32 at least.
+        The gradients by parameter name, shape ``(n, *parameter.shape)`` each, float32 at least.
 
     Raises:
-        NotRepeatable: the module does not give again what it gave in the call.
+        NotRepeatable: no way works; the cause is the error of the last one.
     """
     names = list(parameters)
     leaves = [parameters[name].detach() for name in names]
@@ -99,7 +100,7 @@ def per_candidate(
 
 
 _Result = tuple[list[Tensor], list[Tensor]]
-"""Gradients (n, *shape) by parameter, and the outputs that the way saw, whole."""
+"""The gradients (n, *shape) of each parameter, and the outputs of the new run, for all candidates."""
 
 
 def _vectorised(
@@ -172,7 +173,7 @@ def _together(
 
 
 def _not_finite(outputs: Sequence[Output], n: int) -> Tensor:
-    """Which candidates got an output or a gradient that is not finite: bool ``(n,)``."""
+    """Mask of the candidates with an output or an output gradient that is not finite: bool ``(n,)``."""
     broken = torch.zeros(n, dtype=torch.bool)
     for output in outputs:
         if output.axis is not None and output.axis.dim != SHARED and output.grad.shape[output.axis.dim] % n == 0:
@@ -183,7 +184,7 @@ def _not_finite(outputs: Sequence[Output], n: int) -> Tensor:
 
 
 def _zeroed(values: Tensor, rows: Tensor) -> Tensor:
-    """``values`` with some of its rows zero."""
+    """``values`` with zeros in the rows that the mask ``rows``, bool (n,), selects."""
     shape = (-1, *[1] * (values.ndim - 1))
     return values.masked_fill(rows.to(values.device).view(shape), 0)
 
@@ -208,7 +209,7 @@ def _axis_of(output: Output) -> Axis:
 
 
 def _split(output: Output, n: int) -> Tensor:
-    """Output gradients with the candidates in front of the shape of one alone."""
+    """The output gradients with a first axis for the candidates, as :meth:`Axis.split` gives them."""
     return _axis_of(output).split(output.grad, n)
 
 
@@ -221,7 +222,7 @@ def _join(values: Tensor, output: Output) -> Tensor:
 
 
 def _only(output: Output, row: int, n: int, value: Tensor, sample_ids: Tensor | None) -> Tensor:
-    """Output gradients of one candidate, zero for all others, in the shape that the module returned."""
+    """The output gradients of one candidate, zero for all others, in the shape that the module returned."""
     if sample_ids is not None:
         grid = math.prod(sample_ids.shape)
         lead = output.grad.shape[:2] == sample_ids.shape

@@ -1,9 +1,9 @@
 """The preconditioner of any element-wise optimizer, found by trying two steps on a copy of it.
 
-With its second moment held fixed an update is affine in the gradient, so two steps tell its slope, entry by entry. At
-zero gradient the second moment does not change to first order: that is the map without a look-ahead. With a reference
-``r`` the second moments of the steps with ``r`` and ``-r`` are equal where they are even in the gradient, and half the
-difference of the two updates is ``-P(r) r``.
+With its second moment held fixed, an update is affine in the gradient, so two steps give its slope, entry by entry.
+Without a reference the slope is taken at zero gradient, where the second moment does not change to first order. With a
+reference ``r``, steps with ``r`` and ``-r`` are compared: where the second moment is even in the gradient, it is the
+same in both, and half the difference of the two updates is ``-P(r) r``.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ftw_optim._preconditioners.maps import Diagonal, Elementwise
 from ftw_optim._preconditioners.probing.trial import trial, widened
 
 SMALL = (1e-16, 1e-13, 1e-10, 1e-8, 1e-6, 1e-3, 1.0, 1e3, 1e6, 1e9)
-"""Gradients that change no second moment: far below the eps of an optimizer without history, and beside a spike."""
+"""Sizes of gradients to try, of which some do not change the second moment: tiny without history, larger with it."""
 
 TURNED = 0.3
 """Largest share of a slope that may be negative; those entries count as zero."""
 
 ALIKE = 1e-6
-"""Largest relative difference of a rule from what a trial tells, for the rule to be taken: Yogi is a thousandth off."""
+"""Largest relative difference between a rule and a trial for the rule to be used; Yogi differs by a thousandth."""
 
 EXACT = 1e-9
-"""Relative change of a slope below which no other gradient can tell it better."""
+"""Relative change of a slope below which the search for a better size of gradient stops."""
 
 SEPARABLE = 1e-3
-"""Largest change of an entry's update, relative to the largest of all, that gradients of other entries may make."""
+"""Largest change of an entry's update through gradients of other entries, relative to the largest update."""
 
 
 class NotElementwise(ValueError):
-    """An entry's update depends on the gradients of other entries, or not smoothly on its own."""
+    """Raised where the update of an entry depends on the gradients of others, or not smoothly on its own gradient."""
 
 
 def probed(
@@ -50,14 +50,14 @@ def probed(
     """``P`` of the coming step on one parameter, from two steps on a copy of the optimizer.
 
     Args:
-        optimizer: not changed.
+        optimizer: the optimizer; it is not changed.
         param: one of its parameters.
-        group: its group.
-        reference: as for :func:`preconditioner_of`.
-        dtype: of the result; None: the parameter's, float32 at least.
+        group: the parameter's group.
+        reference: the gradient that the step is expected to see; None: zero. See :func:`preconditioner_of`.
+        dtype: dtype of the result; None: the parameter's, float32 at least.
 
     Raises:
-        NotElementwise: the update is not element-wise, or of a kind that two steps do not tell.
+        NotElementwise: the update is not element-wise, or two steps cannot tell its slope.
     """
     dtype = moment_dtype(param) if dtype is None else dtype
     with torch.no_grad():
@@ -69,7 +69,7 @@ def probed(
             update = trial(optimizer, param, group)
             slope = (update(-gradient) - update(gradient)) / (2 * gradient)
             if param not in optimizer.state and not bool(slope.any()):
-                # A first step that only fills the state; a map of nothing would skip it, time and again.
+                # A first step that only fills the state: with a map of zero every step would be skipped.
                 update = trial(optimizer, param, group, after=gradient)
                 slope = (update(-gradient) - update(gradient)) / (2 * gradient)
         # Where the second moment is not even in the gradient, the momentum does not cancel and may turn the sign.
@@ -81,7 +81,7 @@ def probed(
 
 
 def _of_nothing(optimizer: Optimizer, param: Tensor, group: dict[str, Any], dtype: torch.dtype) -> Diagonal:
-    """The map where no gradient is expected, as of LoRA's A at its first step: at zero, or nothing if that fails."""
+    """The map where the expected gradient is zero, as for LoRA's A at the first step; zero if probing at zero fails."""
     try:
         return probed(optimizer, param, group, None, dtype=dtype)
     except NotElementwise:
@@ -89,7 +89,7 @@ def _of_nothing(optimizer: Optimizer, param: Tensor, group: dict[str, Any], dtyp
 
 
 def _is_positive(slope: Tensor) -> bool:
-    """Whether it is finite and not negative, but for a few entries: DiffGrad's friction turns some of them."""
+    """Whether a slope is finite, not all zero, and mostly positive: DiffGrad's friction makes some entries negative."""
     if not bool(slope.isfinite().all()):
         return False
     return bool(-slope.clamp(max=0.0).sum() <= TURNED * slope.abs().sum()) and bool(slope.any())
@@ -102,10 +102,10 @@ def agrees_with_trial(
     group: dict[str, Any],
     reference: Tensor | None,
 ) -> bool:
-    """Whether a rule says, in float64, what steps on a copy tell, without a reference and with one.
+    """Whether a rule agrees with trial steps on a copy, in float64, both without a reference and with one.
 
     Raises:
-        NotElementwise: they tell that the update is not element-wise.
+        NotElementwise: the trial steps show that the update is not element-wise.
     """
     wide = param.detach().double()
     state = {name: widened(value) for name, value in optimizer.state[param].items()}
@@ -119,7 +119,10 @@ def agrees_with_trial(
 
 
 def _slope_at_zero(update: Callable[[Tensor], Tensor], param: Tensor) -> Tensor:
-    """The slope that agrees best with the one at twice the gradient, and is not rounding: smaller ones lose digits."""
+    """The slope of the update at zero gradient, at the size of gradient where it is measured best.
+
+    That is where it agrees best with the slope at twice the gradient; smaller gradients lose digits to rounding.
+    """
     ones = torch.ones_like(param, dtype=torch.float64)
     still, best, least = update(torch.zeros_like(ones)), None, SEPARABLE
     rounding = torch.finfo(torch.float64).eps * float(still.abs().max())
@@ -136,10 +139,10 @@ def _slope_at_zero(update: Callable[[Tensor], Tensor], param: Tensor) -> Tensor:
 
 
 def check_separable(optimizer: Optimizer, param: Tensor, group: dict[str, Any], reference: Tensor) -> None:
-    """Raise if the update of an entry follows the gradients of others.
+    """Check that the update of each entry depends only on the gradient of that entry, and smoothly.
 
     Raises:
-        NotElementwise: it does.
+        NotElementwise: it depends on other entries or other parameters, or jumps.
     """
     with torch.no_grad():
         update = trial(optimizer, param, group)
@@ -167,13 +170,13 @@ def check_separable(optimizer: Optimizer, param: Tensor, group: dict[str, Any], 
 
 
 def _stands_for_all(optimizer: Optimizer, param: Tensor) -> bool:
-    """Whether to look at this parameter among the others: the second tells places from the first, the last counts."""
+    """Whether to try this parameter among the others, too: done only for the optimizer's second and last parameter."""
     parameters = [other for group in optimizer.param_groups for other in group["params"]]
     return any(param is other for other in (*parameters[1:2], parameters[-1]))
 
 
 def couples_decay(optimizer: Optimizer, param: Tensor, group: dict[str, Any], reference: Tensor) -> bool:
-    """Whether weight decay is part of the gradient for it, as for Adam, or acts on its own, as for AdamW."""
+    """Whether weight decay is coupled, that is part of the gradient as for Adam, and not decoupled as for AdamW."""
     decay = group["weight_decay"]
     gradient = reference.double()
     shifted = gradient + decay * param.detach().double()
@@ -183,7 +186,7 @@ def couples_decay(optimizer: Optimizer, param: Tensor, group: dict[str, Any], re
 
 
 def follows_signs(optimizer: Optimizer, param: Tensor, group: dict[str, Any], reference: Tensor) -> bool:
-    """Whether opposite gradients make the very same update in many entries: old momentum decides a sign there."""
+    """Whether opposite gradients give the very same update in many entries, where old momentum decides the sign."""
     update = trial(optimizer, param, group, at_zero=True)
     gradient = expected_gradient(param, group, reference.to(moment_dtype(param)))
     decided = update(gradient) == update(-gradient)

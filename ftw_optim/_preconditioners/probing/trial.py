@@ -1,4 +1,4 @@
-"""Steps tried on a copy of an optimizer that holds one parameter alone: what is real stays as it was."""
+"""Trial steps on a copy of an optimizer that holds one parameter alone; the optimizer itself is not changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LEFT_OUT = {"state", "param_groups", "step", *_HOOKS}  # step: what a scheduler
 
 
 class CannotBeTried(ValueError):
-    """A copy would share with the optimizer what its steps change."""
+    """Raised where a copy would share state with the optimizer that its steps change."""
 
 
 def trial(
@@ -34,16 +34,16 @@ def trial(
     decay: float = 0.0,
     among_others: bool = False,
 ) -> Callable[[Tensor], Tensor]:
-    """``gradient -> update`` of the parameter, each tried on a copy of the optimizer, in float64.
+    """A function ``gradient -> update`` of the parameter; each call tries a step on a fresh copy, in float64.
 
     Args:
-        optimizer: not changed, nor anything that it holds.
+        optimizer: the optimizer; neither it nor anything that it holds is changed.
         param: one of its parameters.
-        group: its settings, as they are to count.
-        at_zero: start at zero, so that no digits of the parameter swamp the update.
-        after: a gradient that makes a step before the one that is tried.
-        decay: weight decay; none unless asked for, as it cancels or is put in elsewhere.
-        among_others: keep the places of the other parameters, which have no gradient.
+        group: the settings to use for the parameter.
+        at_zero: start with the parameter at zero, so that the update loses no digits beside it.
+        after: a gradient for a step that is made before the one that is tried; None: no such step.
+        decay: the weight decay to use; by default none, as it cancels or is accounted for elsewhere.
+        among_others: keep the places of the other parameters, which get no gradient.
 
     Raises:
         CannotBeTried: the optimizer holds a model or another optimizer.
@@ -77,7 +77,7 @@ def step_without_hooks(cls: type[Optimizer]) -> Callable[[Optimizer], Any]:
 def _twin(
     optimizer: Optimizer, param: Tensor, own: nn.Parameter, settings: Mapping[str, Any], *, among_others: bool
 ) -> Optimizer:
-    """A copy that holds ``own`` in place of the parameter, with its state in float64."""
+    """A copy of the optimizer that holds ``own`` in place of the parameter, with its state in float64."""
     twin: Optimizer = object.__new__(type(optimizer))  # not copy.copy: it leaves out what pickling would
     # What is kept by parameter, by its identity or as its attribute is kept for the copy's.
     memo: dict[int, Any] = {id(optimizer): twin, id(param): own}
@@ -124,7 +124,7 @@ def _refuse_what_is_shared(optimizer: Optimizer) -> None:
 
 
 def _walk(value: Any) -> Iterator[Any]:
-    """The value, and what is in it if it is a container."""
+    """The value, and everything inside of it if it is a container."""
     yield value
     if isinstance(value, Mapping):
         for item in value.values():
@@ -135,7 +135,7 @@ def _walk(value: Any) -> Iterator[Any]:
 
 
 def widened(value: Any) -> Any:
-    """A copy, in float64 where it has a fraction."""
+    """A copy of a value; a floating-point tensor becomes float64."""
     if isinstance(value, Tensor):
         return value.detach().clone().to(torch.float64 if value.is_floating_point() else value.dtype)
     return copy.deepcopy(value)

@@ -1,7 +1,7 @@
-"""One registered function for each optimizer whose map is known: its state read in, its ``P`` given back.
+"""One registered function for each known optimizer, which reads its state and returns its ``P``.
 
 May import the modules of ``_preconditioners`` beside this folder. To add an optimizer, add a function to the file of
-its kin, or a file, named below.
+similar ones, or add a file and name it below.
 """
 
 from ftw_optim._preconditioners.rules import accumulators as accumulators

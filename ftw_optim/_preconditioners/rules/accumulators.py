@@ -1,4 +1,4 @@
-"""Adagrad, Adadelta and RMSprop: the fresh gradient over the root of what squares have added up to."""
+"""Adagrad, Adadelta and RMSprop: the fresh gradient divided by the root of an accumulator of squares."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def adagrad(param: Tensor, group: State, state: State, reference: Tensor | None)
 
 @register_preconditioner(torch.optim.Adadelta)
 def adadelta(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
-    """``lr sqrt(past updates + eps) / sqrt(v' + eps)``: eps inside of both roots."""
+    """``lr sqrt(past updates + eps) / sqrt(v' + eps)``, with eps inside of both roots."""
     rho = number(group["rho"])
     moment = second_moment(param, group, state.get("square_avg"), reference, decay=rho, fresh=1 - rho)
     updates = state["acc_delta"].to(moment.dtype) if "acc_delta" in state else torch.zeros_like(moment)
@@ -35,7 +35,7 @@ def adadelta(param: Tensor, group: State, state: State, reference: Tensor | None
 
 @register_preconditioner(torch.optim.RMSprop)
 def rmsprop(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
-    """``lr / (sqrt(v') + eps)`` without bias correction; centered: over the variance around the mean gradient."""
+    """``lr / (sqrt(v') + eps)`` without bias correction; with ``centered``, ``v'`` is the variance, not the square."""
     alpha = number(group["alpha"])
     moment = second_moment(param, group, state.get("square_avg"), reference, decay=alpha, fresh=1 - alpha)
     if group["centered"]:

@@ -1,4 +1,4 @@
-"""Adafactor: a rank-1 second moment of matrices, its clip frozen at the expected gradient."""
+"""Adafactor: a rank-1 second moment of matrices; the clip is taken at the expected gradient and held fixed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ State = dict[str, Any]
 def adafactor(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal | RankOne:
     """``alpha / clip * rsqrt(v')``, with ``v' = rows columns / mean(rows)`` for a matrix.
 
-    ``alpha = max(eps2, rms(param)) min(lr, 1 / sqrt(t))``; the clip is that of the expected gradient's update.
+    ``alpha = max(eps2, rms(param)) min(lr, 1 / sqrt(t))``; ``clip`` is that of the expected gradient's update.
     """
     dtype = moment_dtype(param)
     step = number(state["step"]) + 1 if "step" in state else 1.0
@@ -40,7 +40,7 @@ def adafactor(param: Tensor, group: State, state: State, reference: Tensor | Non
     estimate = rows @ columns / mean
     root = estimate.clamp(min=smallest**2).rsqrt()
     share = alpha / _clip(root * gradient, group)
-    # The floor of a product is no product of floors: only where it is never reached does the form hold.
+    # A floor on the product cannot be split into factors: the rank-1 form holds only where it is never reached.
     if param.ndim > 2 or bool(estimate.min() < smallest**2):
         return Diagonal(root * share)
     return RankOne((rows / mean).rsqrt()[:, 0] * share, columns.rsqrt()[0])
@@ -53,7 +53,7 @@ def _mixed(state: State, fresh: float, name: str, new: Tensor) -> Tensor:
 
 
 def _clip(update: Tensor, group: State) -> Tensor:
-    """What the update is divided by to keep its root mean square below ``d``."""
+    """The divisor that keeps the root mean square of the update at most ``d``; at least one."""
     size: Tensor = torch.linalg.vector_norm(update) / update.numel() ** 0.5
     return (size / number(group["d"])).clamp(min=1.0)
 
@@ -61,7 +61,7 @@ def _clip(update: Tensor, group: State) -> Tensor:
 @register_preconditioner("transformers.optimization.Adafactor")
 @register_preconditioner("torch_optimizer.adafactor.Adafactor")
 def older_adafactor(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal | RankOne:
-    """The same with eps inside of the squares, a relative step or the learning rate, and a first moment on request."""
+    """Adafactor with eps inside of the squares, a relative step or the learning rate, and an optional first moment."""
     dtype = moment_dtype(param)
     step = number(state["step"]) + 1 if "step" in state else 1.0
     inside, scale_floor = group["eps2"] if "eps2" in group else group["eps"]

@@ -1,4 +1,4 @@
-"""Adam and its kin: a share of the momentum over the root of a second moment that decays."""
+"""Adam and its relatives: the fresh share of the momentum over the root of a decaying second moment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _betas(group: State) -> tuple[float, float]:
 
 
 def _coming(state: State, group: State) -> float:
-    """The number of the coming step, from one; some count in the group."""
+    """The number of the coming step, counted from one; some optimizers keep the count in the group."""
     return number(state.get("step", group.get("step", 0.0))) + 1
 
 
@@ -64,7 +64,7 @@ def schedule_free_adamw(param: Tensor, group: State, state: State, reference: Te
 
 @register_preconditioner(torch.optim.NAdam)
 def nadam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
-    """Adam whose momentum is applied twice: the fresh gradient counts in this step and in the next one's look-ahead."""
+    """Adam with Nesterov momentum: the fresh gradient counts in this step and in the look-ahead to the next one."""
     beta1, beta2 = _betas(group)
     step = _coming(state, group)
     momentum, following = (
@@ -78,7 +78,7 @@ def nadam(param: Tensor, group: State, state: State, reference: Tensor | None) -
 
 @register_preconditioner(torch.optim.RAdam)
 def radam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal | Scalar:
-    """A scalar in the first steps; then Adam, rectified, with eps before the correction of the second moment."""
+    """A scalar in the first steps; then rectified Adam, with eps added before the second moment is corrected."""
     beta1, beta2 = _betas(group)
     step = _coming(state, group)
     share = number(group["lr"]) * (1 - beta1) / (1 - beta1**step)
@@ -93,7 +93,7 @@ def radam(param: Tensor, group: State, state: State, reference: Tensor | None) -
 
 @register_preconditioner(torch.optim.Adamax)
 def adamax(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
-    """Over the largest gradient so far, decayed, in place of the second moment."""
+    """``lr (1 - b1) / (1 - b1^t) / max(b2 u, |reference| + eps)``, with ``u`` the decayed maximum of past gradients."""
     beta1, beta2 = _betas(group)
     dtype = moment_dtype(param)
     largest = state["exp_inf"].to(dtype) * beta2 if "exp_inf" in state else torch.zeros_like(param, dtype=dtype)

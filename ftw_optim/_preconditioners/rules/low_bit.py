@@ -1,4 +1,4 @@
-"""Adam and Lion with their state in few bits, dequantised: bitsandbytes and torchao."""
+"""Adam and Lion with a low-bit state, which is dequantised: bitsandbytes and torchao."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ State = dict[str, Any]
 
 
 def torchao_adam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
-    """Adam's, of tensor subclasses that hold 4 or 8 bits."""
+    """Adam's map; the state is in tensor subclasses that hold 4 or 8 bits."""
     return adam(param, {**group, "decoupled_weight_decay": group["is_adamw"]}, state, reference)
 
 
 def bitsandbytes_adam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
-    """Adam's, of block-wise quantised state or float32 under other names; its decay is decoupled in every class."""
+    """Adam's map; the state is quantised in blocks, or float32 under other names. Decay is always decoupled."""
     _refuse_tricks(group)
     names = {"step": state["step"], "exp_avg_sq": _dequantised(state, 2)} if "state2" in state else {}
     return adam(param, {**group, "decoupled_weight_decay": True}, names, reference)
 
 
 def bitsandbytes_lion(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
-    """Lion's, likewise."""
+    """Lion's map; the state is quantised in blocks, or float32 under other names. Decay is always decoupled."""
     _refuse_tricks(group)
     group = {**group, "decoupled_weight_decay": True}
     return frozen_sign(param, group, _dequantised(state, 1) if "state1" in state else None, reference)
@@ -50,7 +50,7 @@ for _prefix in ("Lion", "PagedLion"):
 
 
 def _dequantised(state: State, which: int) -> Tensor:
-    """One of the moments, float32."""
+    """The first or second moment, in float32."""
     stored: Tensor = state[f"state{which}"]
     if f"absmax{which}" not in state:
         return stored.float()

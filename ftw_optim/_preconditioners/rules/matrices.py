@@ -1,4 +1,4 @@
-"""Matrices as wholes: Muon's polar factor, Shampoo's inverse roots, SOAP's diagonal in a rotated basis."""
+"""Optimizers that treat a matrix as a whole: Muon (polar factor), Shampoo (inverse roots), SOAP (rotated basis)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ftw_optim._preconditioners.maps import Diagonal, Kronecker, RotatedDiagonal
 from ftw_optim._preconditioners.registry import register_preconditioner
 
 DAMPING = 0.03
-"""Smallest singular value that counts, over the largest: directions that the momentum hardly has would dominate."""
+"""Damping relative to the largest singular value: directions with almost no momentum would dominate otherwise."""
 
 
 @register_preconditioner(torch.optim.Muon)
 def muon(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None) -> Kronecker | Scalar:
     """``lr scale share (M M' + damping)^(-1/2)`` from the left, or from the right with ``M' M``, whichever is smaller.
 
-    ``M`` is what the coming step orthogonalises: the momentum with the expected gradient in it. The Newton-Schulz
-    iteration of the optimizer only comes near that inverse root, within the factor of 0.7 to 1.2 it is made for.
+    ``M`` is the matrix that the coming step orthogonalises: the momentum, with the expected gradient included. The
+    optimizer's Newton-Schulz iteration only approximates this inverse root, within its intended factor of 0.7 to 1.2.
     """
     dtype = moment_dtype(param)
     momentum, rows, columns = number(group["momentum"]), *param.shape
@@ -42,7 +42,7 @@ def muon(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference:
 
 
 def _inverse_root(square: Tensor) -> Tensor | None:
-    """``(square + damping)^(-1/2)`` of a symmetric matrix; None of zero."""
+    """``(square + damping)^(-1/2)`` of a symmetric matrix; None where that is zero."""
     # float64: the square of a matrix has the square of its condition.
     values, vectors = torch.linalg.eigh(square.double())
     largest = values[-1]
@@ -64,9 +64,9 @@ def shampoo(
 ) -> Kronecker | Scalar:
     """``lr share`` times ``statistics^(-1/order)`` along each axis, or the roots that the coming step keeps.
 
-    The statistics take in the expected gradient axis by axis, as already preconditioned along the axes before. Its own
-    squares are floored: a direction of which neither they nor the past know would outweigh all others. At a ``floor``
-    of next to nothing the statistics are those of the step itself.
+    The statistics include the expected gradient, axis by axis, already preconditioned along the axes before. The
+    eigenvalues of its squares are floored: a direction without any part in them or in the past would outweigh all
+    others. With a ``floor`` near zero the statistics are those of the step itself.
     """
     momentum = number(group["momentum"])
     share = 1 - momentum if momentum and "momentum_buffer" in state else 1.0
@@ -92,7 +92,7 @@ def shampoo(
         if whole is not None:
             statistics = statistics + _floored_square(whole.movedim(axis, 0).reshape(size, -1), floor)
         values, vectors = torch.linalg.eigh(statistics)
-        # Above rounding; what is below zero is nothing else.
+        # Clamped to rounding level: eigenvalues below zero are rounding errors.
         values = values.clamp(min=torch.finfo(values.dtype).eps * number(values[-1]))
         roots.append(((vectors * values.pow(-1 / order)) @ vectors.T).to(dtype))
         if whole is not None:
@@ -102,7 +102,7 @@ def shampoo(
 
 
 def _floored_square(matrix: Tensor, floor: float) -> Tensor:
-    """``matrix matrix'`` with its small eigenvalues raised to the square of the floor, over the mean of the others."""
+    """``matrix matrix'`` with eigenvalues raised to at least ``floor^2`` times the mean of the non-zero ones."""
     values, vectors = torch.linalg.eigh((matrix @ matrix.T).double())
     values = values.clamp(min=0.0)
     present = (values > 1e-12 * values[-1]).sum().clamp(min=1)
@@ -122,7 +122,7 @@ def soap(
     """Adam's map in the basis ``Q`` of the state: ``lr (1 - b1) / (1 - b1^t) / (sqrt(v' / (1 - b2^t)) + eps)``.
 
     The very first step of a group only fills the state and moves nothing; its map is that of the step after it, in the
-    basis that the expected gradient will give. At a ``floor`` of next to nothing the second moment is the step's own.
+    basis that the expected gradient will give. With a ``floor`` near zero the second moment is that of the step itself.
     """
     if group["merge_dims"] and param.ndim > 1:
         raise NotImplementedError("Expected merge_dims=False: a basis of merged axes is not supported.")

@@ -1,4 +1,4 @@
-"""Optimizers whose step has a number from the whole tensor in it, frozen at the expected gradient."""
+"""Optimizers whose step depends on a norm of the whole tensor, taken at the expected gradient and held fixed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ State = dict[str, Any]
 
 @register_preconditioner("torch_optimizer.novograd.NovoGrad")
 def novograd(param: Tensor, group: State, state: State, reference: Tensor | None) -> Scalar:
-    """``lr / (sqrt(v') + eps)`` with the tensor's own ``v``, the square of the first gradient to begin with."""
+    """``lr / (sqrt(v') + eps)`` with one ``v`` for the tensor, which starts as the first gradient's squared norm."""
     beta1, beta2 = (number(beta) for beta in group["betas"])
     square = number(
         undecayed_gradient(param, group, reference).square().sum()
@@ -39,7 +39,7 @@ def novograd(param: Tensor, group: State, state: State, reference: Tensor | None
 
 @register_preconditioner("torch_optimizer.lamb.Lamb", attributes=("debias", "clamp_value", "adam"))
 def lamb(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
-    """``lr ratio (1 - b1) / (sqrt(v') + eps)``, the ratio of the norms of parameter and step being expected."""
+    """``lr ratio (1 - b1) / (sqrt(v') + eps)``: ``ratio`` is the parameter's norm over that of the expected step."""
     beta1, beta2 = (number(beta) for beta in group["betas"])
     decoupled = {**group, "weight_decay": 0.0}  # in the step, behind the division
     moment = second_moment(param, decoupled, state.get("exp_avg_sq"), reference, decay=beta2, fresh=1 - beta2)
@@ -62,7 +62,7 @@ def lamb(param: Tensor, group: State, state: State, reference: Tensor | None) ->
 
 @register_preconditioner("torch_optimizer.lars.LARS")
 def lars(param: Tensor, group: State, state: State, reference: Tensor | None) -> Scalar:
-    """SGD's, times the ratio of the parameter's norm to the expected gradient's where there is weight decay."""
+    """SGD's map, with weight decay times the ratio of the parameter's norm to that of the expected gradient."""
     plain = sgd(param, group, state, reference).value
     size = number(torch.linalg.vector_norm(param.detach().to(moment_dtype(param))))
     length = number(torch.linalg.vector_norm(undecayed_gradient(param, group, reference)))
@@ -74,14 +74,14 @@ def lars(param: Tensor, group: State, state: State, reference: Tensor | None) ->
 
 @register_preconditioner("torch_optimizer.a2grad.A2GradInc")
 def fading_a2grad(param: Tensor, group: State, state: State, reference: Tensor | None) -> Scalar:
-    """That of :func:`a2grad`, whose sum of squared distances fades."""
+    """The map of :func:`a2grad`, with a fading sum of squared distances."""
     return a2grad(param, {**group, "fades": True}, state, reference)
 
 
 @register_preconditioner("torch_optimizer.a2grad.A2GradUni")
 @register_preconditioner("torch_optimizer.a2grad.A2GradExp")
 def a2grad(param: Tensor, group: State, state: State, reference: Tensor | None) -> Scalar:
-    """``(a' + (1 - a') a) / (gamma + beta h)``, ``h`` from the squared distance of the expected gradient to the mean.
+    """``(a' + (1 - a') a) / (gamma + beta h)``, with ``h`` from the expected gradient's squared distance to the mean.
 
     ``a`` and ``a'`` weigh the step of the averaged sequence in this step and in the next one. The three classes differ
     in how ``h`` remembers: by a sum, by a sum with fading, or by the largest of a moving average (``rho``).
@@ -103,7 +103,7 @@ def a2grad(param: Tensor, group: State, state: State, reference: Tensor | None) 
 
 @register_preconditioner("torch_optimizer.apollo.Apollo")
 def apollo(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
-    """``lr (1 - b) / (1 - b^t) / max(|B|, 1)``, ``B`` with the correction along its last update that it will get."""
+    """``lr (1 - b) / (1 - b^t) / max(|B|, 1)``: ``B`` includes the coming correction along the last update."""
     step = number(state.get("step", 0))
     dtype = moment_dtype(param)
     zero = torch.zeros_like(param, dtype=dtype)

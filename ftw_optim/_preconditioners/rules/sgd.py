@@ -1,4 +1,4 @@
-"""SGD with its momentum forms, and its average: scalars."""
+"""SGD with its forms of momentum, and averaged SGD: scalars."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ftw_optim._preconditioners.registry import register_preconditioner
 
 @register_preconditioner(torch.optim.SGD)
 def sgd(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None) -> Scalar:
-    """``lr`` times the share of the fresh gradient in the coming step; the first one knows no dampening."""
+    """``lr`` times the share of the fresh gradient in the coming step; the first step has no dampening."""
     momentum = number(group["momentum"])
     share = 1.0
     if momentum:
@@ -26,9 +26,9 @@ def sgd(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: 
 
 @register_preconditioner(torch.optim.ASGD)
 def averaged_sgd(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None) -> Scalar:
-    """The step size that the last step left, which has the learning rate in it.
+    """The step size ``eta`` that the last step left in the state; it includes the learning rate.
 
-    One that a learning rate of zero left, as at the start of a warm-up, counts as the rate: a map of nothing would
-    skip the step, time and again.
+    Where it is zero after a step at learning rate zero, as at the start of a warm-up, the present learning rate is
+    taken: with a map of zero every step would be skipped.
     """
     return Scalar(number(state.get("eta", 0.0)) or number(group["lr"]))

@@ -1,8 +1,8 @@
-"""Optimizers that follow the sign of something: the sign is that something over its own size, which is frozen.
+"""Optimizers whose step is the sign of a vector: ``sign(c) = c / |c|``, with ``|c|`` held fixed.
 
-No second moment makes their update affine. ``sign(c) = c / |c|``, and with ``|c|`` held at what the coming step is
-expected to see, the fresh gradient's share of ``c`` moves the parameter by ``1 / |c|``: large where little speaks for
-either sign. Matrix-wise that is how Muon's polar factor is frozen.
+These optimizers have no second moment to hold fixed. With ``|c|`` held at the value that the coming step is expected to
+see, the update is linear in the fresh gradient's share of ``c``, with the factor ``1 / |c|``: large where the sign is
+uncertain. Muon's polar factor is held fixed in the same way, for a matrix.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def lion(param: Tensor, group: State, state: State, reference: Tensor | None) ->
 
 
 def frozen_sign(param: Tensor, group: State, momentum: Tensor | None, reference: Tensor | None) -> Diagonal:
-    """The map of ``lr sign(b1 momentum + (1 - b1) gradient)``."""
+    """The map of the step ``lr sign(b1 momentum + (1 - b1) gradient)``, with the size under the sign held fixed."""
     beta1 = number(group["betas"][0])
     dtype = moment_dtype(param)
     mixed = torch.zeros_like(param, dtype=dtype) if momentum is None else plain(momentum, dtype) * beta1
@@ -55,7 +55,7 @@ def frozen_sign(param: Tensor, group: State, momentum: Tensor | None, reference:
 
 @register_preconditioner(torch.optim.Rprop, note=NOTE)
 def rprop(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
-    """Its step size of each entry over ``|reference|``; where a sign turns and it waits, that of the step after."""
+    """The step size of each entry over ``|reference|``; where a turned sign makes it wait, that of the step after."""
     dtype = moment_dtype(param)
     shrink, grow = (number(eta) for eta in group["etas"])
     smallest, largest = (number(size) for size in group["step_sizes"])
@@ -71,5 +71,5 @@ def rprop(param: Tensor, group: State, state: State, reference: Tensor | None) -
 
 
 def _inverse(sizes: Tensor) -> Tensor:
-    """``1 / sizes``; nothing where nothing is expected to move."""
+    """``1 / sizes``; zero where a size is zero."""
     return torch.where(sizes > 0, sizes, torch.inf).reciprocal()

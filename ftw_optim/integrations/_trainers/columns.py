@@ -1,4 +1,4 @@
-"""Columns of the training data that reach the selection log, and never the model."""
+"""Columns of the training data that go to the selection log and never to the model."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, final
 @final
 @dataclass(frozen=True)
 class WithColumns:
-    """A collator that carries some columns past another one.
+    """A collator that adds some columns to the batch of another collator, which never sees them.
 
     Attributes:
-        collator: makes the batch of the rest.
-        columns: key in the batch to column of the data.
+        collator: makes the batch from all other columns.
+        columns: keys in the batch, mapped to columns of the data.
     """
 
     collator: Callable[[list[Any]], Any]
     columns: Mapping[str, str]
 
     def __call__(self, examples: list[Any]) -> Any:
-        """The batch.
+        """The batch of some examples, with the columns.
 
         Raises:
-            KeyError: an example without one of the columns.
+            KeyError: an example lacks one of the columns.
         """
         for name in self.columns.values():
             if any(name not in example for example in examples):

@@ -1,4 +1,4 @@
-"""What a run of selections tells: averages for a trainer's log, and every step for a selection log."""
+"""Metrics of selections: averages for a trainer's log, and the single steps for a selection log."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ftw_optim._matching.selection import Selection
 from ftw_optim.integrations._trainers.window import COLUMNS, Recorder, Window
 
 PREFIX = "selection/"
-"""Of the names under which loggers get them."""
+"""Prefix of the names under which loggers get the metrics."""
 
 
 def numbers_of(selection: Selection) -> dict[str, float]:
-    """What a logger is told of a selection; all of it is on the CPU already."""
+    """The metrics of a selection for a logger; all of them are on the CPU already."""
     n = len(selection.losses)
     return {
         "kept_share": int((selection.weights > 0).sum()) / n,
@@ -31,7 +31,7 @@ def numbers_of(selection: Selection) -> dict[str, float]:
 
 @final
 class Metrics:
-    """Numbers of the steps since they were last asked for, and the step that is not in the selection log yet.
+    """The metrics of the steps since the last call of :meth:`averages`, and the step that is not logged yet.
 
     Args:
         log: the selection log, if there is one.
@@ -43,19 +43,19 @@ class Metrics:
         self._last: tuple[Selection, Window, dict[str, float]] | None = None
 
     def note(self, selection: Selection, window: Window) -> None:
-        """A selection among a window."""
+        """Note the selection among the candidates of a window."""
         for name, value in numbers_of(selection).items():
             self._values[name].append(value)
         self._last = selection, window, {}  # all of these are the selection's own, which a log takes from it
 
     def note_realised(self, decrease: Tensor) -> None:
-        """The realised decrease of the step that was noted last; waits for the device."""
+        """Note the realised decrease of the step that was noted last; this waits for the device."""
         self._values["realised_decrease"].append(float(decrease))
         if self._last is not None:
             self._last[-1]["realised_decrease"] = self._values["realised_decrease"][-1]
 
     def record(self, step: int) -> None:
-        """Hand over to the selection log what was noted last, if it has not been, as that step."""
+        """Record the last noted selection in the selection log, as that ``step``, unless it has been recorded."""
         if self._log is not None and self._last is not None:
             selection, window, found = self._last
             ids, sources, texts = map(window.column, COLUMNS)
@@ -70,7 +70,7 @@ class Metrics:
         self._last = None
 
     def averages(self) -> dict[str, float]:
-        """Over the steps since this was last called."""
+        """The averages of all metrics over the steps since the last call."""
         found = {PREFIX + name: sum(values) / len(values) for name, values in self._values.items()}
         self._values.clear()
         return found

@@ -1,4 +1,4 @@
-"""Documents that were packed into one row: which position belongs to which of them."""
+"""Packed documents: which position of a row belongs to which document."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Documents:
     Attributes:
         sample_ids: shape ``(b, t)`` int64, the candidate of each position; -1 in documents without a label, such as
             padding.
-        origins: of each candidate, the number of its document in the batch.
+        origins: the number of each candidate's document in the batch.
     """
 
     sample_ids: Tensor
@@ -29,14 +29,14 @@ class Documents:
 
 
 def documents_of(batch: Mapping[str, Any], counted: Tensor) -> Documents | None:
-    """The documents of a batch; None where each row is one.
+    """The documents of a batch; None where each row is a single document.
 
     Args:
-        batch: inputs of a model.
+        batch: the inputs of a model.
         counted: bool ``(b, t)``, the positions that have a label to predict.
 
     Raises:
-        ValueError: boundaries of another shape than the tokens.
+        ValueError: the boundaries do not fit the shape of the tokens.
     """
     starts = _starts(batch, counted)
     if starts is None or int(starts.sum()) == len(starts):
@@ -51,7 +51,7 @@ def documents_of(batch: Mapping[str, Any], counted: Tensor) -> Documents | None:
 
 
 def _starts(batch: Mapping[str, Any], counted: Tensor) -> Tensor | None:
-    """Where documents begin, bool ``(b, t)``, the first position of each row included; None where nothing tells."""
+    """Mask of the first position of each document, bool ``(b, t)``; None where the batch does not tell it."""
     starts = torch.zeros_like(counted)
     if isinstance(ends := batch.get("cu_seq_lens_q"), Tensor):
         flat = starts.view(-1)
@@ -63,7 +63,7 @@ def _starts(batch: Mapping[str, Any], counted: Tensor) -> Tensor | None:
     elif isinstance(numbers := batch.get("seq_idx"), Tensor):
         starts[:, 1:] = _like(numbers, counted, "seq_idx").diff(dim=1) != 0
     elif isinstance(positions := batch.get("position_ids"), Tensor) and batch.get("attention_mask") is None:
-        # As attention masks of packed rows are built; beside an attention mask the positions say nothing of documents.
+        # As attention masks of packed rows are built; beside an attention mask, positions do not show documents.
         starts[:, 1:] = _like(positions, counted, "position_ids").diff(dim=1) != 1
     else:
         return None

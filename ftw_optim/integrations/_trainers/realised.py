@@ -1,4 +1,4 @@
-"""How much the target loss really decreased by a step's gradient."""
+"""The realised decrease: how much a step's gradient really lowered the target loss."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ftw_optim._step.optimizer import SelectiveOptimizer
 
 @final
 class RealisedDecrease:
-    """Target loss after the inner optimizer's step at zero gradient, minus that after the real step.
+    """The target loss after the inner optimizer's step at zero gradient, minus the loss after the real step.
 
-    Both steps start from the same parameters and state, both losses are of the same examples under the same random
-    state: what old momentum and weight decay do by themselves cancels. Costs two evaluations and, while the first step
-    is tried, a copy of parameters and state; everything is put back.
+    Both steps start from the same parameters and state, and both losses are of the same examples under the same random
+    state, so the effects of old momentum and weight decay cancel. A measurement takes two evaluations of the target
+    and, for the step at zero gradient, a copy of parameters and state; everything is restored.
 
     Args:
-        optimizer: whose steps are measured, from now on.
-        losses: the target losses, shape ``(m,)``.
-        due: whether the coming step is measured.
-        note: takes what a measured step showed, a scalar on the device.
+        optimizer: the optimizer whose steps are measured from now on.
+        losses: returns the target losses, shape ``(m,)``.
+        due: returns whether to measure the coming step.
+        note: called with the decrease of a measured step, a scalar on the device.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RealisedDecrease:
 
 @contextmanager
 def after_idle_step(optimizer: Optimizer) -> Iterator[None]:
-    """A block in which the optimizer has made a step at zero gradient; afterwards all is as it was, bit by bit."""
+    """A block in which the optimizer has made a step at zero gradient; afterwards all is restored, bit by bit."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     values = [parameter.detach().clone() for parameter in parameters]
     gradients = [parameter.grad for parameter in parameters]

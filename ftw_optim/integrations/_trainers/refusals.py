@@ -1,4 +1,4 @@
-"""What a trainer may be set to and selection cannot do: said by name, before anything runs."""
+"""Checks of a trainer's settings: those that selection does not support are refused before anything runs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ OPTIONS = tuple(
 
 
 def checked_options(selective: Mapping[str, Any] | None, weighting: str, realised_every: int) -> dict[str, Any]:
-    """The options of the :class:`SelectiveOptimizer`.
+    """The checked options of the :class:`SelectiveOptimizer`.
 
     Raises:
-        ValueError: an option that it does not have, or another one out of range.
+        ValueError: an option is not known, or a value is out of range.
     """
     options = dict(selective or {})
     if unknown := sorted(options.keys() - set(OPTIONS)):
@@ -38,10 +38,10 @@ def checked_options(selective: Mapping[str, Any] | None, weighting: str, realise
 
 
 def refuse_settings(args: Any) -> None:
-    """Refuse what would already be acted upon while the trainer is constructed.
+    """Refuse settings that take effect while the trainer is constructed.
 
     Raises:
-        NotImplementedError: rows are packed in a way that leaves no documents, or activations are offloaded.
+        NotImplementedError: rows are packed in a way that does not keep documents apart, or activations are offloaded.
     """
     if getattr(args, "packing", False) and getattr(args, "packing_strategy", None) == "wrapped":
         raise NotImplementedError(
@@ -56,15 +56,15 @@ def refuse_settings(args: Any) -> None:
 
 
 def refuse(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -> None:
-    """Refuse what the trainer is set to, if it must be.
+    """Refuse a trainer with settings that selection does not support.
 
     Args:
-        trainer: constructed.
-        options: of the :class:`SelectiveOptimizer`.
-        own_losses: the class brings losses of its own for each position.
+        trainer: the constructed trainer.
+        options: the options of the :class:`SelectiveOptimizer`.
+        own_losses: whether the trainer's class defines the losses of positions itself.
 
     Raises:
-        NotImplementedError: with all reasons.
+        NotImplementedError: there is such a setting; the message lists all of them.
     """
     if reasons := [*_processes(trainer), *_losses(trainer, options, own_losses=own_losses)]:
         raise NotImplementedError(f"{type(trainer).__name__} cannot be used like this: " + "; ".join(reasons) + ".")

@@ -1,4 +1,4 @@
-"""Batches of target examples: of a dataset, by the number of the step alone, or of a loader, round and round."""
+"""Batches of target examples: from a dataset by the number of the step, or from a loader in endless rounds."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TargetBatches:
-    """Target examples in batches, shuffled anew in each pass over them: nothing needs saving to go on in the middle.
+    """Batches of target examples, shuffled anew in each pass; the step alone tells its batch: no state is saved.
 
     Attributes:
-        dataset: the examples, by number.
-        collate: makes a batch of some of them.
-        size: examples in a batch.
-        seed: of the order.
-        refresh_every: steps that use one batch.
+        dataset: the examples, found by number.
+        collate: makes a batch of some examples.
+        size: number of examples in a batch.
+        seed: seed of the orders.
+        refresh_every: number of steps that use the same batch.
     """
 
     dataset: Sequence[Any]
@@ -64,18 +64,18 @@ def shuffled(total: int, seed: str) -> list[int]:
 
 @final
 class CycledBatches:
-    """The batches of a loader without end; where it is in them can be saved and found again.
+    """The batches of a loader in endless rounds, with a position that can be saved and restored.
 
-    Each round starts from a random state of its own, told by the seed and the number of the round: a loader that
-    shuffles by the global generator gives the same order when a run is resumed in the midst of it. The global generator
-    itself is left as it was.
+    Each round starts from a random state of its own, which depends on the seed and the number of the round: so a loader
+    that shuffles by the global generator gives the same order when a run is resumed in the middle of a round. The
+    global generator itself is not changed.
 
     Args:
-        batches: iterated anew for each round.
-        seed: of the orders.
+        batches: the loader, iterated anew for each round.
+        seed: seed of the orders.
 
     Raises:
-        ValueError: it has no batch.
+        ValueError: the loader has no batch.
     """
 
     def __init__(self, batches: Iterable[Any], *, seed: int = 0) -> None:
@@ -95,7 +95,7 @@ class CycledBatches:
         return self._first()
 
     def _first(self) -> Any:
-        """The batch at the position of a round that has not been begun here."""
+        """Begin the present round, and return the batch at the present position in it."""
         # Samplers draw their order with the first batch.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random.Random(f"{self._seed}/{self._round}").getrandbits(32))
@@ -114,6 +114,6 @@ class CycledBatches:
         return {"round": self._round, "position": self._position}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on where :meth:`state_dict` was taken; skipped batches of the round are loaded once more."""
+        """Go on where :meth:`state_dict` was called; earlier batches of the round are loaded once more."""
         self._round, self._position = int(state_dict["round"]), int(state_dict["position"])
         self._iterator = None

@@ -1,4 +1,4 @@
-"""From the losses of positions to one loss for each candidate."""
+"""The weighting of positions: one loss for each candidate from the losses of its positions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ WEIGHTINGS = ("token_sum", "token_mean")
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Weighting:
-    """What the token losses of a candidate are divided by.
+    """The divisors of the candidates' summed token losses.
 
     Attributes:
         kind: ``"token_sum"``: ``n * sum / tokens of the window``, so that the mean over the candidates is the mean over
             all tokens; ``"token_mean"``: ``sum / own tokens``.
-        count: ``n``, the candidates of the window.
-        tokens: of each micro-batch, what stands for the tokens of the window: a scalar each.
+        count: ``n``, the number of candidates in the window.
+        tokens: for each micro-batch, the number to use for the tokens of the window, a scalar.
     """
 
     kind: str
@@ -38,10 +38,10 @@ class Weighting:
 
         Args:
             kind: see :class:`Weighting`.
-            counted: of each micro-batch, which positions have a label, ``(b, t)``.
-            documents: of each micro-batch, None where its rows are the candidates.
-            over_window: as a trainer whose loss is the mean over all tokens of the window; False: the mean of the
-                micro-batches' means.
+            counted: for each micro-batch, the mask ``(b, t)`` of the positions that have a label.
+            documents: for each micro-batch, its documents; None where its rows are the candidates.
+            over_window: whether the trainer's loss is the mean over all tokens of the window; False: it is the mean of
+                the micro-batches' means.
         """
         labels = [part.sum() for part in counted]
         if over_window:
@@ -56,10 +56,10 @@ class Weighting:
         """One loss for each candidate of a micro-batch.
 
         Args:
-            batch: its number.
+            batch: the number of the micro-batch.
             values: shape ``(b, t)``, the loss of each position, zero where it has no label.
-            counted: shape ``(b, t)``, which have one.
-            documents: see :meth:`of`.
+            counted: the mask ``(b, t)`` of the positions that have a label.
+            documents: the documents of the micro-batch; None where its rows are the candidates.
         """
         sums = _by_candidate(values, documents)
         if self.kind == "token_sum":
@@ -73,5 +73,5 @@ def _by_candidate(values: Tensor, documents: Documents | None) -> Tensor:
         return values.sum(dim=1)
     n = len(documents.origins)
     owners = documents.sample_ids.flatten()
-    # Positions of none go behind the last.
+    # Positions that belong to no candidate are added to one further entry.
     return values.new_zeros(n + 1).index_add(0, owners.where(owners >= 0, n), values.flatten())[:n]

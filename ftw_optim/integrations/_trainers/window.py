@@ -15,14 +15,14 @@ from ftw_optim.integrations._trainers.packing import BOUNDARIES, Documents, docu
 from ftw_optim.integrations._trainers.weighting import Weighting
 
 IDS, SOURCES, TEXTS = COLUMNS = ("selection_sample_ids", "selection_sources", "selection_texts")
-"""Keys under which a collator hands over what is meant for the log, and never reaches the model."""
+"""Keys under which a collator hands over columns for the log, which never reach the model."""
 
 Positions = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]
-"""``inputs -> (losses (b, t), counted (b, t))`` of a model's positions."""
+"""A function ``inputs -> (losses (b, t), counted (b, t))`` for the positions of a batch."""
 
 
 class Recorder(Protocol):
-    """What takes a trainer's selections, such as ``ftw_optim.selection_log.SelectionLog``."""
+    """The interface of logs for a trainer's selections, such as ``ftw_optim.selection_log.SelectionLog``."""
 
     def record(
         self,
@@ -37,10 +37,10 @@ class Recorder(Protocol):
         """Take one step's selection, with the id, source and text of each of its candidates."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold to go on from here; JSON can write it."""
+        """The state that a checkpoint must hold to go on from here, as JSON values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there: what was taken since is dropped."""
+        """Go on from that state: selections that were taken after it are dropped."""
 
 
 @final
@@ -49,10 +49,10 @@ class MicroBatch:
     """A batch of candidates, or of target examples.
 
     Attributes:
-        inputs: of the model, with labels.
+        inputs: the inputs of the model, with labels.
         counted: bool ``(b, t)``, the positions that have a label to predict.
-        documents: where rows are packed of several candidates; else None.
-        columns: for the log, a value of each candidate; by the keys above.
+        documents: the documents, where rows are packed from several candidates; else None.
+        columns: columns for the log, by the keys :data:`COLUMNS`, with one value for each candidate.
     """
 
     inputs: dict[str, Any]
@@ -62,14 +62,14 @@ class MicroBatch:
 
     @classmethod
     def of(cls, batch: Mapping[str, Any], *, shifts: bool = True) -> MicroBatch:
-        """What a collator made.
+        """The micro-batch from the output of a collator.
 
         Args:
             batch: inputs and labels ``(b, t)``, or ``(b,)`` where rows have one label each.
-            shifts: the label of a position is what the position before predicts.
+            shifts: whether the label of a position is predicted by the position before.
 
         Raises:
-            ValueError: no labels, or a column with another number of values than there are documents.
+            ValueError: the batch has no labels, or a column has fewer values than there are documents.
         """
         inputs = {key: value for key, value in batch.items() if key not in COLUMNS}
         labels = inputs.get("shift_labels")
@@ -97,7 +97,7 @@ class MicroBatch:
         return rows[:, None].expand(self.counted.shape)
 
     def rows(self, rows: Tensor) -> dict[str, Any]:
-        """The inputs of some rows."""
+        """The inputs of the rows at the indices ``rows``."""
         count = len(self.counted)
         return {
             key: value[rows.to(value.device)]
@@ -108,7 +108,7 @@ class MicroBatch:
 
 
 def _of_candidates(values: Any, documents: Documents | None, key: str) -> list[Any]:
-    """The values of a column that belong to candidates."""
+    """The values of a column for the candidates, in their order."""
     column: list[Any] = values.tolist() if isinstance(values, Tensor) else list(values)
     if documents is None:
         return column
@@ -127,9 +127,9 @@ class Window:
     """All candidates of one step.
 
     Attributes:
-        batches: its micro-batches; those without any candidate are left out.
-        weighting: of their token losses.
-        positions: the losses of positions.
+        batches: the micro-batches; those without any candidate are left out.
+        weighting: how the token losses of a candidate become its loss.
+        positions: gives the losses of a batch's positions.
         passed: called after each micro-batch, but not where some rows are run again.
     """
 
@@ -153,12 +153,12 @@ class Window:
         """A window of collated batches.
 
         Args:
-            given: micro-batches, on the device.
+            given: the collated micro-batches, on the device.
             positions: see :class:`Window`.
             weighting: ``"token_sum"`` or ``"token_mean"``.
             over_window: see :meth:`Weighting.of`.
             shifts: see :meth:`MicroBatch.of`.
-            joined: pad them to one batch.
+            joined: whether to pad the micro-batches and join them to one batch.
             passed: see :class:`Window`.
         """
         batches = [MicroBatch.of(batch, shifts=shifts) for batch in given]
@@ -174,27 +174,28 @@ class Window:
         return cls(batches=batches, weighting=how, positions=positions, passed=passed)
 
     def closure(self) -> Callable[..., Any]:
-        """What :meth:`SelectiveOptimizer.backward` runs."""
+        """The closure for :meth:`SelectiveOptimizer.backward`."""
         if len(self.batches) == 1:
             return self._one_batch
         return self._in_turn
 
     def sample_ids(self) -> Tensor | list[Tensor] | None:
-        """The argument of :meth:`SelectiveOptimizer.backward`."""
+        """The argument ``sample_ids`` for :meth:`SelectiveOptimizer.backward`."""
         if all(batch.documents is None for batch in self.batches):
             return None
         ids = [batch.sample_ids() for batch in self.batches]
         return ids[0] if len(ids) == 1 else ids
 
     def losses(self) -> Tensor:
-        """Of all candidates at once; for a single batch."""
+        """The losses of all candidates, in a window of a single batch."""
         return self._one_batch()
 
     def token_loss(self, selection: Selection) -> Tensor:
         """The mean loss of a token under the weights, a scalar on the device.
 
-        Under equal weights this is what a trainer without selection reports; the weighted mean of the candidates' own
-        losses is not in the unit of a token where they have different numbers of them. Skipped: under equal weights.
+        Under equal weights this is the loss that a trainer without selection reports. The weighted mean of the
+        candidates' own losses is not a loss per token where candidates have different numbers of tokens. For a skipped
+        selection, accepted candidates get equal weights.
         """
         units = torch.cat(
             [
@@ -209,12 +210,12 @@ class Window:
             share[selection.kept] = selection.weights.to(share)
         if not bool(share.any()):
             return units.new_full((), torch.nan)
-        counts = share > 0  # of the others, a loss that is not finite would stay so when multiplied by zero
+        counts = share > 0  # the others' losses may not be finite, and stay so when multiplied by zero
         total = (share[counts] * selection.losses[counts].to(share)).sum().to(units)
         return total / (share.to(units) * units).sum().clamp(min=torch.finfo(units.dtype).tiny)
 
     def column(self, key: str) -> list[Any] | None:
-        """A column of all candidates; None if the data has none."""
+        """The values of a column for all candidates; None if the data do not have it."""
         return _columns(self.batches).get(key)
 
     def _one_batch(self, rows: Tensor | None = None) -> Tensor:
@@ -245,7 +246,7 @@ class Window:
 
 
 def _columns(batches: Sequence[MicroBatch]) -> dict[str, list[Any]]:
-    """Those that all micro-batches have, of the candidates of all."""
+    """The columns that all micro-batches have, each for the candidates of all of them."""
     keys = [key for key in COLUMNS if all(key in batch.columns for batch in batches)]
     return {key: [value for batch in batches for value in batch.columns[key]] for key in keys}
 
@@ -254,10 +255,10 @@ _PADDING = {"labels": IGNORED, "shift_labels": IGNORED}
 
 
 def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
-    """All in one batch, padded on the right.
+    """All micro-batches in one, padded on the right.
 
     Raises:
-        ValueError: packed rows, or inputs that are not ``(b, t)``.
+        ValueError: rows are packed, or an input tensor is not of shape ``(b, t)``.
     """
     if any(batch.documents is not None for batch in batches):
         raise ValueError(

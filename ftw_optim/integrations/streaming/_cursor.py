@@ -1,4 +1,4 @@
-"""Where a source has been read to, and the order within it."""
+"""Cursors: the position in a source, and the order in which its records are given out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ftw_optim.integrations.streaming._records import Reader, Record, Unreadable
 
 @final
 class Cursor:
-    """Where one source has been read to.
+    """The position in one source.
 
-    Records are read in blocks, each of which is put in an order of its own, drawn from the seed, the pass and the place
-    of the block: so its position is that of its first record and how many of it were given out, and a resumed run
-    reads the block again.
+    Records are read in blocks. Each block has an order of its own, drawn from the seed, the pass and the place of the
+    block. So a position consists of that of the block's first record and the number of its records that were given out;
+    a resumed run reads the block again.
     """
 
     def __init__(self, name: str, reader: Reader, *, seed: int, block_size: int) -> None:
@@ -23,17 +23,17 @@ class Cursor:
         self.restore({"passes": 0, "block": None, "index": 0, "used": 0, "given": 0})
 
     def snapshot(self) -> dict[str, Any]:
-        """JSON values; never changed afterwards."""
+        """The position as JSON values, which are never changed afterwards."""
         return {
-            "passes": self.passes,  # that have ended
+            "passes": self.passes,  # passes that have ended
             "block": self._block,  # the reader's position at the block's first record
-            "index": self._index,  # of that record
+            "index": self._index,  # the number of that record
             "used": self._used,  # records of the block that were taken
             "given": self.given,  # samples that came of this pass
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to a snapshot."""
+        """Go back to the position of a snapshot."""
         self.passes, self._block, self._index = state["passes"], state["block"], state["index"]
         self._used, self.given = state["used"], state["given"]
         self._records: list[Record | Unreadable] | None = None

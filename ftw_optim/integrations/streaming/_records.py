@@ -1,4 +1,4 @@
-"""Where records come from: local files, sequences and streams, each read on from a position."""
+"""Readers of records: from local files, sequences and streams, each of which can go on from a position."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Record = Mapping[str, Any]
 
 @runtime_checkable
 class StatefulStream(Protocol):
-    """What is used of a ``datasets.IterableDataset``."""
+    """The part of a ``datasets.IterableDataset`` that is used."""
 
     def __iter__(self) -> Iterator[Any]:
-        """From the loaded state on."""
+        """Iterate over the records from the loaded state on."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Behind the record last read."""
+        """The state after the record that was read last."""
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Where the next iteration begins; None: at the first record."""
+        """Set the state at which the next iteration begins; None: at the first record."""
 
 
 Source = str | Path | Sequence[str] | Sequence[Path] | Sequence[Record] | StatefulStream
@@ -33,7 +33,7 @@ Source = str | Path | Sequence[str] | Sequence[Path] | Sequence[Record] | Statef
 @final
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a record that is none."""
+    """The stand-in for a record that cannot be read."""
 
     reason: str
     detail: str
@@ -44,7 +44,7 @@ class Reader(ABC):
 
     @abstractmethod
     def begin(self, position: Any) -> None:
-        """Read on from what :meth:`position` returned; None: from the first record."""
+        """Go on from a position that :meth:`position` returned; None: from the first record."""
 
     @abstractmethod
     def read(self) -> Record | Unreadable | None:
@@ -52,10 +52,10 @@ class Reader(ABC):
 
     @abstractmethod
     def position(self) -> Any:
-        """That of the next record, as JSON values."""
+        """The position of the next record, as JSON values."""
 
     def fingerprint(self) -> Any:
-        """What must be the same for a position to mean the same, as JSON values."""
+        """The facts about the source that must be equal for a position to be valid in it, as JSON values."""
         return None
 
 
@@ -146,7 +146,7 @@ class _Items(Reader):
 
 @final
 class _Stream(Reader):
-    """A stream that knows its own state."""
+    """A stream with a ``state_dict`` of its own, such as a ``datasets.IterableDataset``."""
 
     def __init__(self, stream: StatefulStream) -> None:
         self.stream = stream
@@ -179,11 +179,11 @@ def _mapping(record: Any, index: int) -> Record | Unreadable:
 
 
 def reader_of(name: str, source: Source) -> Reader:
-    """How to read a source.
+    """The reader of a source.
 
     Raises:
-        TypeError: it is nothing that can be read on from a position.
-        ValueError: there is no file, or it shuffles through a buffer that its state does not hold.
+        TypeError: the source is of a kind that cannot be read on from a position.
+        ValueError: the source is empty, or it shuffles through a buffer that its state does not hold.
         FileNotFoundError: a file is missing.
     """
     if isinstance(source, str | Path):

@@ -1,4 +1,4 @@
-"""From records to samples: what gives none is counted by source and reason."""
+"""Screening: records are encoded to samples; those that give none are counted by source and reason."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Counts = Mapping[str, Mapping[str, int]]
 
 @final
 class Screening:
-    """Encodes records, and counts those that are of no use.
+    """Encodes records, and counts those that give no sample.
 
     Args:
-        encode: from a record to ``input_ids`` and ``labels`` of one length, and whatever else the collator needs; None
-            for a record that is not wanted.
-        id_field: of a record, its name; None, or where it is missing: the source's name and the record's number.
-        source_field: of a record, where it comes from; None, or where it is missing: the source's name.
+        encode: returns for a record ``input_ids`` and ``labels`` of one length, and whatever else the collator needs;
+            None to skip the record.
+        id_field: the field with a record's name; None or missing: the source's name and the record's number.
+        source_field: the field with a record's source; None or missing: the source's name.
     """
 
     def __init__(self, encode: Encode, *, id_field: str | None, source_field: str | None) -> None:
@@ -35,7 +35,7 @@ class Screening:
 
         Raises:
             TypeError: ``encode`` returned no mapping with ``input_ids`` and ``labels``.
-            ValueError: their lengths differ.
+            ValueError: ``input_ids`` and ``labels`` differ in length.
         """
         place = f"record {index} of {name!r}"
         if isinstance(found, Unreadable):
@@ -84,7 +84,7 @@ class Screening:
         return None
 
     def table(self) -> str:
-        """The counts for people, a line for each source and reason."""
+        """The counts as text, with one line for each source and reason."""
         rows = [
             (source, reason, count) for source, reasons in self.skipped.items() for reason, count in reasons.items()
         ]

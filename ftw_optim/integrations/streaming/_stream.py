@@ -25,42 +25,43 @@ _LOG = logging.getLogger("ftw_optim")
 class CandidateStream(IterableDataset[Any]):
     """Encoded samples from several sources, drawn in given proportions, in batches.
 
-    It has one position: a second iterator goes on where the first one stopped, and after the end with a new round
-    through all sources in another order. The same arguments give the same samples in the same order.
+    The stream has one position: a second iterator goes on where the first one stopped, and after the end of a round
+    with a new round through all sources, in another order. The same arguments give the same samples in the same order.
 
-    Sources are paths of local JSON lines (one or several, plain or ``.gz``; read line by line, so that a broken line
-    costs one record, where the ``datasets`` reader gives up the whole file), sequences of records, or
-    ``datasets.IterableDataset`` objects. A shuffle buffer of ``datasets`` is refused: it loses its samples on resume.
+    A source is one or several paths of local JSON lines (plain or ``.gz``), a sequence of records, or a
+    ``datasets.IterableDataset``. Files are read line by line, so that a broken line costs one record, where the
+    ``datasets`` reader gives up the whole file. A shuffle buffer of ``datasets`` is refused: it loses its samples when
+    a run is resumed.
 
-    A record that cannot be read, for which ``encode`` fails or returns None, that has no tokens, or none with a label
-    but the first (which no position predicts), is skipped and counted in :attr:`skipped`; the first one is said in a
-    warning, the counts are logged (``logging.getLogger("ftw_optim")``) when a source has been read once.
+    A record is skipped, and counted in :attr:`skipped`, if it cannot be read, if ``encode`` fails or returns None, if
+    it has no tokens, or if no token but the first (which no position predicts) has a label. The first skipped record is
+    reported in a warning; the counts are logged (``logging.getLogger("ftw_optim")``) when a source has been read once.
 
-    For a ``DataLoader`` pass ``batch_size=None`` there and leave ``num_workers`` at 0; a trainer that forms batches
-    itself gets ``batch_size=None`` here. Where one reads ahead, ask for the state of what was consumed:
-    ``stream.state_dict(items)`` with a ``lookahead`` of at least what is read ahead.
+    With a ``DataLoader``, pass ``batch_size=None`` to the loader and leave its ``num_workers`` at 0. For a trainer that
+    forms batches itself, pass ``batch_size=None`` here. Where a loader or trainer reads ahead, ask for the state after
+    the items that were consumed: ``stream.state_dict(items)``, with a ``lookahead`` of at least what is read ahead.
 
     Args:
-        sources: by name.
-        encode: from a record to a mapping with ``input_ids`` and ``labels`` (-100 where a token does not count) of one
-            length, and whatever else the collator needs; None to skip the record.
-        batch_size: samples in a list that is one item; None: an item is one sample.
-        seed: of the interleaving and the order within sources.
-        probabilities: by source, positive, scaled to sum to one; None: all the same. Those of the sources that are not
-            exhausted are scaled up.
-        passes: through each source in a round; None: without end.
-        shuffle_buffer: records of a source that are shuffled among each other, a block at a time; 0: as they come.
-        id_field: of a record, the name of the sample, kept as ``sample_id``; else the source's name and the record's
+        sources: the sources, by name.
+        encode: returns for a record a mapping with ``input_ids`` and ``labels`` (-100 where a token does not count) of
+            one length, and whatever else the collator needs; None to skip the record.
+        batch_size: number of samples in an item, which is a list; None: an item is one sample.
+        seed: seed of the interleaving and of the order within sources.
+        probabilities: a positive number for each source, scaled to sum to one; None: all the same. When a source is
+            exhausted, the others are scaled up.
+        passes: number of passes through each source in a round; None: without end.
+        shuffle_buffer: number of records of a source in a block, which is shuffled; 0: the order of the source.
+        id_field: the field with the name of the sample, kept as ``sample_id``; else the source's name and the record's
             number in it.
-        source_field: of a record, where it comes from, kept as ``source``; else the source's name.
-        drop_last: leave out the samples at the end of a round that fill no batch.
-        lookahead: for how many of the last items :meth:`state_dict` can still be asked.
-        give_up_after: records of one source skipped one after the other at which it is an error.
+        source_field: the field with the record's source, kept as ``source``; else the source's name.
+        drop_last: leave out the last samples of a round if they do not fill a batch.
+        lookahead: number of last items for which :meth:`state_dict` can still be asked.
+        give_up_after: number of records of one source, skipped in a row, at which an error is raised.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: an argument is none of the above.
-        ValueError: while iterating, where no record of a round, of a source that is read without end, or of
-            ``give_up_after`` in a row gives a sample.
+        TypeError, ValueError, FileNotFoundError: an argument is not as described above.
+        ValueError: while iterating: no sample came from all records of a round, from a whole pass through a source that
+            is read without end, or from ``give_up_after`` records in a row.
     """
 
     def __init__(
@@ -112,11 +113,11 @@ class CandidateStream(IterableDataset[Any]):
 
     @property
     def skipped(self) -> dict[str, dict[str, int]]:
-        """How many records were skipped, by source and reason."""
+        """The number of skipped records, by source and reason."""
         return {source: dict(reasons) for source, reasons in self._screening.skipped.items()}
 
     def skipped_table(self) -> str:
-        """:attr:`skipped` for people."""
+        """The counts of :attr:`skipped` as text, with one line for each source and reason."""
         return self._screening.table()
 
     def __iter__(self) -> Iterator[Any]:
@@ -216,10 +217,11 @@ class CandidateStream(IterableDataset[Any]):
         """The position, as JSON values.
 
         Args:
-            items: behind how many items, counted from the beginning of the run; None: behind the last one given out.
+            items: number of items, from the beginning of the run, after which to take the position; None: all that were
+                given out.
 
         Raises:
-            ValueError: that is not among the last ``lookahead`` items.
+            ValueError: the item is not among the last ``lookahead`` ones.
         """
         wanted = self._items if items is None else items
         if items is None:
@@ -234,7 +236,7 @@ class CandidateStream(IterableDataset[Any]):
         return {**self._settings, "position": position}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on behind the items that had been given out at :meth:`state_dict`.
+        """Go on after the items that had been given out when :meth:`state_dict` was called.
 
         Raises:
             ValueError: the state is of a stream with other sources, seed, probabilities, passes or shuffle buffer.

@@ -1,4 +1,4 @@
-"""Target samples in batches without end, and samples as a batch."""
+"""Target samples in endless batches, and padding of samples to a batch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from ftw_optim.integrations.streaming._screening import Encode, Sample, Screenin
 
 @final
 class TargetCycle:
-    """Batches of target samples without end, each pass through them in an order of its own.
+    """Endless batches of target samples; each pass through the samples has an order of its own.
 
-    A batch is a function of its number and the seed alone: :meth:`batch`. As an iterator it counts them, and the count
+    A batch depends on its number and the seed alone, see :meth:`batch`. The iterator counts its batches, and the count
     is its whole state.
 
     Args:
-        source: of finite length, as those of a ``CandidateStream``; read and encoded once, skipped and counted alike.
-        encode: as there.
-        batch_size: samples in a batch.
-        seed: of the orders.
+        source: a source as of a :class:`CandidateStream`, of finite length. It is read and encoded once; records are
+            skipped and counted as there.
+        encode: the function that encodes a record, as of a :class:`CandidateStream`.
+        batch_size: number of samples in a batch.
+        seed: seed of the orders.
 
     Raises:
         ValueError: the batch size is not positive, or no record gives a sample.
@@ -50,7 +51,7 @@ class TargetCycle:
         self._orders: dict[int, list[int]] = {}
 
     def batch(self, number: int) -> list[Sample]:
-        """The batch of that number, from 0 on, such as that of a step."""
+        """The batch with this ``number``, counted from 0, such as the number of a step."""
         if number < 0:
             raise ValueError(f"Expected the number of a batch, 0 or more, got {number}.")
         first = number * self.batch_size
@@ -70,7 +71,7 @@ class TargetCycle:
         return self.batch(self._batches - 1)
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches were given out, and of what."""
+        """The number of batches given out, and the settings that must be equal on resume."""
         return {
             "batches": self._batches,
             "samples": len(self.samples),
@@ -79,7 +80,7 @@ class TargetCycle:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on behind those batches.
+        """Go on after the batches that had been given out when :meth:`state_dict` was called.
 
         Raises:
             ValueError: the state is of a cycle with other samples, seed or batch size.
