@@ -41,7 +41,7 @@ class LivePeak(TorchDispatchMode):
 
 
 def resident_bytes(which: str) -> int:
-    """Of this process: ``"VmRSS"`` now, ``"VmHWM"`` at its highest."""
+    """Resident memory of this process, in bytes: ``"VmRSS"`` now, ``"VmHWM"`` at its highest."""
     # Not getrusage, whose maximum a process inherits from the one that started it.
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[which].split()[0]) * 1024

@@ -1,8 +1,8 @@
-"""How well the map that is read from each inner optimizer's state predicts what its coming step does.
+"""Accuracy of the preconditioner that is read from each inner optimizer's state, against its coming step.
 
-For every supported optimizer, twenty selective steps on a small network. At each, along the combined gradient ``c``:
-predicted ``<c, P c>``, realised ``<c, step at zero gradient - step>``, both on copies. The step's own change of its
-second moment is what a frozen one leaves out; where old momentum is large, that change weighs it too.
+Every supported optimizer makes twenty selective steps on a small network. At each step two numbers are compared, along
+the combined gradient ``c`` and on copies: predicted ``<c, P c>`` and realised ``<c, step at zero gradient - step>``. A
+second moment that is held fixed leaves out the step's own change of it; that change also rescales old momentum.
 
     python benchmarks/preconditioners.py [--steps 20] [--out benchmarks/results]
 """

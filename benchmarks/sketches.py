@@ -1,4 +1,4 @@
-"""What a sketch costs and how far it is off, beside the exact Gram matrix of the same layer.
+"""Cost and error of a sketch, against the exact Gram matrix of the same layer.
 
     python benchmarks/sketches.py
 

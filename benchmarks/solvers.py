@@ -42,7 +42,7 @@ def problem(n: int, dimensions: int, seed: int) -> tuple[Matching, Tensor, Tenso
 
 
 def milliseconds(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Of one call, and what it returned."""
+    """The time of one call, in milliseconds, and what it returned."""
     start = time.perf_counter()
     result = run()
     return 1e3 * (time.perf_counter() - start), result
@@ -86,7 +86,7 @@ def stages() -> None:
 
 
 def against_exhaustive_search() -> None:
-    """How much of what the best subset matches the greedy one does."""
+    """Print the share of the best subset's match that the greedy subset reaches."""
     n, k = 12, 4
     shares, firsts = [], 0
     for seed in range(PROBLEMS):

@@ -1,4 +1,4 @@
-"""What a selective step costs beside a plain AdamW step on the same candidates, and where the time goes.
+"""The cost of a selective step, relative to a plain AdamW step on the same candidates, and where the time goes.
 
     python benchmarks/step_cost.py                 # the points with a goal, about 20 minutes on 2 cores
     python benchmarks/step_cost.py --grid          # all ways over n, t, width, LoRA and scored share: as long

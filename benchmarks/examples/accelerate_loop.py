@@ -67,7 +67,7 @@ def encoded(path: str, tokenizer: Any, max_length: int) -> Dataset:
 
 
 def micro_batches(accelerator: Accelerator, loader: DataLoader, taken: int) -> Iterator[Any]:
-    """Without end, each epoch in its own order; the first ``taken`` of them are skipped."""
+    """Micro-batches without end, each epoch in its own order; the first ``taken`` of them are skipped."""
     epoch, within = divmod(taken, len(loader))
     while True:
         loader.set_epoch(epoch)
@@ -76,7 +76,7 @@ def micro_batches(accelerator: Accelerator, loader: DataLoader, taken: int) -> I
 
 
 def window_losses(model: nn.Module, window: list[Any]) -> Iterator[Tensor]:
-    """Of one micro-batch after another: all candidates of the window are in one selection, and every token counts."""
+    """Losses of one micro-batch after another, for one selection over the window in which every token counts alike."""
     share = {"label_tokens": count_label_tokens(*window), "candidates": sum(len(batch["labels"]) for batch in window)}
     for batch in window:
         yield token_losses(model, batch, reduction="token_sum", **share)
@@ -102,7 +102,7 @@ def main(given: Sequence[str] | None = None) -> None:
     step = int(args.resume.name.rpartition("-")[2]) if args.resume else 0
 
     def target_losses() -> Tensor:
-        """Of records that the step alone tells, so that a resumed run sees the same."""
+        """Losses of target records that depend on the step alone, so that a resumed run sees the same ones."""
         rows = random.Random(f"{args.seed}/{step}").sample(range(len(target)), min(args.target_batch, len(target)))
         return token_losses(model, collate([target[row] for row in rows]).to(accelerator.device))
 

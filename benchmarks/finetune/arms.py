@@ -31,7 +31,7 @@ _EVALUATION_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What all arms have in common.
+    """Options that all arms have in common.
 
     Attributes:
         candidates: records that the stream offers at every step, ``n``.
@@ -51,7 +51,7 @@ class Options:
 
 
 class Picks(NamedTuple):
-    """What one selective step took: each source's share of the weight, and the cosine to the target."""
+    """The picks of one selective step: each source's share of the weight, and the cosine to the target."""
 
     shares: dict[str, float]
     cosine: float
@@ -61,7 +61,7 @@ Step = Callable[[list[Example]], Picks | None]
 
 
 class Start(NamedTuple):
-    """What an arm starts from; ``model`` is its own copy."""
+    """The start of an arm; ``model`` is its own copy."""
 
     model: nn.Module
     lr: float
@@ -190,7 +190,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Where every run starts and what it is given: the weights, the candidates of each step, and the target.
+    """The start and the data of every run: the weights, the candidates of each step, and the target.
 
     ``evaluation`` is what its loss is taken on, at the steps in ``evaluated_at``.
     """

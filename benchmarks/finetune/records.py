@@ -1,4 +1,4 @@
-"""From records to padded batches: JSON lines and data sets as streams, tokens, loss on the response only."""
+"""Records and padded batches of them: JSON lines and data sets as streams, tokens, loss on the response only."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def halves(records: Records) -> tuple[Records, Records]:
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
-    """From a record to its example, cut after ``max_length`` tokens; None where no token carries a loss."""
+    """A function from a record to its example, cut after ``max_length`` tokens; None where no token has a loss."""
 
     def encode(record: Record) -> Example | None:
         response = (record["response"] or "").strip()

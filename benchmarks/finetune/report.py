@@ -1,4 +1,4 @@
-"""What comes out of the comparison: a table for the terminal, ``results.json`` and a picture."""
+"""The results of the comparison: a table for the terminal, ``results.json`` and a picture."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Report:
 
 
 def first_reached(x: list[float], losses: list[float], level: float) -> float:
-    """Where a curve first comes down to ``level``, linear between evaluations; infinite if it never does."""
+    """The place where a curve first falls to ``level``, linear between evaluations; infinite if it never does."""
     for at, loss in enumerate(losses):
         if loss <= level:
             if at == 0:
@@ -156,7 +156,7 @@ def write_results(report: Report, directory: Path) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """The same content with null for what JSON has no number for."""
+    """The content with None in place of numbers that JSON cannot hold."""
     if isinstance(value, Mapping):
         return {str(key): _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What does a selective step cost beside a plain AdamW step on the same candidates, and where does the time go?
+"""The cost of a selective step, relative to a plain AdamW step on the same candidates, and where the time goes.
 
 ``benchmarks/step_cost.py`` is the command; here is what it runs, a file for each part:
 

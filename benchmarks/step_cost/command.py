@@ -46,7 +46,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
 
 
 def _points(options: argparse.Namespace) -> tuple[list[Point], list[Point]]:
-    """Those to measure, and those whose memory is measured."""
+    """The points to measure, and the points whose memory is measured."""
     if options.quick:
         points, memory = [*QUICK], [replace(QUICK[0], name="quick, memory", ways=("factors",))]
     else:

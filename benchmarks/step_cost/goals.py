@@ -1,4 +1,4 @@
-"""What the results of ``step_cost.py`` come to: regret, growth, shares, and which of the goals are met."""
+"""The verdicts on the results of ``step_cost.py``: regret, growth, shares, and which of the goals are met."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def name_of(found: Found) -> str:
 
 
 def timed(results: Iterable[Found]) -> list[Found]:
-    """Those with times."""
+    """The results that have times."""
     return [found for found in results if found.get("ways")]
 
 
 def on_chart(results: Iterable[Found], axis: str) -> list[Found]:
-    """Those of the series over ``axis``, in its order."""
+    """The timed results of the series over ``axis``, in its order."""
     chosen = [found for found in timed(results) if f"chart {axis}" in found["point"]["also"]]
     return sorted(chosen, key=lambda found: found["point"][axis])
 
@@ -50,13 +50,13 @@ def regret(found: Found) -> tuple[str, float, bool] | None:
 
 
 def growth(series: list[Found], where: Callable[[Found], Found]) -> float:
-    """Of the ratio to the floor, from the first point of a series to the worst of the others."""
+    """The growth of the ratio to the floor, from the first point of a series to the worst of the others."""
     first, *others = (float(where(found)["ways"]["factors"]["over_floor"]) for found in series)
     return max(others) / first - 1
 
 
 def activation_share(found: Found) -> float:
-    """Of the peak of the plain step, the model included."""
+    """The share of activations in the peak of the plain step, the model included."""
     plain = found["peaks"]["plain"]
     return float((plain["live"] - plain["state"]) / (plain["live"] + plain["trained"]))
 

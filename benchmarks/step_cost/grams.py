@@ -72,7 +72,7 @@ class Problem:
         }
 
     def losses(self) -> Tensor:
-        """Of the candidates."""
+        """The losses of the candidates."""
         return losses_of(self.point, self.model, self.candidates, self.device)
 
     def ours(self) -> Tensor:
@@ -115,7 +115,7 @@ def by_loop(model: nn.Module, candidates: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def by_vmap(model: nn.Module, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same by ``torch.func``."""
+    """Candidates' gradients ``(n, d)`` by parameter, by ``torch.func``."""
     values = {name: parameter.detach() for name, parameter in trained(model).items()}
 
     def loss(values: dict[str, Tensor], ids: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def by_vmap(model: nn.Module, candidates: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def by_opacus(model: nn.Module, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same by Opacus."""
+    """Candidates' gradients ``(n, d)`` by parameter, by Opacus."""
     from opacus import GradSampleModule  # here: nothing else needs it
 
     wrapped = GradSampleModule(model, loss_reduction="sum")
@@ -157,7 +157,7 @@ class _Called(nn.Module):
 def compare_ways(
     point: Point, device: str, progress: Callable[[str], None] = lambda text: None
 ) -> dict[str, dict[str, Any]]:
-    """Of each way to the Gram matrix: seconds (interleaved), error and bytes; or why it did not run."""
+    """The seconds (interleaved), error and bytes of each way to the Gram matrix; or why it did not run."""
     progress("Gram matrix in float64")
     problem = Problem(point, device)
     exact = problem.exact()
@@ -231,7 +231,7 @@ def _exact_share(share: RecordedShare) -> Tensor:
 
 
 def _gradients(use: Factors) -> Tensor:
-    """Of all candidates, ``(n, rows, columns)`` in float64."""
+    """The gradients of all candidates, ``(n, rows, columns)`` in float64."""
     right = None if use.right is None else use.right.double()
     if use.indexed:
         assert right is not None

@@ -35,7 +35,7 @@ CLOCKED = 3
 
 
 def seconds(step: Step, numbers: Sequence[int], device: str) -> float:
-    """Of a step, over some steps."""
+    """The mean seconds of a step, over some steps."""
     wait(device)
     start = time.perf_counter()
     for number in numbers:

@@ -1,4 +1,4 @@
-"""Where the time of a selective step goes: the ranges that it opens for ``torch.profiler``."""
+"""The time of each phase of a selective step, from the ranges that it opens for ``torch.profiler``."""
 
 from __future__ import annotations
 

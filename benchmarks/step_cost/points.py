@@ -1,4 +1,4 @@
-"""What ``step_cost.py`` measures: configurations, the floor of each, and the goals."""
+"""The points that ``step_cost.py`` measures: configurations, the floor of each, and the goals."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Point:
 
     @property
     def share(self) -> float:
-        """Of the model's work, at and after the first scored layer."""
+        """The share of the model's work at and after the first scored layer."""
         return self.scored / self.layers if self.scored else 1.0
 
     def floor(self, way: str) -> float:
@@ -112,7 +112,7 @@ class Point:
 
 
 def _quarter(point: Point) -> Point:
-    """With a quarter of the candidates kept, and as many targets."""
+    """The point with a quarter of the candidates kept, and as many targets."""
     return replace(point, k=max(1, point.n // 4), m=max(1, point.n // 4))
 
 

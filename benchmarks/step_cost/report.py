@@ -120,7 +120,7 @@ def over_n(results: list[Found]) -> str:
 
 
 def phases(results: list[Found]) -> str:
-    """Where the time of each point goes."""
+    """The time of each phase at each point."""
     lines = ["ms of a step, by phase"]
     for found in timed(results):
         for way, one in found["ways"].items():
@@ -161,13 +161,13 @@ def errors(results: list[Found]) -> str:
 
 
 def explained_errors(results: list[Found]) -> str:
-    """The same, and beside what they are."""
+    """The errors of the Gram matrix, with an explanation of what they are."""
     table = errors(results)
     return f"{table}\n{ERRORS_ARE}" if table else ""
 
 
 def other_ways(results: list[Found]) -> str:
-    """What else gives the same Gram matrix."""
+    """Other ways to the same Gram matrix."""
     lines = []
     for found in results:
         for way, one in found.get("other_ways", {}).items():
@@ -188,7 +188,7 @@ def failures(results: list[Found]) -> str:
 
 
 def brief(found: Found) -> str:
-    """What is said of a point as soon as it is measured."""
+    """The tables about a point, as soon as it is measured."""
     return _filled((measured, memory, errors, other_ways, failures), [found])
 
 
