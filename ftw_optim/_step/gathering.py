@@ -100,9 +100,9 @@ class _Stream:
         self._sums: MatchingSums | None = None
         self._added = False
         self.finite: list[Tensor] = []
-        """Whose losses are finite, for each micro-batch."""
+        """Masks of the candidates whose loss is finite, one for each micro-batch."""
         self.clean: list[Tensor] = []
-        """Whose factors are too, where that must be told from squares out of range."""
+        """Masks of those whose factors are finite too, where the products alone cannot tell."""
 
     def begin(self, losses: Tensor) -> Callable[[str, list[Factors]], None]:
         """Begin a batch with these losses; returns the function that takes its factors."""
