@@ -12,27 +12,9 @@ from torch.nn import functional
 from ftw_optim import KeepAll, SelectiveOptimizer, UniformWeights, coverage
 from ftw_optim._capture.replay import fallback
 from ftw_optim.testing import check_layer
-from tests.capture.test_capture import captured, check_every_candidate, rows_of
-from tests.support.models import seeded
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-class Scale(nn.Module):
-    """``y = scale * f(x)``, with a function that each test chooses; its output is no longer linear in the rest."""
-
-    def __init__(self, width: int = 4, function: Any = torch.tanh) -> None:
-        super().__init__()
-        self.scale, self.function = nn.Parameter(torch.linspace(0.5, 1.5, width)), function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self.scale * x)
-
-
-def model_with(layer: nn.Module) -> nn.Module:
-    return seeded(lambda: nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 2))).double()
+from tests.support.capturing import captured, check_every_candidate, rows_of
+from tests.support.layers import Scale, model_with
+from tests.support.models import drawn, seeded
 
 
 def check(layer: nn.Module, way: str, *, n: int = 3, t: int = 5) -> None:

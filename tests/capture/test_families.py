@@ -11,18 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ftw_optim import GreedyFilter, SelectiveOptimizer, coverage, last_blocks, token_losses
-from tests.step.test_exactness import OPTIMIZERS, check_against_oracle
+from ftw_optim import SelectiveOptimizer, coverage, last_blocks, token_losses
+from tests.support.checks import check_against_oracle, optimizer_of
 from tests.support.families import CONFIGS, LORA_TARGETS, case_of, family, labelled_losses, model_of
 from tests.support.models import Case, precision, seeded, with_lora
 
 N = 5
-
-
-def optimizer_of(case: Case, **options: Any) -> SelectiveOptimizer:
-    trained = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
-    options = {"filter": GreedyFilter(keep=3), "update": "factors", **options}
-    return SelectiveOptimizer(OPTIMIZERS["adamw"](trained), case.model, case.target_losses, **options)
 
 
 def check(case: Case, **options: Any) -> SelectiveOptimizer:

@@ -20,9 +20,8 @@ from ftw_optim._gram.exact import GramSums
 from ftw_optim._gram.inner_products import METRICS, on_host
 from ftw_optim._gram.sketch import SketchSums
 from ftw_optim.testing import products_of
-from tests.factors.test_factors import random_factors
-from tests.gram.test_gram import COLUMNS, MAPS, ROWS, USES, Mixing, positive
-from tests.support.models import Case, SmallGPT, language_model, mlp, seeded, transformers_model
+from tests.support.factors import COLUMNS, MAPS, ROWS, USES, Mixing, positive, random_factors
+from tests.support.models import Case, cases, in_batches, mlp, seeded, trained
 from tests.support.oracles import candidate_gradients
 
 N = 3
@@ -176,33 +175,10 @@ def test_a_map_without_a_known_root_is_refused() -> None:
 # ---------------------------------------------------------------------- in a step
 
 
-def cases() -> dict[str, Callable[[], Case]]:
-    return {
-        "mlp": lambda: mlp(torch.float64, 8),
-        "tied, shared positions": lambda: language_model(seeded(SmallGPT).double(), 8),
-        "llama with lora": lambda: transformers_model("llama", lora=True)(torch.float64, 8),
-    }
-
-
-def trained(case: Case) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in case.model.named_parameters() if p.requires_grad}
-
-
 def sketched(case: Case, inner: torch.optim.Optimizer | None = None, **options: Any) -> SelectiveOptimizer:
     options = {"filter": GreedyFilter(keep=3), "gram": Sketch(dim=64), **options}
     inner = torch.optim.AdamW(trained(case).values(), lr=0.01) if inner is None else inner
     return SelectiveOptimizer(inner, case.model, case.target_losses, **options)
-
-
-def in_batches(case: Case, sizes: list[int]) -> Callable[..., Any]:
-    """A closure that gives its candidates, or some of them, in micro-batches."""
-
-    def closure(rows: Tensor | None = None) -> Iterator[Tensor]:
-        chosen = torch.arange(sum(sizes)) if rows is None else rows
-        for part in chosen.split(sizes if rows is None else 2):
-            yield case.losses(part)
-
-    return closure
 
 
 @pytest.mark.parametrize("build", cases().values(), ids=cases())

@@ -14,10 +14,11 @@ from datasets import Dataset
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from ftw_optim import GreedyFilter, KeepAll, UniformWeights
+from ftw_optim import GreedyFilter
 from ftw_optim.integrations._trainers.window import IDS, SOURCES
 from ftw_optim.integrations.trl import SelectiveSFTTrainer
-from tests.support.trainers import (
+from tests.support.trainer_runs import (
+    ALL,
     ARGUMENTS,
     HARD,
     Recording,
@@ -25,6 +26,7 @@ from tests.support.trainers import (
     Watch,
     check_against_samples_alone,
     examples,
+    logged,
     model,
     numbered,
     tokenizer,
@@ -34,7 +36,6 @@ pytestmark = pytest.mark.filterwarnings(
     # What TRL sets by default and PEFT asks of a model, under names that Transformers has changed.
     "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning",
 )
-ALL: dict[str, Any] = {"filter": KeepAll(), "weight": UniformWeights()}
 PACKED: dict[str, Any] = {"packing": True, "max_length": 16, "per_device_train_batch_size": 1}
 FLAT: dict[str, Any] = {"padding_free": True, "max_length": None}
 
@@ -66,10 +67,6 @@ def trained(
     )
     start(trainer)
     return trainer, watch
-
-
-def logged(trainer: SFTTrainer, *names: str) -> list[list[float]]:
-    return [[row[name] for name in names] for row in trainer.state.log_history if "loss" in row]
 
 
 # ---------------------------------------------------------------------- nothing left out

@@ -24,12 +24,13 @@ from ftw_optim import (
 from ftw_optim._gram.blocks import Buffer
 from ftw_optim._gram.exact import GramSums
 from ftw_optim._gram.sketch import SketchSums
-from tests.step.test_optimizer import LateInfinity
 from tests.support.models import CASES, SmallGPT, language_model, seeded
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from memory import LivePeak
+
+from tests.support.layers import LateInfinity
 
 
 def step(case: Any, update: str, **options: Any) -> tuple[Any, list[Tensor | None]]:

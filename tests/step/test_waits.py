@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer, Sketch, TargetGradient
-from tests.gram.test_sketch import cases, in_batches, trained
-from tests.support.models import Case
+from tests.support.factors import random_factors
+from tests.support.models import Case, cases, in_batches, trained
 from tests.support.taint import Device
 
 
@@ -66,7 +66,6 @@ def test_what_waits_is_seen() -> None:
     """The stand-in counts what it should, and nothing that stays on the host."""
     from ftw_optim._capture.self_check import told
     from ftw_optim._factors.factors import weighted_sum
-    from tests.factors.test_factors import random_factors
 
     there, here = torch.ones(3, dtype=torch.bool), torch.ones(3, dtype=torch.float64)
     uses = [random_factors("dense", grid=(3, 2), rows=2, columns=2, seed=0)]
