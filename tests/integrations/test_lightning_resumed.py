@@ -21,6 +21,7 @@ with warnings.catch_warnings():
 from lightning.pytorch import Callback, Trainer
 
 from ftw_optim.integrations._trainers.targets import CycledBatches
+from tests.support.grids import slow
 from tests.support.lightning_runs import CASES, QUIET, Loader, Log, Plain, Selective, rows_of, trainer_of
 
 pytestmark = QUIET
@@ -69,9 +70,9 @@ class Chosen(Selective):
 @pytest.mark.parametrize(
     ("select_from", "batch", "options"),
     [
-        ("window", 4, {}),
+        slow("window", 4, {}),
         ("window", 5, {}),  # one batch waits for its window
-        ("window", 7, {}),  # at the end of the epoch
+        slow("window", 7, {}),  # at the end of the epoch
         ("window", 10, {"refresh_every": 3}),
         ("batch", 4, {"decay": 0.5}),
     ],

@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from ftw_optim import GreedyFilter
 from ftw_optim.integrations._trainers.window import IDS, SOURCES
 from ftw_optim.integrations.trl import SelectiveSFTTrainer
+from tests.support.grids import slow
 from tests.support.trainer_runs import (
     ALL,
     ARGUMENTS,
@@ -77,13 +78,13 @@ def trained(
     [
         ({}, {}),
         (PACKED, {}),
-        ({**PACKED, "per_device_train_batch_size": 2}, {"selective": {**ALL, "update": "graph"}}),
-        (FLAT, {}),
+        slow({**PACKED, "per_device_train_batch_size": 2}, {"selective": {**ALL, "update": "graph"}}),
+        slow(FLAT, {}),
         ({**FLAT, "pad_to_multiple_of": 8}, {}),
         ({"loss_type": "dft"}, {}),
-        ({"activation_checkpointing": False}, {"peft_config": lora(lora_dropout=0.2)}),
+        slow({"activation_checkpointing": False}, {"peft_config": lora(lora_dropout=0.2)}),
         (PACKED, {"peft_config": lora(lora_dropout=0.2)}),
-        ({**PACKED, "gradient_accumulation_steps": 1}, {"selective": {**ALL, "update": "rerun"}}),
+        slow({**PACKED, "gradient_accumulation_steps": 1}, {"selective": {**ALL, "update": "rerun"}}),
     ],
     ids=["rows", "packed", "packed, graph", "flat", "flat, padded", "dft", "lora", "lora, packed", "packed, rerun"],
 )
@@ -131,7 +132,7 @@ class Collected:
     ("settings", "options"),
     [
         (PACKED, {}),
-        ({**PACKED, "activation_checkpointing": False}, {"peft_config": lora()}),
+        slow({**PACKED, "activation_checkpointing": False}, {"peft_config": lora()}),
         ({**FLAT, "pad_to_multiple_of": 8}, {"peft_config": lora()}),
     ],
     ids=["packed", "packed, lora", "flat, lora"],
@@ -226,7 +227,7 @@ def test_texts_and_columns_for_the_log(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- resumed
 
 
-@pytest.mark.parametrize("settings", [{}, {**PACKED, "max_length": 11}], ids=["rows", "packed"])
+@pytest.mark.parametrize("settings", [slow({}), {**PACKED, "max_length": 11}], ids=["rows", "packed"])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(settings: dict[str, Any], tmp_path: Path) -> None:
     recordings = [Recording(), Recording()]
 

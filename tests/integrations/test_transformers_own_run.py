@@ -12,20 +12,21 @@ from torch import nn
 from transformers import Trainer
 
 from ftw_optim.integrations.transformers import SelectiveTrainer, SelectiveTrainerMixin
+from tests.support.grids import slow
 from tests.support.trainer_runs import ALL, Watch, arguments, examples, logged, lora_model, model, padded, trained
 
 
 @pytest.mark.parametrize(
     ("build", "settings", "selective"),
     [
-        (model, {}, {}),
+        slow(model, {}, {}),
         (lambda: model("llama", tie_word_embeddings=True), {}, {"update": "graph"}),
         (lambda: model(attention_dropout=0.2), {"activation_checkpointing": True}, {}),
-        (lambda: model(attention_dropout=0.2), {"optim": "sgd", "max_grad_norm": 0.0}, {"update": "graph"}),
-        (lambda: lora_model(lora_dropout=0.2), {}, {}),
+        slow(lambda: model(attention_dropout=0.2), {"optim": "sgd", "max_grad_norm": 0.0}, {"update": "graph"}),
+        slow(lambda: lora_model(lora_dropout=0.2), {}, {}),
         (lambda: lora_model(lora_dropout=0.2), {"activation_checkpointing": True}, {"update": "graph"}),
         (model, {}, {"update": "rerun"}),
-        (model, {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 5}, {}),
+        slow(model, {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 5}, {}),
     ],
     ids=[
         "qwen3",

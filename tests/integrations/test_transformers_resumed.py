@@ -12,6 +12,7 @@ import torch
 from ftw_optim import GreedyFilter
 from ftw_optim.integrations.streaming import CandidateStream
 from ftw_optim.integrations.transformers import SelectiveTrainer
+from tests.support.grids import slow
 from tests.support.trainer_runs import (
     Recording,
     Stop,
@@ -25,7 +26,7 @@ from tests.support.trainer_runs import (
 )
 
 
-@pytest.mark.parametrize("killed", [3, 4, 5])
+@pytest.mark.parametrize("killed", [slow(3), slow(4), 5])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(killed: int, tmp_path: Path) -> None:
     """Weights, data order, dropout, target batches, metrics and selection log, bit by bit."""
     rows, recordings = numbered(examples(15)), [Recording(), Recording()]
@@ -70,7 +71,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(killed: int, t
 
 
 @pytest.mark.filterwarnings("ignore:Skipped a record")
-@pytest.mark.parametrize("killed", [3, 5])
+@pytest.mark.parametrize("killed", [3, slow(5)])
 def test_a_run_on_streams_that_was_killed_goes_on_with_their_next_candidates(killed: int, tmp_path: Path) -> None:
     """Two files of records, one with a damaged line, shuffled and interleaved; the trainer skips what it has seen."""
     for source in range(2):

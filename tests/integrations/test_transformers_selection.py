@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from ftw_optim import GreedyFilter, last_blocks
 from ftw_optim.integrations.transformers import SelectiveTrainer, SelectiveTrainerMixin
+from tests.support.grids import slow
 from tests.support.trainer_runs import (
     ALL,
     Recording,
@@ -31,13 +32,13 @@ from tests.support.trainer_runs import (
 )
 
 
-@pytest.mark.parametrize("weighting", ["token_sum", "token_mean"])
+@pytest.mark.parametrize("weighting", ["token_sum", slow("token_mean")])
 @pytest.mark.parametrize(
     ("build", "selective"),
     [
         (lambda: model(), {"update": "factors"}),
         (lambda: model("llama", tie_word_embeddings=True), {}),
-        (lambda: model(), {"update": "rerun"}),
+        slow(lambda: model(), {"update": "rerun"}),
         (lambda: lora_model(), {}),
     ],
     ids=["qwen3", "tied", "rerun", "lora"],

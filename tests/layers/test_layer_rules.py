@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ftw_optim import Factors, register_layer
 from ftw_optim.testing import check_layer
+from tests.support.grids import slow
 from tests.support.layers import OneMinus, Scaled
 from tests.support.models import seeded
 
@@ -220,7 +221,14 @@ class Gate(nn.Module):
         return hidden * (first * second) + self.shifts["after"]
 
 
-@pytest.mark.parametrize("name", FALLBACKS)
+@pytest.mark.parametrize(
+    "name",
+    # A GRU stands for the others of torch's that recur.
+    [
+        slow(name) if name in ("LSTM", "LSTM, projected", "LSTMCell", "RNN", "orthogonal") else name
+        for name in FALLBACKS
+    ],
+)
 @given(COUNTS, LENGTHS, SEEDS)
 def test_modules_that_no_rule_knows(name: str, n: int, t: int, seed: int) -> None:
     build, inputs = FALLBACKS[name]

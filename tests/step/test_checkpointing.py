@@ -14,6 +14,7 @@ from ftw_optim._factors.factors import weighted_sum
 from tests.support.capturing import captured
 from tests.support.checks import optimizer_of
 from tests.support.families import case_of, model_of
+from tests.support.grids import grid
 from tests.support.layers import Scale
 from tests.support.models import drawn, seeded, with_lora
 
@@ -69,9 +70,18 @@ def test_checkpoints_of_both_kinds_are_captured(
     assert dict(model.named_parameters()).keys() == dict(plain.named_parameters()).keys()
 
 
-@pytest.mark.parametrize("update", ["factors", "graph", "rerun"])
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "lora"])
+@pytest.mark.parametrize(
+    ("name", "reentrant", "update"),
+    grid(
+        ["llama", "gpt2", "mixtral", "lora"],
+        [False, True],
+        ["factors", "graph", "rerun"],
+        # Of every other model each kind of checkpoint, and each update.
+        fast=lambda name, reentrant, update: (
+            name == "llama" or (reentrant, update) in [(False, "factors"), (True, "graph")]
+        ),
+    ),
+)
 def test_checkpointed_and_plain_runs_are_the_same(name: str, reentrant: bool, update: str) -> None:
     """Gram matrix and parameters, over steps, with the model's own switch; dropout is on where the model has it."""
     runs = []

@@ -9,14 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer
+from tests.support.grids import grid
 from tests.support.models import SmallGPT, drawn, language_model, seeded
+
+# Each of the ways, of the updates and of the backends with one of the others; all of them are slow.
+PAIRS = [
+    ("compiled before", "factors", "eager"),
+    ("compiled after", "graph", "eager"),
+    ("in place", "rerun", "eager"),
+    ("blocks", "factors", "aot_eager"),
+]
 
 
 # Dynamo looks at the attributes of intermediate tensors, and torch warns of that.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("update", ["factors", "graph", "rerun"])
-@pytest.mark.parametrize("how", ["compiled before", "compiled after", "in place", "blocks"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("how", "update", "backend"),
+    grid(
+        ["compiled before", "compiled after", "in place", "blocks"],
+        ["factors", "graph", "rerun"],
+        ["eager", "aot_eager"],
+        fast=lambda *point: point in PAIRS,
+    ),
+)
 def test_a_compiled_model_is_captured_and_steps_like_an_eager_one(how: str, update: str, backend: str) -> None:
     results = []
     for compiled in (False, True):

@@ -10,6 +10,7 @@ from torch import nn
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer
 from tests.support.contract import alike, bare, everyone, plain_step, selective, weights_of
+from tests.support.grids import slow
 from tests.support.optimizers import SOAPS
 
 pytestmark = [
@@ -19,7 +20,7 @@ pytestmark = [
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # dynamo, on what it imports
-@pytest.mark.parametrize("name", ["sgd momentum", "adam", "adamw", "adamw tensor lr", "adagrad"])
+@pytest.mark.parametrize("name", ["sgd momentum", "adamw", *map(slow, ("adam", "adamw tensor lr", "adagrad"))])
 def test_a_compiled_step_is_the_step(name: str) -> None:
     """Without a closure, as training loops compile it."""
     runs = []

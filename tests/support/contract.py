@@ -38,16 +38,36 @@ FAILS: dict[str, dict[str, str]] = {
 }
 
 
+REPRESENTATIVES: dict[str, str] = {
+    "sgd momentum": "a scalar map",
+    "adamw": "a diagonal map",
+    "nadam": "a diagonal map whose step is scheduled by its own state",
+    "adamw two groups": "settings that differ between groups",
+    "adagrad maximize": "uphill",
+    "adafactor": "a map of rank one",
+    "novograd": "a norm of the whole gradient in the step",
+    "shampoo": "a Kronecker product",
+    "soap one side": "a rotated diagonal",
+    "muon": "a matrix whole, by its polar factor",
+    "lion": "a sign",
+    "schedule-free": "parameters that are not where the gradient is taken",
+    "Yogi of torch_optimizer": "no rule: its map is found by trying",
+}
+"""One row of each kind, with the kind: what runs unless all is asked for, beside every known exception."""
+assert REPRESENTATIVES.keys() <= INNER.keys()
+
+
 def rows(behaviour: str, *, without: tuple[str, ...] = ()) -> pytest.MarkDecorator:
-    """The table's rows for one column, strict failures marked."""
+    """The table's rows for one column: strict failures are marked, and as slow what stands for nothing further."""
     failing = FAILS.get(behaviour, {})
+
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        if name in failing:
+            return [pytest.mark.xfail(strict=True, reason=failing[name])]
+        return [] if name in REPRESENTATIVES else [pytest.mark.slow]
+
     return pytest.mark.parametrize(
-        "name",
-        [
-            pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=failing[name]) if name in failing else ())
-            for name in INNER
-            if name not in without
-        ],
+        "name", [pytest.param(name, marks=marks(name)) for name in INNER if name not in without]
     )
 
 
