@@ -22,6 +22,8 @@ from ftw_optim import token_losses
 from ftw_optim.integrations.streaming import CandidateStream, pad
 from tests.support.streams import encode, ids, numbers, usable, write
 
+pytestmark = pytest.mark.filterwarnings("ignore:Skipped a record")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
