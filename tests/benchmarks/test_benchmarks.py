@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from finetune import command as finetune
 from finetune import corpus, models, records, report
 
+from tests.support.grids import slow
+
 RECORDS = [
     {"source": f"s{index % 3}", "prompt": f"What is {index} and {index}?", "response": f"It is {2 * index}."}
     for index in range(60)
@@ -240,7 +242,7 @@ def save_model(kind: str, tokenizer: PreTrainedTokenizerBase, directory: Path) -
 
 @pytest.mark.parametrize(
     ("kind", "extra"),
-    [("qwen3", []), ("gpt2", ["--sequential"]), ("qwen3", ["--lora", "2"]), ("gpt2", ["--lora", "2"])],
+    [slow("qwen3", []), ("gpt2", ["--sequential"]), ("qwen3", ["--lora", "2"]), slow("gpt2", ["--lora", "2"])],
     ids=["qwen3", "gpt2", "qwen3-lora", "gpt2-lora"],
 )
 def test_a_model_from_disk_is_tuned_on_records_from_files(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ftw_optim import Factors, SelectiveOptimizer, register_layer
-from ftw_optim._layers import registry
 
 
 class Upright(nn.Linear):
@@ -38,14 +35,13 @@ class Shared(nn.Module):
         return (self.upright(x) + self.turned(x)).square().mean((1, 2))
 
 
-@pytest.fixture(autouse=True)
-def rules() -> Iterator[None]:
-    with registry.rules_apart():
-        register_layer(Upright)(lambda _, inputs, grad: {"weight": Factors(left=grad, right=inputs[0])})
-        register_layer(Turned)(lambda _, inputs, grad: {"weight": Factors(left=2 * inputs[0], right=grad)})
-        yield
+@pytest.fixture
+def disagreeing_rules(restored_rules: None) -> None:
+    register_layer(Upright)(lambda _, inputs, grad: {"weight": Factors(left=grad, right=inputs[0])})
+    register_layer(Turned)(lambda _, inputs, grad: {"weight": Factors(left=2 * inputs[0], right=grad)})
 
 
+@pytest.mark.usefixtures("disagreeing_rules")
 @pytest.mark.parametrize("self_check", [True, False])
 @pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
 def test_rules_that_disagree_about_a_shared_parameter_are_refused_by_its_name(combine: str, self_check: bool) -> None:

@@ -9,58 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ftw_optim import Factors, SelectiveOptimizer, coverage
+from ftw_optim import SelectiveOptimizer, coverage
 from ftw_optim._capture.capture import Capture
 from ftw_optim._capture.plan import plan
 from ftw_optim._capture.self_check import SelfChecks
-from ftw_optim._factors.factors import weighted_sum
-from tests.support.models import Gain, SmallGPT, language_model, seeded
-
-Losses = Callable[[Tensor | None], Tensor]
-
-
-def captured(
-    model: nn.Module,
-    losses: Callable[[], Tensor],
-    *,
-    keep_graph: bool = False,
-    self_check: bool = True,
-    names: set[str] | None = None,
-    sample_ids: Tensor | None = None,
-) -> dict[str, list[Factors]]:
-    names = {name for name, p in model.named_parameters() if p.requires_grad} if names is None else names
-    with Capture(model, plan(model, names), sample_ids=sample_ids) as capture:
-        return capture.differentiate(
-            losses(),
-            scale=1.0,
-            keep_graph=keep_graph,
-            checks=SelfChecks() if self_check else None,
-            generator=torch.Generator().manual_seed(0),
-        )
-
-
-def check_every_candidate(model: nn.Module, losses_of: Losses, n: int, **options: Any) -> None:
-    """The captured gradient of each candidate alone is autograd's of its own loss."""
-    found = captured(model, lambda: losses_of(None), **options)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for row in range(n):
-        loss = losses_of(torch.tensor([row]))[0]
-        expected = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for (name, parameter), gradient in zip(parameters.items(), expected, strict=True):
-            one_hot = torch.zeros(n, dtype=torch.float64)
-            one_hot[row] = 1.0
-            if gradient is None:
-                assert name not in found
-            else:
-                given = weighted_sum(found[name], one_hot, parameter.shape)
-                torch.testing.assert_close(given, gradient, rtol=1e-10, atol=1e-13)
-
-
-def rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x[rows]
+from tests.support.capturing import captured, check_every_candidate, rows_of
+from tests.support.layers import OneMinus, Scaled, TiedByHand
+from tests.support.models import Gain, SmallGPT, drawn, language_model, seeded
 
 
 @pytest.mark.parametrize("keep_graph", [False, True])
@@ -92,13 +49,6 @@ def test_embeddings_with_repeated_and_padding_tokens(options: dict[str, Any], dt
     check_every_candidate(model, lambda rows: model(rows_of(ids, rows)).square().sum((1, 2)), 3)
 
 
-class Scaled(nn.Embedding):
-    """As Gemma's: rows times a constant."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * 3.5
-
-
 class Squared(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).square()
@@ -113,17 +63,6 @@ def test_embedding_subclasses_are_known_by_what_they_do() -> None:
     model.tokens = Squared(7, 3).double()
     check_every_candidate(model, lambda rows: model(rows_of(ids, rows)).square().sum((1, 2)), 2)
     assert coverage(model)["tokens.weight"].rule == "fallback"
-
-
-class OneMinus(nn.Module):
-    """A family's own RMSNorm, with the weight around one."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(-0.3, 0.4, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1.0 + self.weight)
 
 
 NORMS: dict[str, Callable[[], nn.Module]] = {
@@ -219,17 +158,6 @@ def test_outputs_may_be_changed_in_place_but_inputs_may_not() -> None:
 
     with pytest.raises(RuntimeError, match="input of layer '0' was changed in place after the layer had read it"):
         captured(model, spoilt)
-
-
-class TiedByHand(nn.Module):
-    """A head that reads the embedding's weight instead of calling a layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.middle = nn.Embedding(7, 3), nn.Linear(3, 3)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return functional.linear(self.middle(self.tokens(ids)), self.tokens.weight)
 
 
 @pytest.mark.parametrize("self_check", [True, False])
@@ -471,3 +399,9 @@ def test_a_self_check_whose_own_sum_overflows_waits_for_the_next_step(combine: s
     assert optimizer.selection.skipped
     x.fill_(1.0)
     optimizer.backward(losses)
+
+
+def test_rows_are_those_of_the_batch() -> None:
+    """That the helper above picks rows as the closures here do."""
+    x = drawn(4, 3)
+    assert torch.equal(rows_of(x, torch.tensor([2])), x[2:3])

@@ -10,36 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ftw_optim import KeepAll, SelectiveOptimizer, UniformWeights, coverage
-from ftw_optim._capture.replay import fallback
+from ftw_optim._capture.replay.fallback import ways_taken
 from ftw_optim.testing import check_layer
-from tests.capture.test_capture import captured, check_every_candidate, rows_of
-from tests.support.models import seeded
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-class Scale(nn.Module):
-    """``y = scale * f(x)``, with a function that each test chooses; its output is no longer linear in the rest."""
-
-    def __init__(self, width: int = 4, function: Any = torch.tanh) -> None:
-        super().__init__()
-        self.scale, self.function = nn.Parameter(torch.linspace(0.5, 1.5, width)), function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self.scale * x)
-
-
-def model_with(layer: nn.Module) -> nn.Module:
-    return seeded(lambda: nn.Sequential(nn.Linear(3, 4), layer, nn.Linear(4, 2))).double()
+from tests.support.capturing import captured, check_every_candidate, rows_of
+from tests.support.layers import Scale, model_with
+from tests.support.models import drawn, seeded
 
 
 def check(layer: nn.Module, way: str, *, n: int = 3, t: int = 5) -> None:
     model = model_with(layer)
     x = drawn(n, t, 3)
     check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), n)
-    assert {w for key, w in fallback._ways[layer].items() if not key[2]} == {way}  # of more than one candidate
+    assert ways_taken(layer, alone=False) == {way}
 
 
 def test_plain_modules_run_vectorised() -> None:
@@ -67,7 +49,7 @@ def test_what_depends_on_the_size_of_its_batch_runs_whole() -> None:
     for row in range(3):
         (expected,) = torch.autograd.grad(losses[row], [check_batch.scale], retain_graph=True)
         torch.testing.assert_close(found["1.scale"][0].left[row, 0], expected)
-    assert set(fallback._ways[check_batch].values()) == {"together"}
+    assert ways_taken(check_batch) == {"together"}
 
 
 @pytest.mark.parametrize("combine", ["factors", "graph"])
@@ -87,7 +69,7 @@ def test_random_numbers_are_drawn_again_as_they_were(combine: str) -> None:
     for row in range(3):
         (expected,) = torch.autograd.grad(rows[row], [layer.scale], retain_graph=True)
         torch.testing.assert_close(found["1.scale"][0].left[row, 0], expected)
-    assert set(fallback._ways[layer].values()) == {"together"}
+    assert ways_taken(layer) == {"together"}
 
     runs = []
     for selective in (False, True):

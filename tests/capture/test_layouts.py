@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from ftw_optim import GreedyFilter, KeepAll, SelectiveOptimizer, register_layer
 from ftw_optim._capture.layouts import Grid
 from ftw_optim._factors.factors import weighted_sum
-from ftw_optim._layers import registry
-from tests.capture.test_capture import captured, check_every_candidate, rows_of
-from tests.capture.test_fallback import drawn
-from tests.support.models import seeded
+from tests.support.capturing import captured, check_every_candidate, rows_of
+from tests.support.models import drawn, seeded
 
 
 class Folding(nn.Module):
@@ -321,20 +319,14 @@ def test_readings(shape: tuple[int, ...], index: bool, reading: str) -> None:
     assert (layout.trouble is not None) == (reading in ("unknown", "time first"))
 
 
+@pytest.mark.usefixtures("restored_rules")
 def test_a_rule_for_rows_alone_serves_folded_rows_too() -> None:
-    before = dict(registry._RULES)
-    try:
-        register_layer(Own)(
-            lambda module, inputs, grad: {
-                "weight": torch.einsum(
-                    "ni,no->nio", inputs[0], grad * (1 - torch.tanh(inputs[0] @ module.weight) ** 2)
-                ),
-                "shift": grad,
-            }
-        )
-        model = seeded(lambda: Folding(Own())).double()
-        x = drawn(3, 5, 3)
-        check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), 3)
-    finally:
-        registry._RULES.clear()
-        registry._RULES.update(before)
+    register_layer(Own)(
+        lambda module, inputs, grad: {
+            "weight": torch.einsum("ni,no->nio", inputs[0], grad * (1 - torch.tanh(inputs[0] @ module.weight) ** 2)),
+            "shift": grad,
+        }
+    )
+    model = seeded(lambda: Folding(Own())).double()
+    x = drawn(3, 5, 3)
+    check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), 3)

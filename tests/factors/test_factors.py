@@ -10,41 +10,10 @@ from torch import Tensor
 
 from ftw_optim import Factors
 from ftw_optim._factors.factors import PositionMap, materialise, projection, weighted_sum
+from tests.support.factors import random_factors
+from tests.support.oracles import gradients
 
 KINDS = ("dense", "one-hot", "summed")
-
-
-def random_factors(kind: str, *, grid: tuple[int, int], rows: int, columns: int, seed: int) -> Factors:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-    if kind == "dense":
-        return Factors(left=normal(*grid, rows), right=normal(*grid, columns))
-    if kind == "one-hot":
-        ids = torch.randint(rows, grid, generator=generator)
-        return Factors(left=ids, right=normal(*grid, columns), rows=rows)
-    return Factors(left=normal(*grid, rows))
-
-
-def gradients(factors: Factors) -> Tensor:
-    """Every candidate's gradient, position by position: shape (n, rows, columns)."""
-    if factors.positions is None:
-        owner = torch.arange(factors.count)[:, None].expand(factors.left.shape[:2])
-    else:
-        owner = factors.positions.candidates
-    total = torch.zeros(factors.count, factors.rows, factors.columns, dtype=torch.float64)
-    for row in range(factors.left.shape[0]):
-        for position in range(factors.left.shape[1]):
-            left = factors.left[row, position]
-            if factors.indexed:
-                left = torch.nn.functional.one_hot(left, factors.rows).double()
-            one = torch.ones(1, dtype=torch.float64)
-            right = one if factors.right is None else factors.right[row, position]
-            if owner[row, position] >= 0:
-                total[owner[row, position]] += torch.outer(left, right)
-    return total
 
 
 @st.composite

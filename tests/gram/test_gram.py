@@ -8,66 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ftw_optim import Diagonal, Factors, Kronecker, Preconditioner, RankOne, RotatedDiagonal, Scalar
+from ftw_optim import Factors, Preconditioner, RankOne, Scalar
 from ftw_optim._gram.exact import GramSums
 from ftw_optim._gram.inner_products import inner, on_host
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.spec import GramSpec
-from tests.factors.test_factors import gradients, random_factors
-
-ROWS, COLUMNS, N = 6, 4, 3
-
-
-def positive(size: int, generator: torch.Generator) -> Tensor:
-    root = torch.randn(size, size, dtype=torch.float64, generator=generator)
-    return root @ root.T
-
-
-def uniform(*shape: int) -> Tensor:
-    return torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(8)) + 0.1
-
-
-class Mixing(Preconditioner):
-    """A dense map on all entries."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-
-    def apply(self, gradient: Tensor) -> Tensor:
-        return (gradient.reshape(*gradient.shape[:-2], -1) @ self.matrix).reshape(gradient.shape)
-
-
-MAPS: dict[str, Callable[[torch.Generator], Preconditioner]] = {
-    "scalar": lambda g: Scalar(0.3),
-    "diagonal": lambda g: Diagonal(uniform(ROWS, COLUMNS)),
-    "rank one": lambda g: RankOne(uniform(ROWS), uniform(COLUMNS)),
-    "kronecker": lambda g: Kronecker(positive(ROWS, g), positive(COLUMNS, g)),
-    "kronecker, right alone": lambda g: Kronecker(right=positive(COLUMNS, g)),
-    "of a kind of its own": lambda g: Mixing(positive(ROWS * COLUMNS, g)),
-    "rotated, left alone": lambda g: RotatedDiagonal(
-        torch.linalg.qr(positive(ROWS, g))[0], None, uniform(ROWS, COLUMNS)
-    ),
-    "rotated": lambda g: RotatedDiagonal(
-        torch.linalg.qr(positive(ROWS, g))[0],
-        torch.linalg.qr(positive(COLUMNS, g))[0],
-        uniform(ROWS, COLUMNS),
-    ),
-}
-
-USES: dict[str, list[Factors]] = {
-    "one position": [random_factors("dense", grid=(N, 1), rows=ROWS, columns=COLUMNS, seed=6)],
-    "two uses": [
-        random_factors("dense", grid=(N, 1), rows=ROWS, columns=COLUMNS, seed=7),
-        random_factors("dense", grid=(N, 1), rows=ROWS, columns=COLUMNS, seed=8),
-    ],
-    "dense": [random_factors("dense", grid=(N, 5), rows=ROWS, columns=COLUMNS, seed=1)],
-    "embedding": [random_factors("one-hot", grid=(N, 2), rows=ROWS, columns=COLUMNS, seed=2)],
-    "tied": [
-        random_factors("one-hot", grid=(N, 5), rows=ROWS, columns=COLUMNS, seed=3),
-        random_factors("dense", grid=(N, 5), rows=ROWS, columns=COLUMNS, seed=4),
-        random_factors("dense", grid=(N, 2), rows=ROWS, columns=COLUMNS, seed=5),
-    ],
-}
+from tests.support.factors import COLUMNS, MAPS, ROWS, USES, N, uniform
+from tests.support.oracles import gradients
 
 
 @pytest.mark.parametrize("way", [None, "tokens", "materialised"])

@@ -21,9 +21,9 @@ from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import SketchSums
 from ftw_optim._gram.spec import GramSpec
 from ftw_optim.testing import products_of
-from tests.factors.test_factors import random_factors
-from tests.gram.test_gram import COLUMNS, MAPS, ROWS, USES, Mixing, positive
-from tests.support.models import Case, SmallGPT, language_model, mlp, seeded, transformers_model
+from tests.support.factors import COLUMNS, MAPS, ROWS, USES, Mixing, positive, random_factors
+from tests.support.grids import grid
+from tests.support.models import Case, cases, in_batches, mlp, seeded, trained
 from tests.support.oracles import candidate_gradients
 
 N = 3
@@ -74,10 +74,18 @@ def normed(products: Any) -> Tensor:
     return torch.cat([(norms[:, None] * norms).flatten(), norms * target, (target * target)[None]])
 
 
-@pytest.mark.parametrize("uses", USES.values(), ids=USES)
-@pytest.mark.parametrize("name", [name for name in MAPS if name != "of a kind of its own"])
-def test_products_are_right_on_average_and_as_far_off_as_measured(name: str, uses: list[Factors]) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    grid(
+        [name for name in MAPS if name != "of a kind of its own"],
+        USES,
+        # A tied weight is used in both of the other ways.
+        fast=lambda name, kind: kind == "tied" or name == "scalar",
+    ),
+)
+def test_products_are_right_on_average_and_as_far_off_as_measured(name: str, kind: str) -> None:
     """Over 200 draws: the mean within five standard errors, and the measured error within a third of the true one."""
+    uses = USES[kind]
     preconditioner = MAPS[name](torch.Generator().manual_seed(0))
     exact = summed(uses, preconditioner, exact=True).products()
     drawn: dict[str, list[Tensor]] = {metric: [] for metric in METRICS}
@@ -169,33 +177,10 @@ def test_a_map_without_a_known_root_is_refused() -> None:
 # ---------------------------------------------------------------------- in a step
 
 
-def cases() -> dict[str, Callable[[], Case]]:
-    return {
-        "mlp": lambda: mlp(torch.float64, 8),
-        "tied, shared positions": lambda: language_model(seeded(SmallGPT).double(), 8),
-        "llama with lora": lambda: transformers_model("llama", lora=True)(torch.float64, 8),
-    }
-
-
-def trained(case: Case) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in case.model.named_parameters() if p.requires_grad}
-
-
 def sketched(case: Case, inner: torch.optim.Optimizer | None = None, **options: Any) -> SelectiveOptimizer:
     options = {"filter": GreedyFilter(keep=3), "gram": Sketch(dim=64), **options}
     inner = torch.optim.AdamW(trained(case).values(), lr=0.01) if inner is None else inner
     return SelectiveOptimizer(inner, case.model, case.target_losses, **options)
-
-
-def in_batches(case: Case, sizes: list[int]) -> Callable[..., Any]:
-    """A closure that gives its candidates, or some of them, in micro-batches."""
-
-    def closure(rows: Tensor | None = None) -> Iterator[Tensor]:
-        chosen = torch.arange(sum(sizes)) if rows is None else rows
-        for part in chosen.split(sizes if rows is None else 2):
-            yield case.losses(part)
-
-    return closure
 
 
 @pytest.mark.parametrize("build", cases().values(), ids=cases())

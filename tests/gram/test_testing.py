@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ftw_optim import Diagonal, Factors, GreedyFilter, Preconditioner, RankOne, Scalar, SelectiveOptimizer, Sketch
 from ftw_optim.testing import Buffer, products_of, recorded
-from tests.factors.test_factors import gradients, random_factors
+from tests.support.factors import random_factors
 from tests.support.models import Case, mlp
+from tests.support.oracles import gradients
 
 ROWS, COLUMNS, N = 6, 4, 3
 MAPS: dict[str, Preconditioner] = {

@@ -14,10 +14,12 @@ from datasets import Dataset
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from ftw_optim import GreedyFilter, KeepAll, UniformWeights
+from ftw_optim import GreedyFilter
 from ftw_optim.integrations._trainers.window import IDS, SOURCES
 from ftw_optim.integrations.trl import SelectiveSFTTrainer
-from tests.support.trainers import (
+from tests.support.grids import slow
+from tests.support.trainer_runs import (
+    ALL,
     ARGUMENTS,
     HARD,
     Recording,
@@ -25,6 +27,7 @@ from tests.support.trainers import (
     Watch,
     check_against_samples_alone,
     examples,
+    logged,
     model,
     numbered,
     tokenizer,
@@ -34,7 +37,6 @@ pytestmark = pytest.mark.filterwarnings(
     # What TRL sets by default and PEFT asks of a model, under names that Transformers has changed.
     "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning",
 )
-ALL: dict[str, Any] = {"filter": KeepAll(), "weight": UniformWeights()}
 PACKED: dict[str, Any] = {"packing": True, "max_length": 16, "per_device_train_batch_size": 1}
 FLAT: dict[str, Any] = {"padding_free": True, "max_length": None}
 
@@ -68,10 +70,6 @@ def trained(
     return trainer, watch
 
 
-def logged(trainer: SFTTrainer, *names: str) -> list[list[float]]:
-    return [[row[name] for name in names] for row in trainer.state.log_history if "loss" in row]
-
-
 # ---------------------------------------------------------------------- nothing left out
 
 
@@ -80,13 +78,13 @@ def logged(trainer: SFTTrainer, *names: str) -> list[list[float]]:
     [
         ({}, {}),
         (PACKED, {}),
-        ({**PACKED, "per_device_train_batch_size": 2}, {"selective": {**ALL, "combine": "graph"}}),
-        (FLAT, {}),
+        slow({**PACKED, "per_device_train_batch_size": 2}, {"selective": {**ALL, "combine": "graph"}}),
+        slow(FLAT, {}),
         ({**FLAT, "pad_to_multiple_of": 8}, {}),
         ({"loss_type": "dft"}, {}),
-        ({"activation_checkpointing": False}, {"peft_config": lora(lora_dropout=0.2)}),
+        slow({"activation_checkpointing": False}, {"peft_config": lora(lora_dropout=0.2)}),
         (PACKED, {"peft_config": lora(lora_dropout=0.2)}),
-        ({**PACKED, "gradient_accumulation_steps": 1}, {"selective": {**ALL, "combine": "rerun"}}),
+        slow({**PACKED, "gradient_accumulation_steps": 1}, {"selective": {**ALL, "combine": "rerun"}}),
     ],
     ids=["rows", "packed", "packed, graph", "flat", "flat, padded", "dft", "lora", "lora, packed", "packed, rerun"],
 )
@@ -134,7 +132,7 @@ class Collected:
     ("settings", "options"),
     [
         (PACKED, {}),
-        ({**PACKED, "activation_checkpointing": False}, {"peft_config": lora()}),
+        slow({**PACKED, "activation_checkpointing": False}, {"peft_config": lora()}),
         ({**FLAT, "pad_to_multiple_of": 8}, {"peft_config": lora()}),
     ],
     ids=["packed", "packed, lora", "flat, lora"],
@@ -229,7 +227,7 @@ def test_texts_and_columns_for_the_log(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- resumed
 
 
-@pytest.mark.parametrize("settings", [{}, {**PACKED, "max_length": 11}], ids=["rows", "packed"])
+@pytest.mark.parametrize("settings", [slow({}), {**PACKED, "max_length": 11}], ids=["rows", "packed"])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(settings: dict[str, Any], tmp_path: Path) -> None:
     recordings = [Recording(), Recording()]
 

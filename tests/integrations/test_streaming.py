@@ -1,16 +1,8 @@
-"""Candidate streams: every record once, in proportion, resumed at any position, and what is skipped is counted."""
+"""Candidate streams: every record once, in proportion, resumed at any position."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -27,40 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ftw_optim import token_losses
-from ftw_optim.integrations.streaming import CandidateStream, TargetCycle, pad
-from ftw_optim.selection_log import read_log
+from ftw_optim.integrations.streaming import CandidateStream, pad
+from tests.support.streams import encode, ids, numbers, usable, write
 
-REPOSITORY = Path(__file__).parents[2]
-
-
-def encode(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Of a record ``{"n": number}``: two tokens, or what the number asks for."""
-    n = record["n"]
-    if n % 11 == 5:
-        return {"input_ids": [], "labels": []}
-    if n % 11 == 7:
-        return {"input_ids": [1, 2], "labels": [1, -100]}  # the first label is predicted by nothing
-    if n % 11 == 9:
-        return None
-    return {"input_ids": [1, n], "labels": [-100, n], "n": n}
-
-
-def numbers(first: int, count: int) -> list[dict[str, int]]:
-    return [{"n": first + i} for i in range(count)]
-
-
-def usable(first: int, count: int) -> list[int]:
-    return [n for n in range(first, first + count) if n % 11 not in (5, 7, 9)]
-
-
-def write(path: Path, lines: list[str | bytes]) -> Path:
-    data = b"\n".join(line.encode() if isinstance(line, str) else line for line in lines)
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
-
-
-def ids(samples: list[dict[str, Any]]) -> list[str]:
-    return [sample["sample_id"] for sample in samples]
+pytestmark = pytest.mark.filterwarnings("ignore:Skipped a record")
 
 
 @pytest.fixture(scope="module")
@@ -106,16 +68,6 @@ KINDS: dict[str, Callable[[Path], Any]] = {
     "interleaved": _interleaved,
     "shards shuffled": lambda folder: _from_list(800, 12, 4).shuffle(seed=2, buffer_size=1),
 }
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Skipped a record")
-        yield
-
-
-# ---------------------------------------------------------------------- every record, once, in proportion
 
 
 def test_one_round_gives_every_usable_record_of_every_kind_once(folder: Path) -> None:
@@ -178,9 +130,6 @@ def test_records_may_name_themselves_and_their_source() -> None:
     (batch,) = stream
     assert [(sample["sample_id"], sample["source"]) for sample in batch] == [("17", "web"), ("pool/1", "pool")]
     assert stream.skipped == {"web": {"empty": 1}}
-
-
-# ---------------------------------------------------------------------- resumed
 
 
 def rounds(stream: CandidateStream) -> Iterator[Any]:
@@ -291,138 +240,6 @@ def test_the_state_of_another_stream_is_refused(tmp_path: Path) -> None:
         list(shorter)
 
 
-# ---------------------------------------------------------------------- skipped
-
-
-DAMAGED: list[str | bytes] = [
-    b"\xef\xbb\xbf" + b'{"n": 0}',  # a byte order mark
-    "{broken",
-    "",
-    '{"n": 1}',
-    b'{"n": "\xff"}',
-    '["a list"]',
-    '{"n": null}',
-    '{"other": 2}',
-    "[" * 100_000,
-    '{"n": 5}',
-    '{"n": 7}',
-    '{"n": 9}',
-    '{"n": 2}',
-    '{"n": 3, "cut": "in the mid',
-]
-COUNTS = {
-    "not JSON": 3,
-    "not UTF-8": 1,
-    "not a JSON object": 1,
-    "encode: TypeError": 1,
-    "encode: KeyError": 1,
-    "empty": 1,
-    "no label tokens": 1,
-    "refused by encode": 1,
-}
-
-
-@pytest.mark.parametrize("name", ["damaged.jsonl", "damaged.jsonl.gz"])
-def test_damaged_records_are_skipped_and_counted_by_reason(
-    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    stream = CandidateStream({"bad": write(tmp_path / name, DAMAGED)}, encode, batch_size=10)
-    with pytest.warns(UserWarning, match=r"Skipped a record \(not JSON, .*damaged\.jsonl.*, line 2") as caught:
-        (batch,) = stream
-    assert len(caught) == 1
-    assert [sample["n"] for sample in batch] == [0, 1, 2]
-    assert stream.skipped == {"bad": COUNTS}
-    for reason, count in COUNTS.items():
-        assert f"bad             {count}  {reason}" in stream.skipped_table()
-    assert "The source 'bad' was read once" in caplog.text
-    assert "bad             3  not JSON" in caplog.text
-
-
-def _endless_damage() -> Iterator[dict[str, int]]:
-    while True:
-        yield {"n": 5}
-
-
-BAD = [{"n": 5}, {"n": 7}, {"n": 9}]
-
-
-@pytest.mark.parametrize(
-    ("sources", "options", "where"),
-    [
-        ({"bad": BAD}, {}, "all sources"),
-        ({"bad": BAD, "worse": BAD}, {"passes": 3}, "all sources"),
-        ({"bad": BAD}, {"passes": None}, "the source 'bad'"),
-        ({"good": numbers(0, 4), "bad": BAD}, {"passes": None}, "the source 'bad'"),
-        ({"bad": BAD * 3}, {"shuffle_buffer": 2, "passes": None}, "the source 'bad'"),
-        ({"bad": "endless"}, {"give_up_after": 50}, "50 records in a row of the source 'bad'"),
-        ({"bad": "endless"}, {"give_up_after": 50, "passes": None, "shuffle_buffer": 8}, "50 records in a row"),
-    ],
-    ids=str,
-)
-def test_a_stream_of_nothing_but_damage_is_an_error_that_counts(
-    sources: dict[str, Any], options: dict[str, Any], where: str
-) -> None:
-    if sources["bad"] == "endless":
-        sources = {"bad": datasets.IterableDataset.from_generator(_endless_damage)}
-    stream = CandidateStream(sources, encode, batch_size=2, **options)
-    with pytest.raises(ValueError, match=f"(?s)Expected candidates, got none from {where}.*The first: empty.*skipped"):
-        list(islice(stream, 100))
-
-
-def test_a_source_of_damage_among_others_is_no_error_where_it_ends() -> None:
-    stream = CandidateStream({"good": numbers(0, 4), "bad": BAD}, encode, batch_size=2)
-    assert sorted(sample["n"] for batch in stream for sample in batch) == [0, 1, 2, 3]
-    assert stream.skipped == {"bad": {"empty": 1, "no label tokens": 1, "refused by encode": 1}}
-
-
-def test_what_encode_must_return_is_said() -> None:
-    for wrong, message in [
-        ({"input_ids": [1]}, r"a mapping with input_ids and labels .* got \['input_ids'\] for record 0 of 'a'"),
-        ([1, 2], "got list for record 0"),
-    ]:
-        with pytest.raises(TypeError, match=message):
-            next(iter(CandidateStream({"a": numbers(0, 2)}, lambda record, w=wrong: w, batch_size=1)))
-    with pytest.raises(ValueError, match="got 1 labels for 2 tokens of record 0"):
-        next(
-            iter(
-                CandidateStream({"a": numbers(0, 2)}, lambda record: {"input_ids": [1, 2], "labels": [1]}, batch_size=1)
-            )
-        )
-
-
-def test_sources_that_cannot_be_resumed_are_refused(tmp_path: Path) -> None:
-    stream = datasets.Dataset.from_list(numbers(0, 9)).to_iterable_dataset(num_shards=2)
-    shuffled = stream.shuffle(seed=1, buffer_size=4)
-    for source in (shuffled, shuffled.map(lambda record: record), datasets.concatenate_datasets([stream, shuffled])):
-        with pytest.raises(ValueError, match="'a' without a shuffle buffer"):
-            CandidateStream({"a": source}, encode, batch_size=2)
-    with pytest.raises(ValueError, match="an IterableDataset of its own for each source"):
-        CandidateStream({"a": stream, "b": stream}, encode, batch_size=2)
-    with pytest.raises(TypeError, match="a sequence of records, got generator"):
-        CandidateStream({"a": (record for record in numbers(0, 2))}, encode, batch_size=2)  # type: ignore[dict-item]
-    with pytest.raises(FileNotFoundError, match=r"there is no file none\.jsonl"):
-        CandidateStream({"a": "none.jsonl"}, encode, batch_size=2)
-    with pytest.raises(ValueError, match="got an empty list"):
-        CandidateStream({"a": []}, encode, batch_size=2)
-    with pytest.raises(TypeError, match="sources by name"):
-        CandidateStream(numbers(0, 2), encode, batch_size=2)  # type: ignore[arg-type]
-    for options, message in [
-        ({"batch_size": 0}, "batch_size must be positive"),
-        ({"passes": 0}, "passes must be positive"),
-        ({"probabilities": {"b": 1.0}}, "a positive probability for each of the sources a"),
-        ({"probabilities": {"a": 0.0}}, "a positive probability"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            CandidateStream({"a": numbers(0, 2)}, encode, **{"batch_size": 2, **options})
-    whole = write(tmp_path / "cut.jsonl.gz", [json.dumps(record) for record in numbers(0, 500)])
-    whole.write_bytes(whole.read_bytes()[:-30])
-    with pytest.raises(OSError, match=r"Expected a whole gzip file, but .*cut\.jsonl\.gz ends in the middle"):
-        list(CandidateStream({"a": whole}, encode, batch_size=2))
-
-
-# ---------------------------------------------------------------------- with a DataLoader, and as a batch
-
-
 def test_a_data_loader_passes_batches_on_and_workers_are_refused() -> None:
     def loader(workers: int) -> DataLoader[Any]:
         stream = CandidateStream({"a": numbers(0, 9)}, encode, batch_size=3)
@@ -478,104 +295,3 @@ def test_a_padded_batch_has_the_losses_of_its_samples_alone() -> None:
     torch.testing.assert_close(token_losses(model, batch), alone)
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert batch["input_ids"][1].tolist() == [4, 5, 9, 9]
-
-
-# ---------------------------------------------------------------------- targets
-
-
-@given(count=st.integers(1, 9), batch_size=st.integers(1, 12), seed=st.integers(0, 3), at=st.integers(0, 20))
-def test_targets_are_cycled_in_orders_of_their_own_and_resume(count: int, batch_size: int, seed: int, at: int) -> None:
-    records = [{"n": 11 * i} for i in range(count)]
-
-    def fresh() -> TargetCycle:
-        return TargetCycle(records, encode, batch_size=batch_size, seed=seed)
-
-    batches = list(islice(fresh(), at + 5))
-    cycle = fresh()
-    assert [cycle.batch(number) for number in reversed(range(at + 5))] == batches[::-1]  # of the number alone
-    order = [sample["sample_id"] for batch in batches for sample in batch]
-    everything = sorted(f"target/{i}" for i in range(count))
-    for first in range(0, len(order) - count + 1, count):
-        assert sorted(order[first : first + count]) == everything
-    killed, resumed = fresh(), fresh()
-    list(islice(killed, at))
-    resumed.load_state_dict(json.loads(json.dumps(killed.state_dict())))
-    assert list(islice(resumed, 5)) == batches[at:]
-
-
-def test_passes_and_seeds_differ() -> None:
-    records = [{"n": 11 * i} for i in range(20)]
-    cycle = TargetCycle(records, encode, batch_size=20)
-    other = TargetCycle(records, encode, batch_size=20, seed=1)
-    assert len({tuple(ids(batch)) for batch in (cycle.batch(0), cycle.batch(1), other.batch(0))}) == 3
-
-
-def test_targets_skip_what_cannot_be_used(tmp_path: Path) -> None:
-    cycle = TargetCycle(write(tmp_path / "t.jsonl", DAMAGED), encode, batch_size=3)
-    assert cycle.skipped == COUNTS
-    assert sorted(sample["n"] for sample in next(cycle)) == [0, 1, 2]
-    with pytest.raises(ValueError, match=r"(?s)Expected target samples, got none from 3 records.*no label tokens"):
-        TargetCycle(BAD, encode, batch_size=1)
-    with pytest.raises(ValueError, match="a cycle with samples = 3, got 4"):
-        cycle.load_state_dict({"batches": 1, "samples": 4, "seed": 0, "batch_size": 3})
-    with pytest.raises(ValueError, match="0 or more, got -1"):
-        cycle.batch(-1)
-    with pytest.raises(ValueError, match="batch_size must be positive"):
-        TargetCycle(numbers(0, 2), encode, batch_size=0)
-
-
-# ---------------------------------------------------------------------- a run that is killed
-
-
-STEPS = 40
-
-
-def start(directory: Path, *, may_end: bool) -> subprocess.Popen[bytes]:
-    directory.mkdir(exist_ok=True)
-    (directory / "progress").unlink(missing_ok=True)
-    if may_end:
-        (directory / "may_end").touch()
-    return subprocess.Popen(
-        [sys.executable, str(Path(__file__).parents[1] / "support" / "killed_run.py"), str(directory), str(STEPS), "4"],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stderr=subprocess.PIPE,
-    )
-
-
-def finished(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors.decode()
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_and_resumed_equals_the_uninterrupted_one(tmp_path: Path) -> None:
-    """Weights, selection log and data order, after two kills with SIGKILL at random steps."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    uninterrupted = start(whole, may_end=True)
-    steps = sorted(random.Random(1).sample(range(2, STEPS), 2))
-    for step in steps:
-        process = start(killed, may_end=False)
-        progress = killed / "progress"
-        while process.poll() is None and not (progress.exists() and int(progress.read_text() or 0) >= step):
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    finished(start(killed, may_end=True))
-    finished(uninterrupted)
-    assert (killed / "order.txt").read_text() == (whole / "order.txt").read_text()
-    assert (killed / "skipped.json").read_text() == (whole / "skipped.json").read_text()
-    expected = torch.load(whole / "weights.pt", weights_only=True)
-    for name, weights in torch.load(killed / "weights.pt", weights_only=True).items():
-        assert torch.equal(weights, expected[name]), name
-    for format in ("jsonl", "parquet"):
-        logs = [read_log(run / format) for run in (whole, killed)]
-        assert len(logs[0].steps) == STEPS
-        one, other = ([{k: v for k, v in row.items() if k != "ms"} for row in log.steps] for log in logs)
-        assert other == one
-        assert list(logs[1].candidates()) == list(logs[0].candidates())
-        assert list(logs[1].texts()) == list(logs[0].texts())
-    for path in (whole / "jsonl").iterdir():
-        if path.stem == "times":  # which no two runs share
-            continue
-        assert (killed / "jsonl" / path.name).read_bytes() == path.read_bytes()

@@ -22,7 +22,7 @@ from ftw_optim.report.__main__ import main
 from ftw_optim.report._charts import Chart, number, ticks
 from ftw_optim.report._data import MOST_BINS, SOURCES_SHOWN, digest
 from ftw_optim.selection_log import LoggedRun, SelectionLog, read_log
-from tests.selection_log.test_selection_log import selection
+from tests.support.selections import selection
 
 HOSTILE = """<script>alert("1")</script>&amp;'\" 文 😀"""
 

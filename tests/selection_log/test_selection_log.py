@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ftw_optim import Selection
 from ftw_optim.selection_log import LoggedRun, SelectionLog, read_log
+from tests.support.selections import selection
 
 FORMATS = ["jsonl", "parquet"]
 
@@ -24,30 +25,6 @@ FORMATS = ["jsonl", "parquet"]
 def new_log(directory: Path, **options: Any) -> SelectionLog:
     """With several Parquet files within a few steps."""
     return SelectionLog(directory, **{"rows_per_part": 12, **options})
-
-
-def selection(step: int, *, n: int = 5, keep: int = 2, **changes: Any) -> Selection:
-    """A selection with numbers that depend on the step alone."""
-    generator = torch.Generator().manual_seed(step)
-    weights = torch.rand(keep, generator=generator, dtype=torch.float64) + 0.1
-    fields: dict[str, Any] = {
-        "losses": torch.rand(n, generator=generator),
-        "kept": torch.randperm(n, generator=generator)[:keep],
-        "weights": weights / weights.sum(),
-        "fitted_scale": 0.7,
-        "gram": torch.eye(n),
-        "cross_gram": torch.randn(n, generator=generator),
-        "target_energy": 2.0,
-        "cosine": 0.5,
-        "residual": 0.75,
-        "predicted_decrease": 1e-3,
-        "effective_size": 1.5,
-        "rejected": torch.empty(0, dtype=torch.int64),
-        "skipped": False,
-        "converged": True,
-        "combine": "factors",
-    }
-    return Selection(**{**fields, **changes})
 
 
 def record(log: SelectionLog, step: int, **changes: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,26 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ftw_optim import (
-    GreedyFilter,
-    KeepAll,
-    SelectiveOptimizer,
-    UniformWeights,
-    last_blocks,
-    preconditioner_of,
-)
-from ftw_optim.testing import recorded
-from tests.support.models import CASES, Case, precision
-from tests.support.oracles import candidate_gradients, explicit_matching, mean_gradient
+from ftw_optim import GreedyFilter, KeepAll, SelectiveOptimizer, UniformWeights, last_blocks
+from tests.support.checks import OPTIMIZERS, check_against_oracle
+from tests.support.grids import grid
+from tests.support.models import CASES, Case, SmallGPT, language_model, precision, seeded
+from tests.support.oracles import candidate_gradients
 
 N = 5
-# Relative to the norms of the two gradients. float32 keeps seven digits, of which the sum over parameters costs one.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
-}
 
 
 def build(name: str, dtype: torch.dtype, inner: str, **options: Any) -> tuple[Case, SelectiveOptimizer]:
@@ -40,59 +26,26 @@ def build(name: str, dtype: torch.dtype, inner: str, **options: Any) -> tuple[Ca
     return case, SelectiveOptimizer(OPTIMIZERS[inner](trained), case.model, case.target_losses, **options)
 
 
-def check_against_oracle(case: Case, optimizer: SelectiveOptimizer, dtype: torch.dtype) -> None:
-    """One backward, with its Gram matrix, cross-Gram and applied gradient compared to the oracle's.
-
-    ``P`` is taken at the very reference that the step used, after that was compared to the mean candidate gradient: at
-    a cold start ``P`` divides by it, and where candidates cancel in it a float32 oracle is itself off by up to 3e-5.
-    """
-    atol = TOLERANCE[dtype]
-    gradients = candidate_gradients(case)
-    target = mean_gradient(candidate_gradients(case, target=True))
-    mean = mean_gradient(gradients)
-    parameters = {name: p for name, p in case.model.named_parameters() if p.requires_grad}
-    scored = {name: p for name, p in parameters.items() if optimizer.scored is None or optimizer.scored(name, p)}
-
-    # Some gradients are zero but for rounding, such as that of an attention key's bias.
-    floor = 1e-3 * max(float(gradient.norm()) for gradient in mean.values())
-    optimizer.zero_grad()
-    with recorded(optimizer) as shares:
-        optimizer.backward(case.losses)
-    references = {share.name: share.reference for share in shares}
-    selection = optimizer.selection
-    assert selection is not None
-    assert not selection.skipped
-
-    maps = {}
-    for name, parameter in scored.items():
-        size = torch.stack([gradient[name] for gradient in gradients]).square().mean(0).sum().sqrt()
-        assert (references[name] - mean[name]).norm() <= atol * (size + floor), name
-        maps[name] = preconditioner_of(optimizer, parameter, references[name])
-    gram, cross, energy = explicit_matching(gradients, target, maps, optimizer.metric)
-    size = gram.diagonal().sqrt()
-    torch.testing.assert_close(
-        selection.gram.double() / size / size[:, None], gram / size / size[:, None], rtol=0, atol=atol
-    )
-    torch.testing.assert_close(
-        selection.cross_gram.double() / size / energy.sqrt(), cross / size / energy.sqrt(), rtol=0, atol=atol
-    )
-    assert selection.target_energy == pytest.approx(float(energy), rel=atol)
-    for name, parameter in parameters.items():
-        parts = [
-            weight * gradients[index][name].double()
-            for index, weight in zip(selection.kept.tolist(), selection.weights, strict=True)
-        ]
-        expected = torch.stack(parts).sum(0)
-        size = torch.stack(parts).reshape(len(parts), -1).norm(dim=1).sum() + floor
-        given = torch.zeros_like(expected) if parameter.grad is None else parameter.grad.double()
-        # Relative to the whole parameter, since the gradients of single entries may cancel.
-        assert (given - expected).norm() <= atol * size, name
+def _stands_for_others(name: str, metric: str, inner: str, dtype: torch.dtype) -> bool:
+    """All of the small models; of the families, each metric, optimizer and precision once."""
+    of_families = [
+        ("preconditioned", "adamw", torch.float64),
+        ("update", "adamw", torch.float32),
+        ("euclidean", "sgd", torch.float64),
+    ]
+    return name in ("mlp", "small-gpt") or (metric, inner, dtype) in of_families
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("inner", OPTIMIZERS)
-@pytest.mark.parametrize("metric", ["preconditioned", "update", "euclidean"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "metric", "inner", "dtype"),
+    grid(
+        CASES,
+        ["preconditioned", "update", "euclidean"],
+        OPTIMIZERS,
+        [torch.float64, torch.float32],
+        fast=_stands_for_others,
+    ),
+)
 def test_gram_cross_gram_and_gradient_are_autograds(name: str, metric: str, inner: str, dtype: torch.dtype) -> None:
     """Cold, and once more when the optimizer has seen gradients."""
     with precision(dtype):
@@ -193,8 +146,6 @@ def case_losses_before(before: dict[str, Tensor], case: Case) -> Tensor:
 @pytest.mark.parametrize("combine", ["factors", "graph"])
 def test_all_kept_at_one_over_n_is_the_bare_optimizer_for_a_hundred_steps(combine: str) -> None:
     """With dropout: the masks are those of a bare run, although the target's pass draws some of its own."""
-    from tests.support.models import SmallGPT, language_model, seeded
-
     runs = []
     for selective in (False, True):
         case = language_model(seeded(lambda: SmallGPT(dropout=0.2)).double().train(), N)

@@ -25,12 +25,13 @@ from ftw_optim._gram.exact import GramSums
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import SketchSums
 from ftw_optim._gram.spec import GramSpec
-from tests.step.test_optimizer import LateInfinity
 from tests.support.models import CASES, SmallGPT, language_model, seeded
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from memory import LivePeak
+
+from tests.support.layers import LateInfinity
 
 
 def step(case: Any, combine: str, **options: Any) -> tuple[Any, list[Tensor | None]]:

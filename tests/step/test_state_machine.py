@@ -17,7 +17,10 @@ from ftw_optim import KeepAll, SelectiveOptimizer, UniformWeights
 from tests.support.models import mlp
 from tests.support.optimizers import INNER
 
-pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # before any step: any order
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step"),  # before any step: any order
+]
 
 CASE = mlp(torch.float64, 5)
 NAMES = ["sgd momentum", "adam amsgrad", "adamw", "nadam", "adagrad", "adafactor", "rmsprop", "schedule-free"]

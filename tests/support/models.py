@@ -213,3 +213,33 @@ CASES: dict[str, Callable[[torch.dtype, int], Case]] = {
     "llama-lora": transformers_model("llama", lora=True),
     "gpt2-lora": transformers_model("gpt2", lora=True),
 }
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """Random numbers, the same at each call."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def cases() -> dict[str, Callable[[], Case]]:
+    """Eight candidates each, in float64."""
+    return {
+        "mlp": lambda: mlp(torch.float64, 8),
+        "tied, shared positions": lambda: language_model(seeded(SmallGPT).double(), 8),
+        "llama with lora": lambda: transformers_model("llama", lora=True)(torch.float64, 8),
+    }
+
+
+def trained(case: Case) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name."""
+    return {name: p for name, p in case.model.named_parameters() if p.requires_grad}
+
+
+def in_batches(case: Case, sizes: list[int]) -> Callable[..., Any]:
+    """A closure that gives its candidates, or some of them, in micro-batches."""
+
+    def closure(rows: Tensor | None = None) -> Iterator[Tensor]:
+        chosen = torch.arange(sum(sizes)) if rows is None else rows
+        for part in chosen.split(sizes if rows is None else 2):
+            yield case.losses(part)
+
+    return closure

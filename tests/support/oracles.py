@@ -8,7 +8,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
-from ftw_optim import Preconditioner
+from ftw_optim import Factors, Preconditioner
 from tests.support.models import Case
 
 
@@ -102,3 +102,22 @@ def greedy_from_scratch(vectors: Tensor, target: Tensor, count: int) -> list[int
         found = [entry for entry in found if entry[1] >= (1 - 1e-7) * max(slack for _, slack, _ in found)]
         kept.append(found[0][2])
     return kept
+
+
+def gradients(factors: Factors) -> Tensor:
+    """Every candidate's gradient, position by position: shape (n, rows, columns)."""
+    if factors.positions is None:
+        owner = torch.arange(factors.count)[:, None].expand(factors.left.shape[:2])
+    else:
+        owner = factors.positions.candidates
+    total = torch.zeros(factors.count, factors.rows, factors.columns, dtype=torch.float64)
+    for row in range(factors.left.shape[0]):
+        for position in range(factors.left.shape[1]):
+            left = factors.left[row, position]
+            if factors.indexed:
+                left = torch.nn.functional.one_hot(left, factors.rows).double()
+            one = torch.ones(1, dtype=torch.float64)
+            right = one if factors.right is None else factors.right[row, position]
+            if owner[row, position] >= 0:
+                total[owner[row, position]] += torch.outer(left, right)
+    return total

@@ -30,6 +30,16 @@ from ftw_optim._capture.replay.calls import Call
 _ways: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], str]] = WeakKeyDictionary()
 
 
+def ways_taken(module: nn.Module, *, alone: bool | None = None) -> set[str]:
+    """The ways in which a module has been run again.
+
+    Args:
+        module: a module without a rule.
+        alone: whether to look at calls with one candidate, or with several; None: at all.
+    """
+    return {way for key, way in _ways.get(module, {}).items() if alone is None or key[2] == alone}
+
+
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Output:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ftw_optim import KeepAll, UniformWeights
+from tests.support.models import with_lora
 
 WORDS = [f"w{number}" for number in range(40)]
 ARGUMENTS: dict[str, Any] = {
@@ -218,3 +229,30 @@ def check_against_samples_alone(
             selection.cross_gram.double(), cross, rtol=0, atol=tolerance * float(cross.abs().max())
         )
     assert chosen > 1, "nothing was chosen"
+
+
+ALL: dict[str, Any] = {"filter": KeepAll(), "weight": UniformWeights()}
+
+
+def lora_model(**options: Any) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return with_lora(model(), target_modules=["q_proj", "v_proj", "down_proj"], **options)
+
+
+def arguments(path: Path, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(str(path), **{**ARGUMENTS, **HARD, **changes})
+
+
+def trained(
+    kind: Callable[..., Trainer], net: nn.Module, args: TrainingArguments, *, rows: Any = None, **options: Any
+) -> tuple[Trainer, Watch]:
+    watch = Watch()
+    data = examples(15) if rows is None else rows
+    trainer = kind(net, args, data_collator=padded, train_dataset=data, callbacks=[watch], **options)
+    trainer.train()
+    return trainer, watch
+
+
+def logged(trainer: Trainer, *names: str) -> list[list[float]]:
+    return [[row[name] for name in names] for row in trainer.state.log_history if "loss" in row]

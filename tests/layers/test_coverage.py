@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 
 from ftw_optim import Factors, SelectiveOptimizer, coverage, register_layer
 from ftw_optim._factors.factors import materialise
-from ftw_optim._layers import registry
-from tests.capture.test_capture import captured, check_every_candidate, rows_of
+from tests.support.capturing import captured, check_every_candidate, rows_of
 from tests.support.models import transformers_model
 
 
@@ -30,15 +28,6 @@ class Outer(nn.Module):
         return x + self.scale * (x @ self.direction)[..., None] * self.direction
 
 
-@pytest.fixture
-def registered() -> Iterator[None]:
-    """Rules registered in a test are forgotten after it."""
-    before = dict(registry._RULES)
-    yield
-    registry._RULES.clear()
-    registry._RULES.update(before)
-
-
 def outer_rule(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Any]:
     assert isinstance(module, Outer)
     x, along = inputs[0], inputs[0] @ module.direction
@@ -47,7 +36,7 @@ def outer_rule(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) 
     return {"direction": Factors(left=direction), "scale": (along * back).sum(1, keepdim=True)}
 
 
-@pytest.mark.usefixtures("registered")
+@pytest.mark.usefixtures("restored_rules")
 @pytest.mark.parametrize("key", [Outer, f"{Outer.__module__}.Outer"], ids=["class", "name"])
 def test_a_custom_layer_is_exact_without_a_rule_and_with_one_registered_function(key: Any) -> None:
     x = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -62,7 +51,7 @@ def seeded_outer() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), Outer(4), nn.Linear(4, 2)).double()
 
 
-@pytest.mark.usefixtures("registered")
+@pytest.mark.usefixtures("restored_rules")
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -174,7 +163,7 @@ class Reads(nn.Module):
         return x @ self.weight.T
 
 
-@pytest.mark.usefixtures("registered")
+@pytest.mark.usefixtures("restored_rules")
 @pytest.mark.parametrize("first", ["linear", "reads"])
 def test_a_parameter_shared_by_rules_of_different_kinds_is_one_block(first: str) -> None:
     register_layer(Reads)(lambda module, inputs, grad: {"weight": torch.einsum("nto,nti->noi", grad, inputs[0])})
@@ -190,7 +179,7 @@ def test_a_parameter_shared_by_rules_of_different_kinds_is_one_block(first: str)
         torch.testing.assert_close(block[row], expected)
 
 
-@pytest.mark.usefixtures("registered")
+@pytest.mark.usefixtures("restored_rules")
 def test_a_parameter_without_axes_may_have_a_rule() -> None:
     class Tempered(nn.Module):
         def __init__(self) -> None:

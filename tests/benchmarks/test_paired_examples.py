@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.support.trainers import model, tokenizer
+from tests.support.trainer_runs import model, tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "benchmarks" / "examples"
 NAMES = ("trainer_lora", "sft_lora", "plain_loop")
