@@ -48,7 +48,7 @@ def factors_of(
             f"An input of layer {owner.name!r} was changed in place after the layer had read it, so its gradient can "
             "no longer be formed. Use the out-of-place form of that operation."
         )
-    given = _run_again(use, parameters, count, sample_ids) if owner.rule is None else _by_rule(use)
+    given = _replayed(use, parameters, count, sample_ids) if owner.rule is None else _by_rule(use)
     if not isinstance(given, Mapping):
         raise TypeError(
             f"The rule {_rule_name(use)!r} of layer {owner.name!r} must return a mapping from parameter names to "
@@ -92,7 +92,7 @@ def _by_rule(use: Use) -> Mapping[str, Factors | Tensor]:
         return rule.function(call.module, call.inputs(), grads)
 
 
-def _run_again(
+def _replayed(
     use: Use, parameters: Mapping[str, nn.Parameter], count: int, sample_ids: Tensor | None
 ) -> Mapping[str, Tensor]:
     outputs = [

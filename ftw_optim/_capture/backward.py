@@ -7,7 +7,6 @@ instead, with ``.grad`` set aside, and hooks on the nodes of the graph take the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -190,8 +189,3 @@ def gradients_set_aside(tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for tensor, gradient in held:
             tensor.grad = gradient
-
-
-def finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether every entry of all tensors is finite: a bool scalar on their device, in one kernel for many of them."""
-    return torch.nn.utils.get_total_norm(tensors, norm_type=math.inf).isfinite()

@@ -23,7 +23,8 @@ from ftw_optim._capture.hooks import Phase, Recorder
 from ftw_optim._capture.layer_use import Use
 from ftw_optim._capture.plan import CapturePlan
 from ftw_optim._capture.self_check import PassCheck, SelfChecks, refuse_uses_outside, verify_projection
-from ftw_optim._factors.factors import Factors, finite_candidates
+from ftw_optim._factors.factors import Factors
+from ftw_optim._factors.finiteness import finite_candidates
 
 
 @final

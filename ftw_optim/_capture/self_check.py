@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ftw_optim._factors.factors import Factors, projection, weighted_sum
+from ftw_optim._factors.finiteness import told
 
 WAYS_OUT = (
     "Leave it out of what is scored (scored=last_blocks(model, 1), or a predicate (name, parameter) that says no to "
@@ -163,14 +164,6 @@ def verify_projection(
             "F.linear(x, layer.weight), is not captured). Call the layer as a module. " + WAYS_OUT
         )
     return seen[len(names) :]
-
-
-def told(flags: Sequence[Tensor]) -> list[bool]:
-    """The values of some flags, each a bool scalar, copied from the device at once."""
-    if not flags:
-        return []
-    answers: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).cpu().tolist()
-    return answers
 
 
 def tolerance(dtypes: Iterable[torch.dtype]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -333,10 +333,3 @@ def projection(uses: Sequence[Factors], weights: Tensor, left: Tensor, right: Te
         total = total + terms.sum()
         square = square + terms.square().sum()
     return total, square.sqrt()
-
-
-def finite_candidates(found: Mapping[str, Sequence[Factors]], losses: Tensor) -> Tensor:
-    """Mask of the candidates whose loss and factors are all finite: bool ``(n,)``."""
-    loss = losses.detach().isfinite()
-    masks = [use.finite().to(loss.device) for uses in found.values() for use in uses]
-    return torch.stack([loss, *masks]).all(dim=0)

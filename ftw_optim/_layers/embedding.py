@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ftw_optim._factors.factors import Factors, PositionMap
-from ftw_optim._layers.module_parts import PROBE_ERRORS, own_parameters, probed, swapped
+from ftw_optim._layers.module_parts import PROBE_ERRORS, inspected, own_parameters, swapped
 from ftw_optim._layers.registry import LayerRule, recognise, register_layer
 
 
@@ -84,7 +84,7 @@ def scaled_embedding(module: nn.Module) -> LayerRule | None:
     if _refuses(module) is not None or module.max_norm is not None:
         return None
     try:
-        with probed(module):
+        with inspected(module):
             scale = _scale(module)
             ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)[None]
             torch.testing.assert_close(module.forward(ids), module.weight.detach()[ids] * scale)

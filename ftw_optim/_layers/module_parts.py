@@ -55,7 +55,7 @@ PROBE_ERRORS = (TypeError, ValueError, RuntimeError, AssertionError, AttributeEr
 
 
 @contextmanager
-def probed(module: nn.Module) -> Iterator[None]:
+def inspected(module: nn.Module) -> Iterator[None]:
     """A block in which a layer is run to see what it does, without gradients; random generators are restored.
 
     Raises:

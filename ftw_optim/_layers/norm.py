@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ftw_optim._factors.factors import Factors
-from ftw_optim._layers.module_parts import PROBE_ERRORS, own_parameters, probed, swapped
+from ftw_optim._layers.module_parts import PROBE_ERRORS, inspected, own_parameters, swapped
 from ftw_optim._layers.registry import LayerRule, recognise, register_layer
 
 
@@ -103,7 +103,7 @@ def scale_norm(module: nn.Module) -> LayerRule | None:
     generator = torch.Generator().manual_seed(0)
     x, other = (torch.randn(*shape, generator=generator).to(weight) for shape in ((2, 3, *weight.shape), weight.shape))
     try:
-        with probed(module):
+        with inspected(module):
             with swapped(module, {"weight": other}):
                 output = module.forward(x)
             if output.shape != x.shape:

@@ -120,7 +120,7 @@ class ActiveSet:
         """Enter up to ``count`` candidates by elimination alone, while every weight stays positive; returns them."""
         size, system, rows = len(self._active), self._system, self._rows
         slack = system[:, -1] - rows[:size, -1] @ rows[:size, :-1]
-        accepted = self._tolerance.clamp(min=float(self._slack_rounding(torch.zeros(()))))
+        negligible = self._tolerance.clamp(min=float(self._slack_rounding(torch.zeros(()))))
         # A candidate below rounding may be picked here; the check afterwards rejects it. Then no other was left.
         schur = torch.where(self._open & ~self._admitted, self._schur.clamp(min=self._rounding), torch.inf)
         history = torch.empty(count + 1, len(slack), dtype=torch.float64)
@@ -145,7 +145,7 @@ class ActiveSet:
             schur.addcmul_(coordinates, coordinates, value=-1).clamp_(min=self._rounding)
             torch.addcmul(slack, coordinates, row[-1:], value=-1, out=history[number + 1])
             found.append(candidate)
-        length, refit = self._sound(found, history, accepted)
+        length, refit = self._sound(found, history, negligible)
         found = found[:length]
         if not found:
             return []
@@ -162,7 +162,7 @@ class ActiveSet:
             self._refit()
         return found
 
-    def _sound(self, found: list[int], history: Tensor, accepted: Tensor) -> tuple[int, bool]:
+    def _sound(self, found: list[int], history: Tensor, negligible: Tensor) -> tuple[int, bool]:
         """The number of entries to keep from a run, and whether a refit is needed after the last of them.
 
         An entry is kept if all weights stay positive and its gain is above rounding, as is that of all before it. A
@@ -171,7 +171,7 @@ class ActiveSet:
         Args:
             found: the candidates that entered, in order, after the active ones.
             history: slack of all candidates before each entry, and after the last.
-            accepted: slack that counts as zero.
+            negligible: slack that counts as zero.
         """
         if not found:
             return 0, False
@@ -188,12 +188,12 @@ class ActiveSet:
         independent = upper.diagonal()[size:].square() > self._rounding * squared
         before = torch.cat([self._shares.sum()[None], totals[:-1]])
         slack = history[torch.arange(len(found)), new]
-        clear = slack > torch.maximum(accepted[new], self._rounding * (1.0 + before) * squared.sqrt())
+        clear = slack > torch.maximum(negligible[new], self._rounding * (1.0 + before) * squared.sqrt())
         sound = (positive & independent & clear).to(torch.uint8)
         length = len(found) if bool(sound.all()) else int(sound.argmin())
         without = self._admitted.clone()  # those that were admitted and have no weight
         without[self._active] = False
-        wanting = (history[1 : length + 1, without] > accepted[without]).any(1)
+        wanting = (history[1 : length + 1, without] > negligible[without]).any(1)
         if bool(wanting.any()):
             return int(wanting.to(torch.uint8).argmax()) + 1, True
         return length, False
@@ -223,7 +223,7 @@ class ActiveSet:
         slack = self._system[:, -1] - self._system[:, :-1] @ scaled
         violation = slack.index_put((self._active,), slack[self._active].abs())
         coefficients = self._back_substitute(self._rows[: len(self._active), :-1])
-        accepted = torch.maximum(self._tolerance, self._slack_rounding(coefficients.square().sum(0)))
+        negligible = torch.maximum(self._tolerance, self._slack_rounding(coefficients.square().sum(0)))
         # A candidate of no length with a positive product has no best weight.
         bounded = not bool((self._lengths.isinf() & (self._cross_gram > 0)).any())
         weights = scaled * self._unit / self._lengths
@@ -231,13 +231,13 @@ class ActiveSet:
             weights=weights,
             slack=self._cross_gram - self._gram @ weights,
             iterations=self._iterations,
-            converged=bounded and bool((violation <= accepted).all()),
+            converged=bounded and bool((violation <= negligible).all()),
         )
 
     def _measure(self, slack: Tensor) -> None:
-        """Store the ``slack`` outside of the active set, with zero where it is small enough to be accepted."""
-        accepted = self._tolerance.clamp(min=float(self._slack_rounding(torch.zeros(()))))
-        self._slack = torch.where((slack > accepted) & self._open, slack, _ZERO)
+        """Store the ``slack`` outside of the active set, with zero where it is small enough to be negligible."""
+        negligible = self._tolerance.clamp(min=float(self._slack_rounding(torch.zeros(()))))
+        self._slack = torch.where((slack > negligible) & self._open, slack, _ZERO)
 
     def _slack_rounding(self, squared: Tensor) -> Tensor:
         """The rounding error in the slack of a candidate that stems from errors of eps in the entries of ``gram``.

@@ -73,14 +73,14 @@ def second_moment(
         fresh: share of the new square.
     """
     dtype = moment_dtype(param)
-    moment = torch.zeros_like(param, dtype=dtype) if stored is None else plain(stored, dtype) * decay
+    moment = torch.zeros_like(param, dtype=dtype) if stored is None else dequantised(stored, dtype) * decay
     if reference is None:
         return moment
     size = _floored_size(_with_decay(param, group, reference.to(dtype)))
     return moment.addcmul_(size, size, value=fresh)
 
 
-def plain(stored: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantised(stored: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of the optimizer's state as an ordinary tensor: low-bit tensors are dequantised."""
     if type(stored) not in (Tensor, torch.nn.Parameter) and hasattr(stored, "dequantize"):
         stored = stored.dequantize()

@@ -8,11 +8,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from ftw_optim._capture.backward import Graph, finite, gradients_set_aside
+from ftw_optim._capture.backward import Graph, gradients_set_aside
 from ftw_optim._capture.owners import Owner
 from ftw_optim._capture.plan import uncovered
-from ftw_optim._capture.self_check import told, verify_projection
+from ftw_optim._capture.self_check import verify_projection
 from ftw_optim._factors.factors import weighted_sum
+from ftw_optim._factors.finiteness import all_finite, told
 from ftw_optim._matching.selection import Selection
 from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.closures import checked_losses
@@ -95,7 +96,7 @@ def _from_factors(run: Run, selection: Selection, factors: PassFactors, candidat
     }
     # Gradients in the Gram matrix are known to be finite, unless they are too large for the parameter's dtype.
     unseen = [g for name, g in gradients.items() if name not in run.parameters.scored or g.dtype == torch.float16]
-    return gradients, not unseen or all(told([finite(unseen)]))
+    return gradients, not unseen or all(told([all_finite(unseen)]))
 
 
 def _from_graph(run: Run, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass) -> Combined:
@@ -109,7 +110,7 @@ def _from_graph(run: Run, selection: Selection, factors: PassFactors, candidate_
         weights,
         run.generator("projection"),
         factors.candidates.computed_in,
-        more=[finite(gradients.values())],
+        more=[all_finite(gradients.values())],
     )
     return gradients, all(flags)
 
@@ -117,7 +118,7 @@ def _from_graph(run: Run, selection: Selection, factors: PassFactors, candidate_
 def _from_rerun(run: Run, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass) -> Combined:
     """A weighted backward over the kept candidates, run once more."""
     gradients = _ordinary_backward(run, _losses_again(run, selection, candidate_pass))
-    return gradients, all(told([finite(gradients.values())]))
+    return gradients, all(told([all_finite(gradients.values())]))
 
 
 _WAYS: dict[str, Callable[[Run, Selection, PassFactors, CandidatePass], Combined]] = {

@@ -9,7 +9,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ftw_optim._factors.factors import Factors, finite_candidates
+from ftw_optim._factors.factors import Factors
+from ftw_optim._factors.finiteness import finite_candidates
 from ftw_optim._gram.exact import GramSums
 from ftw_optim._gram.inner_products import Products, on_host
 from ftw_optim._gram.metric import Metric
@@ -161,7 +162,7 @@ class StreamedFactors:
     def measured(self) -> Measured:
         """The products of the accepted candidates, which are run again if others were in the pass before."""
         if not bool(self.accepted[self._rows].all()):
-            self._run_again(self.accepted.nonzero()[:, 0])
+            self._pass_again(self.accepted.nonzero()[:, 0])
         stream = self._stream
         with self._run.clock.phase("solve"):
             problem, (values, finite, clean, flags) = on_host(
@@ -187,7 +188,7 @@ class StreamedFactors:
         """Mask of the candidates whose loss and factors are finite, as far as known after the drop: bool (n,)."""
         return measured.clean if self._run.scale > 1.0 else measured.clean & measured.measurable
 
-    def _run_again(self, rows: Tensor) -> None:
+    def _pass_again(self, rows: Tensor) -> None:
         self._rows, self._stream = rows, _Stream(self._run, self._target)
         candidates = self._pass.candidates(rows, self._stream.begin)
         assert isinstance(candidates, Candidates)

@@ -9,7 +9,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from ftw_optim._capture.backward import Graph, finite, parameter_gradients
+from ftw_optim._capture.backward import Graph, parameter_gradients
+from ftw_optim._factors.finiteness import all_finite
 from ftw_optim._layers.randomness import own_randomness
 
 LOOK = "look at the target batch."
@@ -97,7 +98,7 @@ class TargetGradient:
             else torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
             for name, parameter in parameters.items()
         }
-        flags = torch.stack([losses.detach().isfinite().all(), finite(new.values()).to(losses.device)])
+        flags = torch.stack([losses.detach().isfinite().all(), all_finite(new.values()).to(losses.device)])
         if usable and self.decay:
             assert kept is not None
             new = {name: self.decay * kept[name] + (1 - self.decay) * gradient for name, gradient in new.items()}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer, Sketch, TargetGradient
-from ftw_optim._capture.self_check import told
 from ftw_optim._factors.factors import weighted_sum
+from ftw_optim._factors.finiteness import told
 from ftw_optim._gram.inner_products import on_host
 from tests.support.factors import random_factors
 from tests.support.models import Case, cases, in_batches, trained

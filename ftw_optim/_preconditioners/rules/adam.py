@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ftw_optim._preconditioners.look_ahead import expected_gradient, moment_dtype, number, plain, second_moment
+from ftw_optim._preconditioners.look_ahead import dequantised, expected_gradient, moment_dtype, number, second_moment
 from ftw_optim._preconditioners.maps import Diagonal, Scalar
 from ftw_optim._preconditioners.registry import register_preconditioner
 
@@ -38,7 +38,7 @@ def adam(param: Tensor, group: State, state: State, reference: Tensor | None) ->
     step = _coming(state, group)
     moment = _moment(param, group, state, reference)
     if group.get("amsgrad") and "max_exp_avg_sq" in state:
-        moment = torch.maximum(moment, plain(state["max_exp_avg_sq"], moment.dtype))
+        moment = torch.maximum(moment, dequantised(state["max_exp_avg_sq"], moment.dtype))
     share = number(group["lr"]) * (1 - beta1) / (1 - beta1**step)
     root = moment.sqrt_().div_((1 - beta2**step) ** 0.5).add_(group["eps"])  # in place: it is the large layers' time
     return Diagonal(root.reciprocal_().mul_(share))

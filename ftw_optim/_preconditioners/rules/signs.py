@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ftw_optim._preconditioners.look_ahead import (
+    dequantised,
     expected_gradient,
     floored,
     moment_dtype,
     number,
-    plain,
     undecayed_gradient,
 )
 from ftw_optim._preconditioners.maps import Diagonal
@@ -47,7 +47,7 @@ def frozen_sign(param: Tensor, group: State, momentum: Tensor | None, reference:
     """The map of the step ``lr sign(b1 momentum + (1 - b1) gradient)``, with the size under the sign held fixed."""
     beta1 = number(group["betas"][0])
     dtype = moment_dtype(param)
-    mixed = torch.zeros_like(param, dtype=dtype) if momentum is None else plain(momentum, dtype) * beta1
+    mixed = torch.zeros_like(param, dtype=dtype) if momentum is None else dequantised(momentum, dtype) * beta1
     if reference is not None:
         mixed = mixed + (1 - beta1) * expected_gradient(param, group, reference.to(dtype))
     return Diagonal(number(group["lr"]) * (1 - beta1) * _inverse(floored(mixed).abs()))

@@ -1,0 +1,31 @@
+"""Whether losses, factors and gradients are finite, asked with as few looks at a device as can be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ftw_optim._factors.factors import Factors
+
+
+def finite_candidates(found: Mapping[str, Sequence[Factors]], losses: Tensor) -> Tensor:
+    """Mask of the candidates whose loss and factors are all finite: bool ``(n,)``."""
+    loss = losses.detach().isfinite()
+    masks = [use.finite().to(loss.device) for uses in found.values() for use in uses]
+    return torch.stack([loss, *masks]).all(dim=0)
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether every entry of all tensors is finite: a bool scalar on their device, in one kernel for many of them."""
+    return torch.nn.utils.get_total_norm(tensors, norm_type=math.inf).isfinite()
+
+
+def told(flags: Sequence[Tensor]) -> list[bool]:
+    """The values of some flags, each a bool scalar, copied from the device at once."""
+    if not flags:
+        return []
+    answers: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).cpu().tolist()
+    return answers
