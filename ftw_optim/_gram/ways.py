@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ftw_optim._gram.blocks import Block, Buffer, parts
 from ftw_optim._gram.inner_products import Products, inner
-from ftw_optim._gram.metric import Metric
+from ftw_optim._gram.metric import Metric, most_applied
 from ftw_optim._gram.spec import MATERIALISED, TOKENS
 from ftw_optim._preconditioners.maps import Preconditioner
 
@@ -71,7 +71,7 @@ def add_parameter(
         return MATERIALISED
     if target is not None:
         for metric, summed in sums.items():
-            summed.add_energy(*metric.sides(target, preconditioner.apply(target).to(target)))
+            summed.add_energy(*metric.sides(_applied(preconditioner, target, most_applied(sums))))
     if preconditioner.folds and _takes_tokens(block, len(sums), way):
         _add_tokens(sums, block, target, preconditioner)
         return TOKENS
@@ -150,15 +150,18 @@ def _add_pair(
     first: Tensor | None,
 ) -> None:
     """Add the products under a map that is folded into the factors of a second block, a range of rows at a time."""
-    moved = replace(block.folded(preconditioner), buffer=Buffer())
-    moved_target = None if target is None else preconditioner.apply(target)
-    whole = first is not None and block.at_once(copies=2) == block.rows
-    for start, stop in block.ranges(copies=2):
-        rows = (first[: block.count] if whole and first is not None else block.out(start, stop)).flatten(1)
-        part, moved_part = (None if t is None else t[start:stop].flatten() for t in (target, moved_target))
-        moved_rows = moved.out(start, stop).flatten(1)
+    blocks, most = [block], most_applied(sums)
+    for _ in range(most):
+        blocks.append(replace(blocks[-1].folded(preconditioner), buffer=Buffer()))
+    targets = [None] * len(blocks) if target is None else _applied(preconditioner, target, most)
+    whole = first is not None and block.at_once(len(blocks)) == block.rows
+    for start, stop in block.ranges(len(blocks)):
+        parts_of_target = [None if one is None else one[start:stop].flatten() for one in targets]
+        plain = first[: block.count] if whole and first is not None else block.out(start, stop)
+        rows = [plain.flatten(1), *(one.out(start, stop).flatten(1) for one in blocks[1:])]
         for metric, summed in sums.items():
-            (left, left_target), (right, right_target) = metric.sides((rows, part), (moved_rows, moved_part))
+            left, right = metric.sides(rows)
+            left_target, right_target = metric.sides(parts_of_target)
             summed.add(left, right, None)
             summed.add_cross(right, left_target)
             if left_target is not None and right_target is not None:
@@ -169,34 +172,41 @@ def _add_general(
     sums: Mapping[Metric, Products], block: Block, target: Tensor | None, preconditioner: Preconditioner
 ) -> None:
     """Add the products under a map that mixes entries; it is applied to the gradients of some candidates at a time."""
-    n, size = block.count, block.rows * block.columns * block.dtype.itemsize
-    fits = 2 * n * size <= block.limit
-    ranges = [slice(0, n)] if fits else list(parts(n, 4 * size, block.limit))
-    flat_target = None if target is None else target.flatten()
-    moved_target = None if target is None else preconditioner.apply(target).flatten()
+    n, most = block.count, most_applied(sums)
+    size = (most + 1) * block.rows * block.columns * block.dtype.itemsize
+    fits = n * size <= block.limit
+    ranges = [slice(0, n)] if fits else list(parts(n, 2 * size, block.limit))
+    targets = None if target is None else [one.flatten() for one in _applied(preconditioner, target, most)]
 
-    def both(part: slice) -> tuple[Tensor, Tensor]:
-        rows = block.some(part).out(0, block.rows)
-        return rows.flatten(1), preconditioner.apply(rows.view(-1, *block.shape)).flatten(1).to(rows)
+    def rows_of(part: slice) -> list[Tensor]:
+        plain = block.some(part).out(0, block.rows).view(-1, *block.shape)
+        return [one.flatten(1) for one in _applied(preconditioner, plain, most)]
 
     for number, one in enumerate(ranges):
-        rows, moved = both(one)
-        rows = rows if fits else rows.clone()  # out of the buffer
+        rows = rows_of(one)
+        rows = rows if fits else [rows[0].clone(), *rows[1:]]  # out of the buffer
         for metric, summed in sums.items():
-            (left, left_target), (right, right_target) = metric.sides((rows, flat_target), (moved, moved_target))
-            if left_target is not None and right_target is not None:
+            left, right = metric.sides(rows)
+            if targets is not None:
+                left_target, right_target = metric.sides(targets)
                 summed.cross_gram[one] += inner(right, left_target[None])[:, 0].to(summed.cross_gram)
                 if number == 0:
                     summed.add_energy(left_target, right_target)
             summed.gram[one, one] += inner(left, right).to(summed.gram)
         for other in ranges[number + 1 :]:
-            others, others_moved = both(other)
+            others = rows_of(other)
             for metric, summed in sums.items():
-                left, _ = metric.sides(rows, moved)
-                _, right = metric.sides(others, others_moved)
-                corner = inner(left, right).to(summed.gram)
+                corner = inner(metric.sides(rows)[0], metric.sides(others)[1]).to(summed.gram)
                 summed.gram[one, other] += corner
                 summed.gram[other, one] += corner.T
+
+
+def _applied(preconditioner: Preconditioner, gradients: Tensor, times: int) -> list[Tensor]:
+    """``[g, P g, P P g, ...]``, with ``P`` applied up to so many times."""
+    found = [gradients]
+    for _ in range(times):
+        found.append(preconditioner.apply(found[-1]).to(gradients))
+    return found
 
 
 def rotated(target: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch import Tensor
 class Preconditioner(ABC):
     """``P`` in ``update = update_at_zero_gradient - P gradient``, in the unit of the parameter over the gradient.
 
-    A form must define :meth:`apply`; the other methods are optional. With :meth:`root` it can be used in a sketch; with
-    :meth:`fold` or :meth:`basis` it is applied to the factors of a layer, which is faster than to whole gradients.
+    A form must define :meth:`apply`; the other methods are optional. With :meth:`power` it can be used in a sketch;
+    with :meth:`fold` or :meth:`basis` it is applied to the factors of a layer, which is faster than to whole gradients.
     """
 
     @abstractmethod
@@ -27,27 +27,32 @@ class Preconditioner(ABC):
         """The factor of each entry of the gradient: a number or a tensor of its shape; None if ``P`` mixes entries."""
         return None
 
-    def root(self) -> Preconditioner:
-        """The map that, applied twice, is this one.
+    def power(self, exponent: float) -> Preconditioner:
+        """``P`` to a power that is not negative: ``power(0.5)``, applied twice, is ``P``.
 
         Raises:
-            NotImplementedError: the form does not define its root.
+            NotImplementedError: the form defines none but 0 and 1.
         """
+        if exponent == 1.0:
+            return self
+        if exponent == 0.0:
+            return Scalar(1.0)
         raise NotImplementedError(
             f"Expected a preconditioner whose root is known, one of Scalar, Diagonal, RankOne, Kronecker and "
             f"RotatedDiagonal, got {type(self).__name__}: a sketch in the preconditioned metric needs the root. Use "
-            'gram="exact", give the form a method root(), or let the rule return one of these.'
+            'gram="exact", give the form a method power(exponent), or let the rule return one of these.'
         )
 
     @final
-    def power(self, exponent: float) -> Preconditioner:
-        """``P`` to the power ``exponent``, which is 0, 1/2 or 1."""
-        if exponent == 1.0:
-            return self
-        return self.root() if exponent == 0.5 else Scalar(1.0)
+    def root(self) -> Preconditioner:
+        """The map that, applied twice, is this one: ``power(0.5)``."""
+        return self.power(0.5)
 
-    folds: ClassVar[bool] = False
-    """Whether the form defines :meth:`fold`."""
+    @final
+    @property
+    def folds(self) -> bool:
+        """Whether the form defines :meth:`fold`."""
+        return type(self).fold is not Preconditioner.fold
 
     def fold(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """New sides whose outer products are ``P outer(left, right)``.
@@ -82,7 +87,6 @@ class Elementwise(Preconditioner):
 class Scalar(Elementwise):
     """``P = value``, as for SGD."""
 
-    folds: ClassVar[bool] = True
     value: float
 
     @property
@@ -90,9 +94,9 @@ class Scalar(Elementwise):
         """The number itself."""
         return self.value
 
-    def root(self) -> Scalar:
-        """The root of the number."""
-        return Scalar(self.value**0.5)
+    def power(self, exponent: float) -> Scalar:
+        """The number to this power."""
+        return Scalar(self.value**exponent)
 
     def fold(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """The left side times the number."""
@@ -111,9 +115,9 @@ class Diagonal(Elementwise):
         """The diagonal ``values``."""
         return self.values
 
-    def root(self) -> Diagonal:
-        """The root of each entry."""
-        return Diagonal(self.values.sqrt())
+    def power(self, exponent: float) -> Diagonal:
+        """Each entry to this power."""
+        return Diagonal(self.values**exponent)
 
 
 @final
@@ -121,7 +125,6 @@ class Diagonal(Elementwise):
 class RankOne(Elementwise):
     """``P = diag(outer(rows, columns))`` for a matrix, ``rows`` (d_out,) and ``columns`` (d_in,), as for Adafactor."""
 
-    folds: ClassVar[bool] = True
     rows: Tensor
     columns: Tensor
 
@@ -130,9 +133,9 @@ class RankOne(Elementwise):
         """The outer product of ``rows`` and ``columns``."""
         return self.rows[:, None] * self.columns
 
-    def root(self) -> RankOne:
-        """The roots of both sides."""
-        return RankOne(self.rows.sqrt(), self.columns.sqrt())
+    def power(self, exponent: float) -> RankOne:
+        """Both sides to this power."""
+        return RankOne(self.rows**exponent, self.columns**exponent)
 
     def fold(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Each side times its own vector."""
@@ -151,7 +154,6 @@ class Kronecker(Preconditioner):
             the axis before these.
     """
 
-    folds: ClassVar[bool] = True
     left: Tensor | None = None
     right: Tensor | None = None
     between: tuple[Tensor | None, ...] = ()
@@ -160,9 +162,10 @@ class Kronecker(Preconditioner):
         """``left gradient right``."""
         return along_axes(gradient, (self.left, *self.between, self.right))
 
-    def root(self) -> Kronecker:
-        """The symmetric root of each matrix."""
-        return Kronecker(_root(self.left), _root(self.right), tuple(map(_root, self.between)))
+    def power(self, exponent: float) -> Kronecker:
+        """Each matrix to this power."""
+        left, *between, right = (_power(matrix, exponent) for matrix in (self.left, *self.between, self.right))
+        return Kronecker(left, right, tuple(between))
 
     def fold(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Each side times its own matrix."""
@@ -193,9 +196,9 @@ class RotatedDiagonal(Preconditioner):
         rotated = along_axes(gradient, [None if basis is None else basis.T for basis in bases])
         return along_axes(self.values * rotated, bases)
 
-    def root(self) -> RotatedDiagonal:
-        """The root of each value, in the same basis."""
-        return replace(self, values=self.values.sqrt())
+    def power(self, exponent: float) -> RotatedDiagonal:
+        """Each value to this power, in the same basis."""
+        return replace(self, values=self.values**exponent)
 
     def basis(self) -> tuple[Tensor | None, Tensor | None, Diagonal]:
         """The two bases, and the values as a diagonal in them."""
@@ -210,10 +213,10 @@ def along_axes(gradient: Tensor, matrices: Sequence[Tensor | None]) -> Tensor:
     return gradient
 
 
-def _root(matrix: Tensor | None) -> Tensor | None:
-    """The symmetric root of a positive semi-definite matrix."""
-    if matrix is None:
-        return None
+def _power(matrix: Tensor | None, exponent: float) -> Tensor | None:
+    """A symmetric positive semi-definite matrix to a power; None, the identity, stays None."""
+    if matrix is None or exponent == 1.0:
+        return matrix
     values, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.mT
-    return root
+    raised: Tensor = (vectors * values.clamp(min=0.0) ** exponent) @ vectors.mT
+    return raised

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,27 @@ from torch import Tensor
 from ftw_optim import Factors, Preconditioner, RankOne, Scalar
 from ftw_optim._gram.exact import GramSums
 from ftw_optim._gram.inner_products import inner, on_host
-from ftw_optim._gram.metric import Metric
+from ftw_optim._gram.metric import Metric, PowerMetric
 from ftw_optim._gram.spec import GramSpec
 from tests.support.factors import COLUMNS, MAPS, ROWS, USES, N, uniform
 from tests.support.oracles import gradients
+
+
+class Further(PowerMetric):
+    """Metrics that users cannot ask for, yet: to add one is a line of its name and power."""
+
+    STEEP = "steep", 1.5
+    STEEPER = "steeper", 2.0
+
+
+METRICS: list[Any] = [*Metric, *Further]
+
+
+def test_a_power_that_applies_no_whole_number_of_maps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"The power of 'odd' must be a multiple of 1/2 and not negative, got 0\.3"):
+
+        class Odd(PowerMetric):
+            ODD = "odd", 0.3
 
 
 @pytest.mark.parametrize("way", [None, "tokens", "materialised"])
@@ -45,7 +63,7 @@ def test_products_are_those_of_whole_gradients(
         shapes={"weight": torch.Size((ROWS, COLUMNS))},
         target={"weight": target},
         precondition=precondition,
-        metrics=list(Metric),
+        metrics=METRICS,
         dtype=torch.float64,
         device=torch.device("cpu"),
         scale=scale,
@@ -59,16 +77,12 @@ def test_products_are_those_of_whole_gradients(
         assert taken == (way if folds else "materialised")
     result = on_host(sums.products())[0]
     torch.testing.assert_close(seen, [whole[accepted].mean(0)])
-    moved, moved_target = preconditioner.apply(whole), preconditioner.apply(target)
-    for metric, left, left_target, right, right_target in (
-        (Metric.EUCLIDEAN, whole, target, whole, target),
-        (Metric.PRECONDITIONED, whole, target, moved, moved_target),
-        (Metric.UPDATE, moved, moved_target, moved, moved_target),
-    ):
-        expected = torch.einsum("irc,jrc->ij", left, right)
-        torch.testing.assert_close(result[metric].gram, expected)
-        torch.testing.assert_close(result[metric].cross_gram, torch.einsum("irc,rc->i", right, left_target))
-        torch.testing.assert_close(result[metric].target_energy, (left_target * right_target).sum())
+    moved, moved_target = whole, target
+    for metric in sorted(METRICS, key=lambda metric: metric.power):  # each applies P once more than the one before
+        torch.testing.assert_close(result[metric].gram, torch.einsum("irc,jrc->ij", whole, moved))
+        torch.testing.assert_close(result[metric].cross_gram, torch.einsum("irc,rc->i", whole, moved_target))
+        torch.testing.assert_close(result[metric].target_energy, (target * moved_target).sum())
+        moved, moved_target = preconditioner.apply(moved), preconditioner.apply(moved_target)
 
 
 def test_parameters_add_up_and_one_without_a_target_gradient_counts_in_the_gram_alone() -> None:

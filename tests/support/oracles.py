@@ -41,16 +41,20 @@ def explicit_matching(
     metric: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gram matrix, cross-Gram and target energy from whole gradients, over the parameters that ``maps`` names."""
-    left = {"preconditioned": 0, "update": 1, "euclidean": 0}[metric]
-    right = {"preconditioned": 1, "update": 1, "euclidean": 0}[metric]
+    times = {"preconditioned": 1, "update": 2, "euclidean": 0}[metric]  # that P is applied, all on the right
 
-    def moved(gradient: dict[str, Tensor], times: int) -> Tensor:
-        parts = [(maps[name].apply(gradient[name]) if times else gradient[name]).flatten() for name in maps]
+    def flat(gradient: dict[str, Tensor], times: int) -> Tensor:
+        parts = []
+        for name in maps:
+            part = gradient[name]
+            for _ in range(times):
+                part = maps[name].apply(part)
+            parts.append(part.flatten())
         return torch.cat(parts).double()
 
-    lefts, rights = (torch.stack([moved(g, times) for g in gradients]) for times in (left, right))
-    goal = moved(target, right)
-    return lefts @ rights.T, lefts @ goal, moved(target, left) @ goal
+    lefts, rights = (torch.stack([flat(g, applied) for g in gradients]) for applied in (0, times))
+    goal = flat(target, times)
+    return lefts @ rights.T, lefts @ goal, flat(target, 0) @ goal
 
 
 def objective(gram: Tensor, cross_gram: Tensor, weights: Tensor) -> float:
