@@ -16,7 +16,7 @@ from ftw_optim._factors.factors import Factors
 from ftw_optim._factors.micro_batches import Footprint, joined, largest
 from ftw_optim._gram.profiling import profiled
 from ftw_optim._step.closures import CandidateClosure, Plain, checked_losses
-from ftw_optim._step.run import Run, full_precision
+from ftw_optim._step.setup import StepSetup, full_precision
 
 Taker = Callable[[Tensor], Callable[[str, list[Factors]], None]]
 """A function ``losses -> take``; ``take(name, factors)`` is then called for each captured parameter."""
@@ -28,7 +28,7 @@ class Candidates:
     """The results of the pass over the candidates.
 
     Attributes:
-        losses: shape ``(n,)``, with their graph where it was kept.
+        losses: shape ``(n,)``, detached.
         found: factors of each captured parameter that was reached, multiplied by the scale; empty if they were handed
             over layer by layer.
         footprints: number of uses, multiplications and bytes of the factors of each parameter.
@@ -45,14 +45,14 @@ class Candidates:
 class CandidatePass:
     """The context in which the closure runs and its layers are captured; leaving it ends every capture.
 
-    Where the graph is kept for a second backward, its captures last as long: checkpointed layers may run again.
+    Where graphs are kept for a second backward, their captures last as long: checkpointed layers may run again.
     """
 
-    def __init__(self, run: Run, closure: CandidateClosure) -> None:
-        self._run, self.closure = run, closure
-        self._keeps_graph = run.combine == "graph"
-        self._generator = run.generator("check")
+    def __init__(self, setup: StepSetup, closure: CandidateClosure) -> None:
+        self._setup, self.closure = setup, closure
+        self._generator = setup.generator("check")
         self._captures = ExitStack()
+        self._graphs: list[tuple[Capture, Tensor]] = []  # the capture and the losses of each batch, if they are kept
 
     def __enter__(self) -> CandidatePass:
         return self
@@ -60,12 +60,30 @@ class CandidatePass:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._graphs.clear()
         self._captures.__exit__(kind, error, trace)
 
     def again(self, rows: Tensor) -> Any:
         """Run the closure on some ``rows`` after all captures have ended; returns what it returns."""
+        self._graphs.clear()
         self._captures.close()
         return self.closure(rows)
+
+    def weighted_losses(self, weights: Tensor) -> Iterator[Tensor]:
+        """The weighted sum of the losses, a batch at a time, on the graph that was kept.
+
+        Between one and the next a backward pass may run checkpointed layers of that batch again.
+
+        Args:
+            weights: shape ``(n,)``, of all candidates.
+        """
+        done = 0
+        for capture, losses in self._graphs:
+            share = weights[done : done + len(losses)].to(losses)
+            done += len(losses)
+            capture.resume()
+            yield (share * losses).sum()
+            capture.pause()
 
     def candidates(self, rows: Tensor | None = None, taker: Taker | None = None) -> Candidates | Plain:
         """The losses and factors of the candidates, from one call of the closure.
@@ -78,7 +96,7 @@ class CandidatePass:
             ValueError: the closure returned an iterator that yields nothing, or one where ``combine="rerun"`` needs a
                 single batch; or ``sample_ids`` is not one tensor for each micro-batch.
         """
-        with self._run.clock.phase("candidates"):
+        with self._setup.clock.phase("candidates"):
             capture = self._begun(0)
             with torch.enable_grad():
                 value = self.closure(rows)
@@ -89,9 +107,7 @@ class CandidatePass:
                 return self._in_turn(value, capture, taker)
             if self._several_ids:
                 raise ValueError("Expected one tensor of sample_ids for one batch of candidates, got a list.")
-            found = self._differentiated(capture, value, taker)
-            capture.resume()
-            return found
+            return self._differentiated(capture, value, taker)
 
     def _in_turn(self, iterator: Iterator[Any], capture: Capture, taker: Taker | None) -> Candidates:
         """The losses and factors of all micro-batches, joined to those of one batch."""
@@ -112,18 +128,19 @@ class CandidatePass:
         return _together(batches)
 
     def _begun(self, batch: int) -> Capture:
-        capture = Capture(self._run.model, self._run.plan, sample_ids=self._ids(batch))
+        capture = Capture(self._setup.model, self._setup.plan, sample_ids=self._ids(batch))
         return self._captures.enter_context(capture)
 
     def _differentiated(self, capture: Capture, value: Any, taker: Taker | None) -> Candidates:
         """Run the backward pass of one batch; its capture ends here unless its graph is kept."""
-        losses, run = checked_losses(value, capture.count), self._run
+        losses, setup = checked_losses(value, capture.count), self._setup
+        keep_graph = setup.way.keeps_graph
         footprints: dict[str, Footprint] = {}
         found: dict[str, list[Factors]] = {}
         with torch.enable_grad(), full_precision(losses), profiled("backward"):
             if taker is None:
                 found = capture.differentiate(
-                    losses, scale=run.scale, keep_graph=self._keeps_graph, checks=run.checks, generator=self._generator
+                    losses, scale=setup.scale, keep_graph=keep_graph, checks=setup.checks, generator=self._generator
                 )
                 footprints = {name: Footprint.of(uses) for name, uses in found.items()}
             else:
@@ -133,37 +150,39 @@ class CandidatePass:
                     footprints[name] = Footprint.of(uses)
                     take(name, uses)
 
-                capture.stream(losses, note, scale=run.scale, checks=run.checks, generator=self._generator)
+                capture.stream(losses, note, scale=setup.scale, checks=setup.checks, generator=self._generator)
         capture.pause()
-        if not self._keeps_graph:
-            losses = losses.detach()
+        if keep_graph:
+            self._graphs.append((capture, losses))
+        else:
             self._captures.close()
-        return Candidates(losses=losses, found=found, footprints=footprints, computed_in=capture.computed_in)
+        return Candidates(losses=losses.detach(), found=found, footprints=footprints, computed_in=capture.computed_in)
 
     @property
     def _several_ids(self) -> bool:
-        return self._run.sample_ids is not None and not isinstance(self._run.sample_ids, Tensor)
+        return self._setup.sample_ids is not None and not isinstance(self._setup.sample_ids, Tensor)
 
     def _ids(self, batch: int) -> Tensor | None:
         """The ``sample_ids`` of a micro-batch; None where there are none, or none are left."""
-        ids = self._run.sample_ids
+        ids = self._setup.sample_ids
         if ids is None or isinstance(ids, Tensor):
             return ids
         return ids[batch] if batch < len(ids) else None
 
     def _other_ids(self, batches: str) -> ValueError:
-        assert self._run.sample_ids is not None
+        assert self._setup.sample_ids is not None
         return ValueError(
-            f"Expected a list of sample_ids, one for each micro-batch, got {len(self._run.sample_ids)} for {batches}."
+            f"Expected a list of sample_ids, one for each micro-batch, got {len(self._setup.sample_ids)} for {batches}."
         )
 
     def _check_micro_batches(self) -> None:
-        if self._run.combine == "rerun" and self._run.sketch is None:
+        if self._setup.way.drops_factors and self._setup.sketch is None:
             raise ValueError(
-                'combine="rerun" takes the losses of one batch: several micro-batches need their factors or graphs '
-                'alive together, or gram=Sketch(). Use these, combine="factors" or "graph", or return one tensor.'
+                f'combine="{self._setup.way.name}" takes the losses of one batch: several micro-batches need their '
+                'factors or graphs alive together, or gram=Sketch(). Use these, combine="factors" or "graph", or '
+                "return one tensor."
             )
-        if isinstance(self._run.sample_ids, Tensor):
+        if isinstance(self._setup.sample_ids, Tensor):
             raise ValueError(
                 "sample_ids tells the candidates of one batch apart; with an iterator of micro-batches give a list of "
                 "one tensor for each, in which the numbers start at 0 anew."

@@ -16,7 +16,7 @@ from ftw_optim._matching.selection import Selection, SketchReport
 from ftw_optim._matching.solution import WeightSolution
 from ftw_optim._preconditioners.lookup import learning_rate_is_zero
 from ftw_optim._step.comparison import Comparison
-from ftw_optim._step.run import Run, metrics_of
+from ftw_optim._step.setup import StepSetup, metrics_of
 
 Filter = Callable[..., Tensor]
 Weight = Callable[..., WeightSolution]
@@ -24,25 +24,25 @@ Weight = Callable[..., WeightSolution]
 NORMALIZATIONS = ("sum", "norm", None)
 
 
-def choose(run: Run, comparison: Comparison) -> Selection:
+def choose(setup: StepSetup, comparison: Comparison) -> Selection:
     """Run the filter and weight stages of this step: its selection, which is not applied yet."""
     if not comparison.problem:
         return Selection.nothing(comparison.losses, comparison.accepted)
-    with run.clock.phase("solve"):
+    with setup.clock.phase("solve"):
         selection = select(
             comparison.problem,
             comparison.losses,
             comparison.accepted,
-            metric=run.metric,
-            filter_stage=run.filter,
-            weight_stage=run.weight,
-            generator=run.generator("stages"),
-            learning_rate_is_zero=learning_rate_is_zero(run.inner),
+            metric=setup.metric,
+            filter_stage=setup.filter,
+            weight_stage=setup.weight,
+            generator=setup.generator("stages"),
+            learning_rate_is_zero=learning_rate_is_zero(setup.inner),
         )
-    if run.sketch is None:
+    if setup.sketch is None:
         return selection
-    error = float(comparison.problem[run.metric].error)
-    return replace(selection, sketch=SketchReport(dim=run.sketch.dim, error=error))
+    error = float(comparison.problem[setup.metric].error)
+    return replace(selection, sketch=SketchReport(dim=setup.sketch.dim, error=error))
 
 
 def select(
@@ -75,15 +75,15 @@ def select(
         TypeError: the filter stage did not return int64 indices of shape (k,).
         ValueError: the indices are not distinct or out of range, or the weights are not ``k`` finite numbers >= 0.
     """
-    names = accepted.nonzero()[:, 0]
+    rows = accepted.nonzero()[:, 0]
 
     def matching(metric: Metric) -> Matching:
         one = products[metric]
         return Matching(
-            gram=one.gram[names][:, names],
-            cross_gram=one.cross_gram[names],
+            gram=one.gram[rows][:, rows],
+            cross_gram=one.cross_gram[rows],
             target_energy=float(one.target_energy),
-            losses=losses[names],
+            losses=losses[rows],
             generator=generator,
             offered=len(losses),
         )
@@ -91,16 +91,16 @@ def select(
     kept = torch.empty(0, dtype=torch.int64)
     fitted = torch.empty(0, dtype=torch.float64)
     converged = True
-    if len(names):
-        kept = _checked_kept(filter_stage(matching(metric), *map(matching, metrics_of(filter_stage))), len(names))
+    if len(rows):
+        kept = _checked_kept(filter_stage(matching(metric), *map(matching, metrics_of(filter_stage))), len(rows))
     if len(kept):
         solution = weight_stage(
             matching(metric).restrict(kept),
-            *(matching(name).restrict(kept) for name in metrics_of(weight_stage)),
+            *(matching(further).restrict(kept) for further in metrics_of(weight_stage)),
         )
         fitted = _checked_weights(solution.weights, len(kept))
         converged = solution.converged
-    kept = names[kept]
+    kept = rows[kept]
     total = float(fitted.sum())
     skipped = total <= 0.0
     weights = torch.zeros_like(fitted)
@@ -110,14 +110,14 @@ def select(
             total,
             products[Metric.PRECONDITIONED],
             kept,
-            names,
+            rows,
             getattr(weight_stage, "normalize", "sum"),
         )
     share = weights / weights.sum() if not skipped else weights
-    energy, length, inner = _energies(products[metric], kept, weights)
-    size = (length * energy) ** 0.5
-    cosine = max(-1.0, min(1.0, inner / size)) if size > 0.0 else 0.0
-    _, curvature, slope = _energies(products[Metric.PRECONDITIONED], kept, weights)
+    energy, square, inner = _squares(products[metric], kept, weights)
+    lengths = (square * energy) ** 0.5
+    cosine = max(-1.0, min(1.0, inner / lengths)) if lengths > 0.0 else 0.0
+    _, curvature, slope = _squares(products[Metric.PRECONDITIONED], kept, weights)
     return Selection(
         losses=losses,
         kept=kept,
@@ -137,7 +137,7 @@ def select(
     )
 
 
-def _energies(products: Products, kept: Tensor, weights: Tensor) -> tuple[float, float, float]:
+def _squares(products: Products, kept: Tensor, weights: Tensor) -> tuple[float, float, float]:
     """The squared norms of the target and of the combined gradient, and their inner product."""
     gram = products.gram.double()[kept][:, kept]
     inner = products.cross_gram.double()[kept] @ weights
@@ -146,17 +146,17 @@ def _energies(products: Products, kept: Tensor, weights: Tensor) -> tuple[float,
 
 
 def _normalised(
-    weights: Tensor, total: float, products: Products, kept: Tensor, names: Tensor, normalize: str | None
+    weights: Tensor, total: float, products: Products, kept: Tensor, rows: Tensor, normalize: str | None
 ) -> Tensor:
     """The ``weights`` (k,), which sum to one, scaled as ``normalize`` asks."""
     if normalize is None:
         return weights * total
     if normalize == "norm":
-        uniform = torch.full((len(names),), 1.0 / len(names), dtype=torch.float64)
-        _, reference, _ = _energies(products, names, uniform)
-        _, length, _ = _energies(products, kept, weights)
-        if length > 0.0:
-            return weights * math.sqrt(reference / length)
+        uniform = torch.full((len(rows),), 1.0 / len(rows), dtype=torch.float64)
+        _, reference, _ = _squares(products, rows, uniform)
+        _, square, _ = _squares(products, kept, weights)
+        if square > 0.0:
+            return weights * math.sqrt(reference / square)
     return weights
 
 

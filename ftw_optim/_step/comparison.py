@@ -17,7 +17,7 @@ from torch import Tensor
 from ftw_optim._gram.inner_products import Products
 from ftw_optim._gram.metric import Metric
 from ftw_optim._step.gathering import PassFactors
-from ftw_optim._step.run import Run
+from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.target import TargetNow
 
 
@@ -41,7 +41,7 @@ class Comparison:
     target_overflowed: bool = False
 
 
-def compare(run: Run, factors: PassFactors, target: TargetNow) -> Comparison:
+def compare(setup: StepSetup, factors: PassFactors, target: TargetNow) -> Comparison:
     """The products of all finite candidates with each other and with the target.
 
     Raises:
@@ -49,12 +49,12 @@ def compare(run: Run, factors: PassFactors, target: TargetNow) -> Comparison:
     """
     while True:
         seen, before = factors.measured(), factors.accepted
-        target_overflowed = target.overflowed(seen.target, run.scale)
+        target_overflowed = target.overflowed(seen.target, setup.scale)
         left = before & seen.clean & seen.measurable
         if target_overflowed or not torch.equal(left, before):
             clean = before & factors.clean(seen)
             # Without selection, an infinite gradient would make a GradScaler lower its scale: so it must here.
-            overflowed = run.scale > 1.0 and bool((before & seen.finite & ~clean).any())
+            overflowed = setup.scale > 1.0 and bool((before & seen.finite & ~clean).any())
             if target_overflowed or overflowed:
                 return Comparison(
                     problem={},
@@ -63,10 +63,11 @@ def compare(run: Run, factors: PassFactors, target: TargetNow) -> Comparison:
                     overflowed=True,
                     target_overflowed=target_overflowed,
                 )
-            left = left if torch.equal(clean, before) else clean  # beside one that is not, no product is usable
+            # Beside a candidate that is not clean nothing is measured rightly: the clean ones get another look.
+            left = left if torch.equal(clean, before) else clean
             factors.keep_only(left)
         if not seen.problem or not bool(left.any()):
             return Comparison(problem={}, losses=seen.losses, accepted=left)
-        if run.sketch is not None or torch.equal(left, before):  # in a sketch each is alone
+        if setup.sketch is not None or torch.equal(left, before):  # in a sketch each is alone
             problem = {metric: one.of(left) for metric, one in seen.problem.items()}
             return Comparison(problem=problem, losses=seen.losses, accepted=left)

@@ -19,7 +19,7 @@ from ftw_optim._gram.spec import DEFAULT_MEMORY_LIMIT, GramSpec
 from ftw_optim._preconditioners.lookup import Preconditioners
 from ftw_optim._step.candidates import CandidatePass, Candidates
 from ftw_optim._step.closures import Plain
-from ftw_optim._step.run import Run, full_precision
+from ftw_optim._step.setup import StepSetup, full_precision
 from ftw_optim._step.target import TargetNow
 
 MatchingSums = GramSums | SketchSums
@@ -55,8 +55,8 @@ class Measured:
 class KeptFactors:
     """Factors of all candidates, kept until the combined gradient is formed."""
 
-    def __init__(self, run: Run, candidates: Candidates, target: TargetNow) -> None:
-        self._run, self._target = run, target
+    def __init__(self, setup: StepSetup, candidates: Candidates, target: TargetNow) -> None:
+        self._setup, self._target = setup, target
         self.candidates = candidates
         self.found = candidates.found
         """Factors by parameter; zero for rejected candidates."""
@@ -69,15 +69,15 @@ class KeptFactors:
 
     def measured(self) -> Measured:
         """The products of the accepted candidates, which may turn out not to be finite."""
-        run, losses = self._run, self.candidates.losses
-        scored = {name: uses for name, uses in self.found.items() if name in run.parameters.scored}
+        setup, losses = self._setup, self.candidates.losses
+        scored = {name: uses for name, uses in self.found.items() if name in setup.parameters.scored}
         unseen = {name: uses for name, uses in self.found.items() if name not in scored}
-        with full_precision(losses), run.clock.phase("gram"):
-            sums = sums_of(run, self.accepted, self._target, losses.device)
+        with full_precision(losses), setup.clock.phase("gram"):
+            sums = sums_of(setup, self.accepted, self._target, losses.device)
             for name, uses in scored.items():
                 sums.add(name, uses)
         detached = losses.detach()
-        with run.clock.phase("solve"):
+        with setup.clock.phase("solve"):
             problem, (values, finite, clean, flags) = on_host(
                 sums.products() if scored else {},
                 detached,
@@ -96,8 +96,8 @@ class KeptFactors:
 class _Stream:
     """Everything that one pass has handed over so far, of which only the sums are kept."""
 
-    def __init__(self, run: Run, target: TargetNow) -> None:
-        self._run, self._target = run, target
+    def __init__(self, setup: StepSetup, target: TargetNow) -> None:
+        self._setup, self._target = setup, target
         self._sums: MatchingSums | None = None
         self._added = False
         self.finite: list[Tensor] = []
@@ -114,16 +114,16 @@ class _Stream:
             self._sums.more(len(losses))
         else:
             everyone = torch.ones(len(losses), dtype=torch.bool)
-            self._sums = sums_of(self._run, everyone, self._target, losses.device)
+            self._sums = sums_of(self._setup, everyone, self._target, losses.device)
         return self._take
 
     def _take(self, name: str, uses: list[Factors]) -> None:
-        if self._run.scale > 1.0:
+        if self._setup.scale > 1.0:
             for use in uses:
                 self.clean[-1] = self.clean[-1] & use.finite().to(self.clean[-1].device)
-        if name in self._run.parameters.scored:
+        if name in self._setup.parameters.scored:
             assert self._sums is not None
-            with self._run.clock.phase("gram"):
+            with self._setup.clock.phase("gram"):
                 self._sums.add(name, uses)
             self._added = True
 
@@ -138,7 +138,7 @@ class StreamedFactors:
     """Candidates whose factors are dropped layer by layer, as soon as the Gram matrix has them.
 
     Args:
-        run: the step.
+        setup: the inputs and options of the step.
         candidate_pass: runs the candidates, and runs those that are left once more if it has to.
         target: the target gradient.
         candidates: losses of all, from the first pass.
@@ -146,9 +146,14 @@ class StreamedFactors:
     """
 
     def __init__(
-        self, run: Run, candidate_pass: CandidatePass, target: TargetNow, candidates: Candidates, stream: _Stream
+        self,
+        setup: StepSetup,
+        candidate_pass: CandidatePass,
+        target: TargetNow,
+        candidates: Candidates,
+        stream: _Stream,
     ) -> None:
-        self._run, self._pass, self._target, self._stream = run, candidate_pass, target, stream
+        self._setup, self._pass, self._target, self._stream = setup, candidate_pass, target, stream
         self.candidates = candidates
         self.found: Mapping[str, list[Factors]] = {}
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
@@ -164,7 +169,7 @@ class StreamedFactors:
         if not bool(self.accepted[self._rows].all()):
             self._pass_again(self.accepted.nonzero()[:, 0])
         stream = self._stream
-        with self._run.clock.phase("solve"):
+        with self._setup.clock.phase("solve"):
             problem, (values, finite, clean, flags) = on_host(
                 stream.products(),
                 self.candidates.losses.detach(),
@@ -186,10 +191,10 @@ class StreamedFactors:
 
     def clean(self, measured: Measured) -> Tensor:
         """Mask of the candidates whose loss and factors are finite, as far as known after the drop: bool (n,)."""
-        return measured.clean if self._run.scale > 1.0 else measured.clean & measured.measurable
+        return measured.clean if self._setup.scale > 1.0 else measured.clean & measured.measurable
 
     def _pass_again(self, rows: Tensor) -> None:
-        self._rows, self._stream = rows, _Stream(self._run, self._target)
+        self._rows, self._stream = rows, _Stream(self._setup, self._target)
         candidates = self._pass.candidates(rows, self._stream.begin)
         assert isinstance(candidates, Candidates)
         self.candidates = candidates
@@ -198,21 +203,21 @@ class StreamedFactors:
 PassFactors = KeptFactors | StreamedFactors
 
 
-def gather(run: Run, candidate_pass: CandidatePass, target: TargetNow) -> PassFactors | Plain:
+def gather(setup: StepSetup, candidate_pass: CandidatePass, target: TargetNow) -> PassFactors | Plain:
     """The candidates' factors, kept or dropped layer by layer; or the request of a closure without candidates."""
-    stream = _Stream(run, target) if run.drops_factors else None
+    stream = _Stream(setup, target) if setup.drops_factors else None
     candidates = candidate_pass.candidates(taker=None if stream is None else stream.begin)
     if isinstance(candidates, Plain):
         return candidates
     if stream is None:
-        return KeptFactors(run, candidates, target)
-    return StreamedFactors(run, candidate_pass, target, candidates, stream)
+        return KeptFactors(setup, candidates, target)
+    return StreamedFactors(setup, candidate_pass, target, candidates, stream)
 
 
-def sums_of(run: Run, accepted: Tensor, target: TargetNow, device: torch.device) -> MatchingSums:
+def sums_of(setup: StepSetup, accepted: Tensor, target: TargetNow, device: torch.device) -> MatchingSums:
     """The sums of this step's Gram matrix, before anything is added."""
-    preconditioners = Preconditioners(run.inner, unknown_as_identity=run.metric is Metric.EUCLIDEAN)
-    parameters, groups = run.parameters.scored, run.parameters.groups
+    preconditioners = Preconditioners(setup.inner, unknown_as_identity=setup.metric is Metric.EUCLIDEAN)
+    parameters, groups = setup.parameters.scored, setup.parameters.groups
     dtype = torch.float32
     for parameter in parameters.values():
         dtype = torch.promote_types(dtype, parameter.dtype)
@@ -220,14 +225,14 @@ def sums_of(run: Run, accepted: Tensor, target: TargetNow, device: torch.device)
         shapes={name: parameter.shape for name, parameter in parameters.items()},
         target=target.gradients,
         precondition=lambda name, reference: preconditioners(parameters[name], groups[name], reference),
-        metrics=run.metrics,
+        metrics=setup.metrics,
         dtype=dtype,
         device=device,
-        scale=run.scale,
-        memory_limit=DEFAULT_MEMORY_LIMIT if run.memory_limit is None else run.memory_limit,
-        buffer=run.buffer,
-        observe=run.observe,
+        scale=setup.scale,
+        memory_limit=DEFAULT_MEMORY_LIMIT if setup.memory_limit is None else setup.memory_limit,
+        buffer=setup.buffer,
+        observe=setup.observe,
     )
-    if run.sketch is None:
+    if setup.sketch is None:
         return GramSums(spec, accepted)
-    return SketchSums(spec, accepted, sketch=run.sketch, seed=run.generator("sketch").initial_seed())
+    return SketchSums(spec, accepted, sketch=setup.sketch, seed=setup.generator("sketch").initial_seed())

@@ -28,12 +28,12 @@ from ftw_optim._preconditioners.registry import registered_rule
 from ftw_optim._step.checkpoint import read_state, written_state
 from ftw_optim._step.clock import Clock
 from ftw_optim._step.closures import CandidateClosure
-from ftw_optim._step.combine import cheapest_way
 from ftw_optim._step.options import check_options, refuse_more_than_one_process
 from ftw_optim._step.parameters import Scored, parameters_of
-from ftw_optim._step.run import Run
+from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.step import StepResult, selective_step
 from ftw_optim._step.target import TargetGradient
+from ftw_optim._step.way import way_of
 from ftw_optim._step.wrapper import OptimizerWrapper
 
 
@@ -185,8 +185,8 @@ class SelectiveOptimizer(OptimizerWrapper):
             self.optimizer.step()
 
     def _selective_step(self, function: Callable[..., Any]) -> Any:
-        run, closure = self._run(function, scale=1.0, may_be_plain=True)
-        result = selective_step(run, closure, self._replace_gradients_and_step)
+        setup, closure = self._setup(function, scale=1.0, may_be_plain=True)
+        result = selective_step(setup, closure, self._replace_gradients_and_step)
         if isinstance(result, StepResult):
             return result.loss
         if result.value is not None:
@@ -229,8 +229,8 @@ class SelectiveOptimizer(OptimizerWrapper):
         Args:
             closure: returns the candidates' own losses, shape ``(n,)``, or an iterator of such tensors; run once, with
                 gradients enabled.
-            grad_scale: multiplies the losses for the pass, and so ``.grad``: ``scaler.get_scale()``, divided by the
-                number of accumulated calls.
+            grad_scale: multiplies the losses for the pass, and so ``.grad``: with a GradScaler
+                ``scaler.scale(torch.ones(()))``, divided by the number of accumulated calls.
             sample_ids: where rows are packed from several candidates: the candidate of each position, -1 for none,
                 int64 in the shape of the token grid. Where the closure yields micro-batches: a list with one such
                 tensor for each, with numbers that start at 0 in each.
@@ -248,8 +248,8 @@ class SelectiveOptimizer(OptimizerWrapper):
             )
         if not grad_scale > 0.0:
             raise ValueError(f"grad_scale must be positive, got {grad_scale!r}.")
-        run, checked = self._run(closure, scale=float(grad_scale), sample_ids=sample_ids, may_be_plain=False)
-        result = selective_step(run, checked, partial(self._add_gradients, scaled=run.scale != 1.0))
+        setup, candidates = self._setup(closure, scale=float(grad_scale), sample_ids=sample_ids, may_be_plain=False)
+        result = selective_step(setup, candidates, partial(self._add_gradients, scaled=setup.scale != 1.0))
         assert isinstance(result, StepResult)
         return result.loss
 
@@ -270,28 +270,30 @@ class SelectiveOptimizer(OptimizerWrapper):
         super().zero_grad(set_to_none)
         self._pending = None
 
-    def _run(
+    def _setup(
         self,
         function: Callable[..., Any],
         *,
         scale: float,
         may_be_plain: bool,
         sample_ids: Tensor | Sequence[Tensor] | None = None,
-    ) -> tuple[Run, CandidateClosure]:
+    ) -> tuple[StepSetup, CandidateClosure]:
         """The inputs and options of one step, and its closure; a step that cannot be made is refused here."""
         refuse_more_than_one_process()
         parameters = parameters_of(self.model, self.param_groups, self.scored)
         closure = CandidateClosure(function, parameters.updated, may_be_plain=may_be_plain)
         layers = owners(self.model)
-        way = self.combine if self.combine != "auto" else cheapest_way(self.model, parameters, layers)
-        if way == "rerun" and not closure.takes_rows:
-            raise TypeError('combine="rerun" needs a closure that accepts rows: closure(rows=kept) -> losses (k,).')
-        run = Run(
+        way = way_of(self.combine, self.model, parameters, layers)
+        if way.needs_rows and not closure.takes_rows:
+            raise TypeError(
+                f'combine="{way.name}" needs a closure that accepts rows: closure(rows=kept) -> losses (k,).'
+            )
+        setup = StepSetup(
             inner=self.optimizer,
             model=self.model,
             parameters=parameters,
-            plan=plan(self.model, parameters.updated if way == "factors" else parameters.scored, layers),
-            combine=way,
+            plan=plan(self.model, parameters.updated if way.captures_all else parameters.scored, layers),
+            way=way,
             target=self.target,
             kept_target=self._kept_target,
             filter=self.filter,
@@ -309,7 +311,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             clock=Clock(),
             observe=self._observe,
         )
-        return run, closure
+        return setup, closure
 
     def _warn_of_own_backward(self) -> None:
         if not self._warned_own_backward:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import Sketch
 from ftw_optim._step.choice import NORMALIZATIONS
-from ftw_optim._step.combine import COMBINES
+from ftw_optim._step.way import COMBINES
 
 METRICS = tuple(metric.value for metric in Metric)
 

@@ -17,7 +17,7 @@ from ftw_optim._step.combine import combine
 from ftw_optim._step.comparison import compare
 from ftw_optim._step.gathering import gather
 from ftw_optim._step.parameters import StepParameters
-from ftw_optim._step.run import Run
+from ftw_optim._step.setup import StepSetup
 
 
 @final
@@ -42,30 +42,32 @@ class StepResult:
     footprints: Mapping[str, Footprint]
 
 
-def selective_step(run: Run, closure: CandidateClosure, apply: Callable[[StepResult], None]) -> StepResult | Plain:
+def selective_step(
+    setup: StepSetup, closure: CandidateClosure, apply: Callable[[StepResult], None]
+) -> StepResult | Plain:
     """Make one step: apply the weighted sum of candidates' gradients that comes closest to the target gradient.
 
     Args:
-        run: the inputs and options of the step.
+        setup: the inputs and options of the step.
         closure: gives the candidates' losses.
         apply: puts the combined gradient into ``.grad``, and may make the inner optimizer's step.
 
     Returns:
         The applied result; or the request of a closure that has no candidates, for which nothing was done.
     """
-    target = run.target_gradient()
-    with CandidatePass(run, closure) as candidate_pass:
-        factors = gather(run, candidate_pass, target)
+    target = setup.target_gradient()
+    with CandidatePass(setup, closure) as candidate_pass:
+        factors = gather(setup, candidate_pass, target)
         if isinstance(factors, Plain):
             return factors
-        comparison = compare(run, factors, target)
-        selection = choose(run, comparison)
-        selection, gradients = combine(run, comparison, selection, factors, candidate_pass)
+        comparison = compare(setup, factors, target)
+        selection = choose(setup, comparison)
+        selection, gradients = combine(setup, comparison, selection, factors, candidate_pass)
     result = StepResult(
-        selection=replace(selection, milliseconds=run.clock.milliseconds),
+        selection=replace(selection, milliseconds=setup.clock.milliseconds),
         gradients=gradients,
         loss=selection.weighted_loss().to(factors.candidates.losses.device),
-        parameters=run.parameters,
+        parameters=setup.parameters,
         kept_target=target.to_keep(overflowed=comparison.target_overflowed),
         footprints=factors.candidates.footprints,
     )

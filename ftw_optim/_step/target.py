@@ -52,10 +52,10 @@ class TargetGradient:
     def gradients(
         self,
         parameters: Mapping[str, Tensor],
-        kept: Mapping[str, Tensor] | None,
+        previous: Mapping[str, Tensor] | None,
         model: nn.Module,
         *,
-        calls: int,
+        backwards: int,
         scale: float,
         seed: int,
     ) -> TargetNow:
@@ -63,9 +63,9 @@ class TargetGradient:
 
         Args:
             parameters: the scored parameters, by name.
-            kept: the gradient of the step before, or None.
+            previous: the gradient of the step before, or None.
             model: the model; its ``.grad`` are set aside where only a plain backward works.
-            calls: number of selections before this one.
+            backwards: number of selections before this one.
             scale: multiplies the losses for the pass; the gradient is divided by it.
             seed: seed of the random state the closure runs under.
 
@@ -78,13 +78,13 @@ class TargetGradient:
             ValueError: the shape of the losses is not ``(m,)`` with m > 0, or they are detached.
         """
         # A gradient that was kept for other parameters than those scored now is not usable.
-        usable = kept is not None and kept.keys() == parameters.keys()
-        if usable and calls % self.refresh_every:
-            assert kept is not None
+        usable = previous is not None and previous.keys() == parameters.keys()
+        if usable and backwards % self.refresh_every:
+            assert previous is not None
             return TargetNow(
-                gradients={name: gradient.to(parameters[name].device) for name, gradient in kept.items()},
+                gradients={name: gradient.to(parameters[name].device) for name, gradient in previous.items()},
                 finite=torch.ones(0, dtype=torch.bool),
-                before=kept,
+                before=previous,
                 remembered=True,
             )
         with own_randomness(model.parameters(), seed), torch.enable_grad():
@@ -100,9 +100,9 @@ class TargetGradient:
         }
         flags = torch.stack([losses.detach().isfinite().all(), all_finite(new.values()).to(losses.device)])
         if usable and self.decay:
-            assert kept is not None
-            new = {name: self.decay * kept[name] + (1 - self.decay) * gradient for name, gradient in new.items()}
-        return TargetNow(gradients=new, finite=flags, before=kept, remembered=self.remembers)
+            assert previous is not None
+            new = {name: self.decay * previous[name] + (1 - self.decay) * gradient for name, gradient in new.items()}
+        return TargetNow(gradients=new, finite=flags, before=previous, remembered=self.remembers)
 
 
 @final

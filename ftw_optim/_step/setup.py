@@ -19,19 +19,22 @@ from ftw_optim._gram.spec import Observe
 from ftw_optim._step.clock import Clock
 from ftw_optim._step.parameters import StepParameters
 from ftw_optim._step.target import TargetGradient, TargetNow
+from ftw_optim._step.way import Way
 
 
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Run:
-    """The inputs and options of one step; every stage reads them, none changes them.
+class StepSetup:
+    """The inputs and options of one step, which every stage reads.
+
+    Clock, buffer and checks note what the stages do; nothing else is changed.
 
     Attributes:
         inner: the inner optimizer, from whose state the preconditioner is read.
         model: the module that the closures call.
         parameters: the updated and the scored parameters.
         plan: the captured parameters and their layers.
-        combine: where the combined gradient comes from, ``"factors"``, ``"graph"`` or ``"rerun"``.
+        way: the way to the combined gradient.
         target: the target closure, and when the target gradient is formed.
         kept_target: the target gradient of the step before, where it is remembered.
         filter: the filter stage.
@@ -53,7 +56,7 @@ class Run:
     model: nn.Module
     parameters: StepParameters
     plan: CapturePlan
-    combine: str
+    way: Way
     target: TargetGradient
     kept_target: Mapping[str, Tensor] | None
     filter: Callable[..., Any]
@@ -73,7 +76,7 @@ class Run:
     @property
     def drops_factors(self) -> bool:
         """Whether factors are dropped layer by layer; packed rows would not fit the rows of a second pass."""
-        return self.combine == "rerun" and self.sample_ids is None
+        return self.way.drops_factors and self.sample_ids is None
 
     @property
     def metrics(self) -> list[Metric]:
@@ -92,7 +95,7 @@ class Run:
                 self.parameters.scored,
                 self.kept_target,
                 self.model,
-                calls=self.backwards,
+                backwards=self.backwards,
                 scale=self.scale,
                 seed=self.seed_of("target"),
             )
