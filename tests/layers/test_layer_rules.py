@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ftw_optim import Factors, register_layer
+from ftw_optim import Factors, coverage, register_layer
 from ftw_optim.testing import check_layer
 from tests.support.grids import slow
 from tests.support.layers import OneMinus, Scaled
@@ -287,3 +287,42 @@ def test_check_layer_leaves_the_module_alone() -> None:
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, before[name][1])
         assert parameter.grad is None
+
+
+class Renamed(nn.Linear):
+    """Inherits forward, and with it the rule."""
+
+
+class Overridden(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_rules_serve_subclasses_unless_they_override_forward() -> None:
+    table = coverage(nn.Sequential(Renamed(2, 2), Overridden(2, 2)))
+    assert table["0.weight"].rule == "Linear"
+    assert table["1.weight"].rule == "fallback"
+    assert table["1.weight"].again == ("Overridden",)
+    with pytest.raises(KeyError):
+        table["2.weight"]
+
+
+def test_layers_that_only_look_like_a_scale_norm_are_not_taken_for_one() -> None:
+    class Power(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight**2
+
+    class Mixing(Power):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight.cumsum(0)
+
+    class Gate(Power):
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            return x * gate * self.weight
+
+    for layer in (Power(), Mixing(), Gate()):
+        assert coverage(layer)["weight"].rule == "fallback"
