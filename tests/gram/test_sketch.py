@@ -21,7 +21,7 @@ from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import SketchSums
 from ftw_optim._gram.spec import GramSpec
 from ftw_optim.testing import products_of
-from tests.support.factors import COLUMNS, MAPS, ROWS, USES, Mixing, positive, random_factors
+from tests.support.factors import COLUMNS, MAPS, ROOTLESS, ROWS, USES, Mixing, positive, random_factors
 from tests.support.grids import grid
 from tests.support.models import Case, cases, in_batches, mlp, seeded, trained
 from tests.support.oracles import candidate_gradients
@@ -77,7 +77,7 @@ def normed(products: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "kind"),
     grid(
-        [name for name in MAPS if name != "of a kind of its own"],
+        [name for name in MAPS if name not in ROOTLESS],
         USES,
         # A tied weight is used in both of the other ways.
         fast=lambda name, kind: kind == "tied" or name == "scalar",
@@ -140,7 +140,7 @@ def test_a_convolution_of_both_sides_is_the_sketch_of_the_product(name: str, met
 @settings(max_examples=60, deadline=None)
 def test_the_memory_limit_changes_nothing(limit: int, kind: str, name: str) -> None:
     preconditioner = MAPS[name](torch.Generator().manual_seed(0))
-    metrics = ("update", "euclidean") if name == "of a kind of its own" else METRICS
+    metrics = ("update", "euclidean") if name in ROOTLESS else METRICS
     one, other = (
         summed(USES[kind], preconditioner, memory_limit=bytes_, metrics=metrics).products() for bytes_ in (limit, 2**30)
     )

@@ -17,7 +17,7 @@ from tests.support.models import Case, mlp
 from tests.support.oracles import gradients
 
 ROWS, COLUMNS, N = 6, 4, 3
-MAPS: dict[str, Preconditioner] = {
+SOME_MAPS: dict[str, Preconditioner] = {
     "scalar": Scalar(0.3),
     "rank one": RankOne(torch.linspace(0.1, 1, ROWS).double(), torch.linspace(1, 2, COLUMNS).double()),
     "diagonal": Diagonal(torch.linspace(0.1, 1, ROWS * COLUMNS).double().view(ROWS, COLUMNS)),
@@ -36,7 +36,7 @@ def target() -> Tensor:
 
 
 @pytest.mark.parametrize("way", [None, "tokens", "materialised"])
-@pytest.mark.parametrize("preconditioner", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("preconditioner", SOME_MAPS.values(), ids=SOME_MAPS)
 def test_products_are_those_of_whole_gradients(preconditioner: Preconditioner, way: str | None) -> None:
     found = products_of(uses(), target(), preconditioner, way=way)
     whole = sum(map(gradients, uses()))
@@ -49,7 +49,7 @@ def test_products_are_those_of_whole_gradients(preconditioner: Preconditioner, w
         assert found.way == ("materialised" if isinstance(preconditioner, Diagonal) else way)
 
 
-@pytest.mark.parametrize("preconditioner", MAPS.values(), ids=MAPS)
+@pytest.mark.parametrize("preconditioner", SOME_MAPS.values(), ids=SOME_MAPS)
 def test_a_sketch_is_near_the_exact_products_and_says_how_near(preconditioner: Preconditioner) -> None:
     exact = products_of(uses(), target(), preconditioner).gram
     norms = exact.diagonal().sqrt()
@@ -69,9 +69,9 @@ def test_the_way_that_costs_least_is_taken_where_none_is_asked_for() -> None:
 
 
 def test_neither_the_memory_limit_nor_a_buffer_of_the_callers_changes_anything() -> None:
-    expected, buffer = products_of(uses(), target(), MAPS["diagonal"]).gram, Buffer()
+    expected, buffer = products_of(uses(), target(), SOME_MAPS["diagonal"]).gram, Buffer()
     for options in ({"memory_limit": 1}, {"buffer": buffer}, {"buffer": buffer}):
-        torch.testing.assert_close(products_of(uses(), target(), MAPS["diagonal"], **options).gram, expected)  # type: ignore[arg-type]
+        torch.testing.assert_close(products_of(uses(), target(), SOME_MAPS["diagonal"], **options).gram, expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from tests.support.optimizers import (
     LAMBS,
     NORMS,
     NOT_EVEN,
+    RULED,
     SHAMPOOS,
     SHAPE,
     SIGNS,
@@ -51,6 +52,13 @@ with warnings.catch_warnings():
     import torch_optimizer
 
 pytestmark = warns_of_overloads
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_the_tables_say_which_optimizers_have_a_rule(name: str) -> None:
+    """A rule that is not registered would go unnoticed, since the optimizer is tried out then."""
+    optimizer, _ = warmed_up(INNER[name], 0)
+    assert (registered_rule(optimizer) is not None) is (name in RULED)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 50])

@@ -41,7 +41,7 @@ def test_rules_say_what_two_steps_on_a_copy_tell(name: str, steps: int) -> None:
     group = optimizer.param_groups[0]
     reference = torch.linspace(0.5, 1.5, 12, dtype=torch.float64).view(SHAPE) * torch.tensor([1.0, -1.0, 1.0])
     ones = torch.ones(SHAPE, dtype=torch.float64)
-    if group["weight_decay"]:
+    if group.get("weight_decay"):
         coupled = couples_decay(optimizer, parameter, group, reference)
         assert coupled is not any(word in name for word in ("adamw", "decoupled", "schedule-free"))
         group = {**group, "decoupled_weight_decay": not coupled}

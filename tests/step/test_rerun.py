@@ -156,7 +156,7 @@ class Mixed(Preconditioner):
         return gradient + gradient.flip(-1) / 2
 
 
-MAPS: dict[str, Preconditioner] = {
+WIDE_MAPS: dict[str, Preconditioner] = {
     "diagonal": DiagonalMap(torch.rand(256, 128) + 0.1),
     "rank one": RankOne(torch.rand(256) + 0.1, torch.rand(128) + 0.1),
     "kronecker": Kronecker(torch.eye(256), torch.eye(128)),
@@ -165,7 +165,7 @@ MAPS: dict[str, Preconditioner] = {
 }
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", WIDE_MAPS)
 @pytest.mark.parametrize("limit", [2**18, 2**20])
 @pytest.mark.parametrize("sketch", [None, Sketch(dim=256)], ids=["exact", "sketch"])
 def test_the_memory_limit_bounds_what_is_multiplied_out(name: str, limit: int, sketch: Sketch | None) -> None:
@@ -181,7 +181,7 @@ def test_the_memory_limit_bounds_what_is_multiplied_out(name: str, limit: int, s
     spec = GramSpec(
         shapes={"weight": torch.Size((rows, columns))},
         target={"weight": torch.randn(rows, columns, generator=generator)},
-        precondition=lambda _, reference: MAPS[name],
+        precondition=lambda _, reference: WIDE_MAPS[name],
         metrics=[Metric.PRECONDITIONED if sketch is None else Metric.UPDATE],  # for which a map needs no root
         dtype=torch.float32,
         device=torch.device("cpu"),

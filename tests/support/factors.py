@@ -62,6 +62,10 @@ MAPS: dict[str, Callable[[torch.Generator], Preconditioner]] = {
         uniform(ROWS, COLUMNS),
     ),
 }
+"""Maps of a matrix (6, 4) in float64; a new form of ``P`` has its line here."""
+
+ROOTLESS = {"of a kind of its own"}
+"""The maps that have no root, and so no sketch in the preconditioned metric."""
 
 USES: dict[str, list[Factors]] = {
     "one position": [random_factors("dense", grid=(N, 1), rows=ROWS, columns=COLUMNS, seed=6)],
