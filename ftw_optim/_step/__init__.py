@@ -1,7 +1,12 @@
 """The stages of one step in their order, and everything that lasts from one step to the next.
 
-``optimizer.py`` holds :class:`SelectiveOptimizer`; each other module is one stage of a step: the closures, the target
-gradient, the pass over the candidates, the choice among them, and the combined gradient. This package may import every
-package below it (capture, gram, matching, layers, preconditioners, factors); none of them imports this one. Change it
-for the order of a step, what a closure may return, where the combined gradient comes from, or what a checkpoint holds.
+``step.py`` holds the order of a step, and each stage has a module: ``target.py``, ``candidates.py``, ``gathering.py``,
+``comparison.py``, ``choice.py`` and ``combine.py``. ``optimizer.py`` holds :class:`SelectiveOptimizer`, which has all
+that lasts from step to step; ``wrapper.py`` and ``checkpoint.py`` make it an optimizer that can be saved. What a step
+is made with stands in ``setup.py``, ``way.py``, ``parameters.py``, ``closures.py`` and ``clock.py``; ``options.py``
+checks what users set. ``losses.py``, ``last_blocks.py`` and ``preconditioner_of.py`` hold functions for users.
+
+This package may import every package below it (capture, gram, matching, layers, preconditioners, factors); none of them
+imports this one. Change it for the order of a step, what a closure may return, where the combined gradient comes from,
+or what a checkpoint holds.
 """

@@ -113,22 +113,3 @@ def test_the_readme_shows_one_test_command() -> None:
     """As ``.ci/run`` reads it: the one line of the block behind the comment."""
     (command,) = re.findall(r"^<!-- test command -->\n```bash\n(.*)\n```$", text_of("README.md"), re.MULTILINE)
     assert "pytest" in command
-
-
-def test_imports_point_down_the_table_of_rooms() -> None:
-    section = prose_of("ftw_optim/README.md").partition("## The rooms")[2].partition("\n## ")[0]
-    rooms = re.findall(r"^\| `([\w/.]+)` \|", section, re.MULTILINE)
-    package = ROOT / "ftw_optim"
-
-    def floor(path: Path) -> int:
-        """The row of the innermost room that a path of the package is in."""
-        inside = [room for room in rooms if path.is_relative_to(package / room)]
-        assert inside, f"{path} is in no room of the table"
-        return rooms.index(max(inside, key=len))
-
-    for path in package.rglob("*.py"):
-        if path == package / "__init__.py":  # the public names, of all rooms
-            continue
-        for module in re.findall(r"^\s*from ftw_optim\.([\w.]+) import", path.read_text("utf-8"), re.MULTILINE):
-            target = package / module.replace(".", "/")
-            assert floor(path) <= floor(target if target.is_dir() else target.with_suffix(".py")), f"{path}: {module}"

@@ -1,8 +1,9 @@
-"""The order of the package's rooms, on its code: imports point downwards, and each room says what it is."""
+"""The order of the rooms, on the code and in its table: imports point downwards, and each room says what it is."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -20,6 +21,10 @@ FLOORS = [
     {"_matching", "_factors"},
 ]
 """From the top: a room may import those of lower floors alone; the package's own names are above them all."""
+INSIDE = {"integrations": ["integrations", "streaming", "_trainers"], "_capture": ["_capture", "replay"]}
+"""From the top: a room of several parts, itself before its folders; a part may import itself and later ones."""
+REGISTRARS = {"register_layer", "recognise", "register_preconditioner"}
+"""Functions of a registry that a file of rules imports."""
 FLOOR = {room: number for number, rooms in enumerate(FLOORS, start=1) for room in rooms}
 LATE: dict[tuple[str, str], str] = {}
 """Imports inside of functions, by module and what it imports, each with its reason."""
@@ -60,6 +65,12 @@ def room(name: str) -> str:
     return name.split(".")[1] if "." in name else ""
 
 
+def part(name: str) -> str:
+    """The part of its room that a module is in, by :data:`INSIDE`."""
+    folder = [*name.split("."), ""][2]
+    return folder if folder in INSIDE.get(room(name), []) else room(name)
+
+
 def test_every_room_has_a_floor() -> None:
     assert {room(name) for name in MODULES} - {""} == FLOOR.keys()
     assert sum(map(len, FLOORS)) == len(FLOOR)
@@ -69,8 +80,39 @@ def test_imports_point_downwards_or_stay_in_their_room() -> None:
     for name in MODULES.keys() - {"ftw_optim"}:
         for other in imports(name):
             assert room(other), f"{name} imports the package's own names, which import all of it"
-            below = room(other) == room(name) or FLOOR[room(other)] > FLOOR[room(name)]
+            if room(other) != room(name):
+                below = FLOOR[room(other)] > FLOOR[room(name)]
+            else:
+                parts = INSIDE.get(room(name), [room(name)])
+                below = parts.index(part(other)) >= parts.index(part(name))
             assert below, f"{name} imports {other}, which is not below it"
+
+
+def test_the_table_of_rooms_has_this_order() -> None:
+    section = (PACKAGE / "README.md").read_text(encoding="utf-8").partition("## The rooms")[2].partition("\n## ")[0]
+    table = [(int(floor), path.rstrip("/")) for floor, path in re.findall(r"^\| (\d+) \| `(\S+)` \|", section, re.M)]
+    assert table == sorted(table, key=lambda row: row[0]), "the table begins with the top floor"
+    expected = []
+    for name, floor in FLOOR.items():
+        module = name if (PACKAGE / name).is_dir() else f"{name}.py"
+        expected += [(floor, module), *((floor, f"{name}/{folder}") for folder in INSIDE.get(name, [])[1:])]
+    assert sorted(table) == sorted(expected)
+    for name, parts in INSIDE.items():
+        assert [path for _, path in table if path.split("/")[0] == name] == [name, *(f"{name}/{p}" for p in parts[1:])]
+
+
+def test_every_file_of_rules_is_imported_by_its_room() -> None:
+    """Where it is not, its rules are never registered."""
+    files = set()
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names} & REGISTRARS:
+                files.add(name)
+    files -= {"ftw_optim"}  # which imports them for users
+    assert files
+    for name in files:
+        folder = name.rpartition(".")[0]
+        assert name in imports(folder), f"{name} registers rules; name it in {folder.replace('.', '/')}/__init__.py"
 
 
 def test_no_modules_import_each_other() -> None:
