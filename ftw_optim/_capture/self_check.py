@@ -78,6 +78,13 @@ class PassCheck:
     ) -> None:
         self._weights, self._layers, self._computed_in = weights, layers, tuple(computed_in)
         self._waiting = dict(gradients)
+        self.complete = True
+        """Whether every parameter that was captured could be compared."""
+
+    def skip(self, name: str) -> None:
+        """Leave out a parameter whose factors are not finite: they cannot be compared."""
+        self._waiting.pop(name, None)
+        self.complete = False
 
     def verify(self, name: str, uses: Sequence[Factors]) -> None:
         """Compare the captured factors of one parameter.

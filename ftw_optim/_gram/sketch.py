@@ -143,7 +143,8 @@ def _relative_error(halves: Tensor) -> Tensor:
     """
     norms = halves.mean(dim=0).diagonal().sqrt()
     apart = (halves[0] - halves[1]) / 2 / (norms[:, None] * norms)
-    some = apart.isfinite()
+    measured = norms.isfinite()
+    some = apart.isfinite() & measured & measured[:, None]
     return (torch.where(some, apart, 0.0).square().sum() / some.sum().clamp(min=1)).sqrt()
 
 

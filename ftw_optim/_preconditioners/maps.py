@@ -16,6 +16,7 @@ class Preconditioner(ABC):
 
     A form must define :meth:`apply`; the other methods are optional. With :meth:`power` it can be used in a sketch;
     with :meth:`fold` or :meth:`basis` it is applied to the factors of a layer, which is faster than to whole gradients.
+    These names, ``factor``, ``folds`` and ``root`` are the library's: a form must not use them for attributes.
     """
 
     @abstractmethod

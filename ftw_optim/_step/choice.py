@@ -29,7 +29,7 @@ def choose(setup: StepSetup, comparison: Comparison) -> Selection:
     if not comparison.problem:
         return Selection.nothing(comparison.losses, comparison.accepted)
     with setup.clock.phase("solve"):
-        selection = select(
+        selection = selection_from(
             comparison.problem,
             comparison.losses,
             comparison.accepted,
@@ -45,7 +45,7 @@ def choose(setup: StepSetup, comparison: Comparison) -> Selection:
     return replace(selection, sketch=SketchReport(dim=setup.sketch.dim, error=error))
 
 
-def select(
+def selection_from(
     products: Mapping[Metric, Products],
     losses: Tensor,
     accepted: Tensor,

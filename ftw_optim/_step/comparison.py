@@ -64,10 +64,10 @@ def compare(setup: StepSetup, factors: PassFactors, target: TargetNow) -> Compar
                     target_overflowed=target_overflowed,
                 )
             # Beside a candidate that is not clean nothing is measured rightly: the clean ones get another look.
-            left = left if torch.equal(clean, before) else clean
+            left = left if factors.measures_alone or torch.equal(clean, before) else clean
             factors.keep_only(left)
         if not seen.problem or not bool(left.any()):
             return Comparison(problem={}, losses=seen.losses, accepted=left)
-        if setup.sketch is not None or torch.equal(left, before):  # in a sketch each is alone
+        if factors.measures_alone or torch.equal(left, before):
             problem = {metric: one.of(left) for metric, one in seen.problem.items()}
             return Comparison(problem=problem, losses=seen.losses, accepted=left)

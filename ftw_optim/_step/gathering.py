@@ -55,6 +55,9 @@ class Measured:
 class KeptFactors:
     """Factors of all candidates, kept until the combined gradient is formed."""
 
+    measures_alone = False
+    """Whether each candidate is measured by itself, whoever is beside it."""
+
     def __init__(self, setup: StepSetup, candidates: Candidates, target: TargetNow) -> None:
         self._setup, self._target = setup, target
         self.candidates = candidates
@@ -155,6 +158,7 @@ class StreamedFactors:
     ) -> None:
         self._setup, self._pass, self._target, self._stream = setup, candidate_pass, target, stream
         self.candidates = candidates
+        self.measures_alone = setup.sketch is not None  # under the target as reference, in place of the mean
         self.found: Mapping[str, list[Factors]] = {}
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
         self._rows = torch.arange(len(candidates.losses))

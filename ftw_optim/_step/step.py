@@ -45,16 +45,24 @@ class StepResult:
 def selective_step(
     setup: StepSetup, closure: CandidateClosure, apply: Callable[[StepResult], None]
 ) -> StepResult | Plain:
-    """Make one step: apply the weighted sum of candidates' gradients that comes closest to the target gradient.
+    """One step: selects, and applies the weighted candidates' gradient that comes closest to the target's.
 
     Args:
         setup: the inputs and options of the step.
-        closure: gives the candidates' losses.
-        apply: puts the combined gradient into ``.grad``, and may make the inner optimizer's step.
+        closure: returns the candidates' losses.
+        apply: puts the gradient where the inner optimizer finds it, and lets that make its step.
 
     Returns:
-        The applied result; or the request of a closure that has no candidates, for which nothing was done.
+        The result that was applied; or the request of a closure that has no candidates, for which nothing was done.
     """
+    result = select(setup, closure)  # whose factors and graphs are gone when the inner optimizer steps
+    if isinstance(result, StepResult):
+        apply(result)
+    return result
+
+
+def select(setup: StepSetup, closure: CandidateClosure) -> StepResult | Plain:
+    """One selection, which changes nothing: the algorithm, a line a stage; see :func:`selective_step`."""
     target = setup.target_gradient()
     with CandidatePass(setup, closure) as candidate_pass:
         factors = gather(setup, candidate_pass, target)
@@ -63,7 +71,7 @@ def selective_step(
         comparison = compare(setup, factors, target)
         selection = choose(setup, comparison)
         selection, gradients = combine(setup, comparison, selection, factors, candidate_pass)
-    result = StepResult(
+    return StepResult(
         selection=replace(selection, milliseconds=setup.clock.milliseconds),
         gradients=gradients,
         loss=selection.weighted_loss().to(factors.candidates.losses.device),
@@ -71,5 +79,3 @@ def selective_step(
         kept_target=target.to_keep(overflowed=comparison.target_overflowed),
         footprints=factors.candidates.footprints,
     )
-    apply(result)
-    return result

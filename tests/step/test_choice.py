@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ftw_optim import GreedyFilter, KeepAll, Matching, NonNegativeLeastSquares, Selection, TopKFilter
 from ftw_optim._gram.inner_products import Products
 from ftw_optim._gram.metric import Metric
-from ftw_optim._step.choice import select
+from ftw_optim._step.choice import selection_from
 from tests.support.strategies import Problem, problems
 
 
@@ -24,7 +24,7 @@ def chosen(problem: Problem, *, stage: Any, normalize: Any = "sum") -> Selection
         target_energy=torch.tensor(matching.target_energy, dtype=torch.float64),
         error=torch.tensor(0.0),
     )
-    return select(
+    return selection_from(
         {Metric.PRECONDITIONED: products},
         matching.losses,
         torch.ones(len(problem), dtype=torch.bool),
