@@ -90,11 +90,17 @@ class Factors:
     def explicit(cls, gradients: Tensor, parameter: Tensor, *, terms: Tensor | None = None) -> Factors:
         """Factors that hold candidates' gradients ``(n, *shape)`` multiplied out, with the rows of the parameter."""
         n = len(gradients)
-        if parameter.ndim < 2 or gradients[0].numel() != parameter.numel():
-            return cls(left=gradients.reshape(n, 1, -1), terms=terms)
+        if parameter.ndim < 2 or not parameter.numel() or gradients[0].numel() != parameter.numel():
+            return cls(left=gradients.reshape(n, 1, gradients[0].numel()), terms=terms)
         rows = parameter.shape[0]
         index = torch.arange(rows, device=gradients.device).expand(n, rows)
-        return cls(left=index, right=gradients.reshape(n, rows, -1), rows=rows, whole=True, terms=terms)
+        return cls(
+            left=index,
+            right=gradients.reshape(n, rows, -1),
+            rows=rows,
+            whole=True,
+            terms=terms,
+        )
 
     def folded(self, count: int) -> Factors:
         """The factors with one row for each of ``count`` candidates, where each had several consecutive rows."""

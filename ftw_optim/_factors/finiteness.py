@@ -20,7 +20,8 @@ def finite_candidates(found: Mapping[str, Sequence[Factors]], losses: Tensor) ->
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether every entry of all tensors is finite: a bool scalar on their device, in one kernel for many of them."""
-    return torch.nn.utils.get_total_norm(tensors, norm_type=math.inf).isfinite()
+    some = [tensor for tensor in tensors if tensor.numel()]  # of no entries there is no largest
+    return torch.nn.utils.get_total_norm(some, norm_type=math.inf).isfinite()
 
 
 def told(flags: Sequence[Tensor]) -> list[bool]:

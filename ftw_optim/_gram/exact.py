@@ -39,6 +39,8 @@ class GramSums:
         Parameters that no candidate reached are left out, of the target energy too: the step does not move them.
         """
         spec, block = self._spec, self._spec.block(name, uses)
+        if not block.rows * block.columns:
+            return MATERIALISED  # a parameter without entries has no share
         return add_parameter(
             self._sums,
             block,

@@ -92,6 +92,8 @@ class SketchSums:
     def add(self, name: str, uses: Sequence[Factors]) -> str:
         """Add one scored parameter that the candidates reached; ``"convolved"`` if that was the way in all metrics."""
         block = self._spec.block(name, uses)
+        if not block.rows * block.columns:
+            return MATERIALISED  # a parameter without entries has no share
         target = self._spec.target.get(name)
         preconditioner = self._spec.preconditioner(name, block, self._reference(name, target))
         hashes = self._hashes(name, block)

@@ -55,7 +55,11 @@ _looks: WeakKeyDictionary[Optimizer, _Looks] = WeakKeyDictionary()
 def learning_rate_is_zero(optimizer: Optimizer) -> bool:
     """Whether the learning rate of every group is zero, as before a scheduler's first step."""
     rates = [group.get("lr") for group in optimizer.param_groups]
-    return all(rate is not None and float(rate) == 0.0 for rate in rates)
+    return all(map(_is_zero, rates))
+
+
+def _is_zero(rate: Any) -> bool:
+    return rate is not None and float(rate) == 0.0
 
 
 class Preconditioners:
@@ -83,6 +87,8 @@ class Preconditioners:
             group = {**group, "lr": 1.0}
         state = self._optimizer.state.get(param, {})
         with torch.no_grad():
+            if self._known is None and _is_zero(group.get("lr")):
+                return Scalar(0.0)  # whatever the optimizer does, the coming gradient moves nothing
             if self._known is not None:
                 own = {name: getattr(self._optimizer, name) for name in self._known.attributes}
                 return self._known.rule(param, {**group, **own} if own else group, state, reference)

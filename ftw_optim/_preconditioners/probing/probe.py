@@ -35,6 +35,10 @@ SEPARABLE = 1e-3
 """Largest change of an entry's update through gradients of other entries, relative to the largest update."""
 
 
+SILENT = 8
+"""The most first steps that may move nothing, as those of schedule-free RAdam."""
+
+
 class NotElementwise(ValueError):
     """Raised where the update of an entry depends on the gradients of others, or not smoothly on its own gradient."""
 
@@ -66,18 +70,42 @@ def probed(
             gradient = expected_gradient(param, group, reference.to(dtype)).double()
             if not bool(gradient.any()):
                 return _of_nothing(optimizer, param, group, dtype)
-            update = trial(optimizer, param, group)
-            slope = (update(-gradient) - update(gradient)) / (2 * gradient)
+            slope = _slope_at(gradient, optimizer, param, group)
             if param not in optimizer.state and not bool(slope.any()):
                 # A first step that only fills the state: with a map of zero every step would be skipped.
-                update = trial(optimizer, param, group, after=gradient)
-                slope = (update(-gradient) - update(gradient)) / (2 * gradient)
+                slope = _slope_at(gradient, optimizer, param, group, after=1)
         # Where the second moment is not even in the gradient, the momentum does not cancel and may turn the sign.
         if reference is None or not _is_positive(slope):
-            slope = _slope_at_zero(trial(optimizer, param, group, at_zero=True), param)
+            try:
+                slope = _slope_at_zero(trial(optimizer, param, group, at_zero=True), param)
+            except NotElementwise:
+                if reference is None or bool(slope.any()):
+                    raise
+                slope = _slope_after_silent_steps(gradient, optimizer, param, group)
         if not _is_positive(slope):
             raise NotElementwise("its update is not a positive multiple of the gradient, entry by entry")
     return Diagonal(slope.clamp(min=0.0).to(dtype))
+
+
+def _slope_at(
+    gradient: Tensor, optimizer: Optimizer, param: Tensor, group: dict[str, Any], *, after: int = 0
+) -> Tensor:
+    """The slope of the update between a gradient and its negative, ``after`` as many steps with that gradient."""
+    update = trial(optimizer, param, group, after=[gradient] * after)
+    return (update(-gradient) - update(gradient)) / (2 * gradient)
+
+
+def _slope_after_silent_steps(gradient: Tensor, optimizer: Optimizer, param: Tensor, group: dict[str, Any]) -> Tensor:
+    """The slope of the first step to come that moves anything.
+
+    Raises:
+        NotElementwise: none of the next steps does.
+    """
+    for after in range(1, SILENT + 1):
+        slope = _slope_at(gradient, optimizer, param, group, after=after)
+        if bool(slope.any()):
+            return slope
+    raise NotElementwise(f"none of its next {SILENT + 1} updates moves anything")
 
 
 def _of_nothing(optimizer: Optimizer, param: Tensor, group: dict[str, Any], dtype: torch.dtype) -> Diagonal:

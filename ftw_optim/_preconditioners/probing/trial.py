@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def trial(
     group: dict[str, Any],
     *,
     at_zero: bool = False,
-    after: Tensor | None = None,
+    after: Sequence[Tensor] = (),
     decay: float = 0.0,
     among_others: bool = False,
 ) -> Callable[[Tensor], Tensor]:
@@ -41,7 +41,7 @@ def trial(
         param: one of its parameters.
         group: the settings to use for the parameter.
         at_zero: start with the parameter at zero, so that the update loses no digits beside it.
-        after: a gradient for a step that is made before the one that is tried; None: no such step.
+        after: gradients for steps that are made before the one that is tried.
         decay: the weight decay to use; by default none, as it cancels or is accounted for elsewhere.
         among_others: keep the places of the other parameters, which get no gradient.
 
@@ -59,7 +59,7 @@ def trial(
         twin = _twin(optimizer, param, own, settings, among_others=among_others)
         begun = start
         with own_randomness([param], SEED):
-            for given in (gradient,) if after is None else (after, gradient):
+            for given in (*after, gradient):
                 begun = own.detach().clone()
                 own.grad = given.to(torch.float64, copy=True)  # some optimizers write into it
                 step(twin)
