@@ -37,6 +37,8 @@ class Graph:
 
     def __init__(self, losses: Tensor) -> None:
         self.reentrant = False
+        self.dtypes: set[torch.dtype] = set()
+        """The floating-point dtypes of what was computed on the way, outside of reentrant checkpoints."""
         self.leaves: list[Tensor] = []
         """The tensors that a plain backward would give a ``.grad``, outside of reentrant checkpoints."""
         self._above: dict[Node, list[Node]] = {}
@@ -49,6 +51,7 @@ class Graph:
                 continue
             seen.add(node)
             self.reentrant |= type(node).__name__ == REENTRANT
+            self.dtypes.update(one.dtype for one in node._input_metadata if one.dtype.is_floating_point)
             for below, _ in node.next_functions:
                 if below is None:
                     continue

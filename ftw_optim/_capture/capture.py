@@ -21,8 +21,9 @@ from ftw_optim._capture.assembly import Assembly
 from ftw_optim._capture.backward import Graph, as_they_come, by_edges, parameter_gradients
 from ftw_optim._capture.hooks import Phase, Recorder
 from ftw_optim._capture.layer_use import Use
+from ftw_optim._capture.owners import Owner
 from ftw_optim._capture.plan import CapturePlan
-from ftw_optim._capture.self_check import PassCheck, SelfChecks, refuse_uses_outside, verify_projection
+from ftw_optim._capture.self_check import PassCheck, SelfChecks, check_weights, refuse_uses_outside, verify_projection
 from ftw_optim._factors.factors import Factors
 from ftw_optim._factors.finiteness import finite_candidates
 
@@ -46,6 +47,7 @@ class Capture:
         self._model, self._plan = model, plan
         self._recorder = Recorder(model, plan, sample_ids)
         self._modes = hash(tuple(module.training for module in model.modules()))
+        self._passed_through: set[torch.dtype] = set()
         self._stance = ExitStack()
 
     def __enter__(self) -> Capture:
@@ -85,8 +87,8 @@ class Capture:
 
     @property
     def computed_in(self) -> set[torch.dtype]:
-        """The dtypes that the captured layers computed in."""
-        return self._recorder.computed_in
+        """The dtypes that the captured layers, and all between them and the losses, were computed in."""
+        return self._recorder.computed_in | self._passed_through
 
     def differentiate(
         self,
@@ -127,7 +129,7 @@ class Capture:
             if check is not None:
                 for name, uses in found.items():
                     check.verify(name, uses)
-                self._note_passed(checks, check, [(self._key(use), use.has_gradient()) for use in reached])
+                self._note_passed(checks, check, [(use.owner, self._key(use), use.has_gradient()) for use in reached])
         return found
 
     def stream(
@@ -162,7 +164,7 @@ class Capture:
             check = self._check(losses, graph, scale, generator, keep_graph=True)
         assembly = self._assembly(len(losses))
         waiting = {name: len(uses) for name, uses in self._recorder.uses_of.items()}
-        vouched: list[tuple[tuple[object, ...], bool]] = []
+        vouched: list[tuple[Owner, tuple[object, ...], bool]] = []
 
         def hand_over(name: str) -> None:
             uses = assembly.found.pop(name)
@@ -179,7 +181,7 @@ class Capture:
             with self._recorder.at_rest():
                 assembly.add(use)
             if check is not None:
-                vouched.append((self._key(use), use.has_gradient()))
+                vouched.append((use.owner, self._key(use), use.has_gradient()))
             use.release()
             for name in use.owner.parameters.values():
                 waiting[name] -= 1
@@ -200,6 +202,9 @@ class Capture:
         """The checked graph; which losses are finite, bool (n,); and the scaled sum of the finite ones."""
         self._check_sample_ids(len(losses))
         graph = Graph(losses)
+        self._passed_through |= graph.dtypes
+        if graph.reentrant:  # which hides what was computed inside
+            self._passed_through |= {p.dtype for p in self._model.parameters() if p.is_floating_point()}
         outside = [
             name for name, p in self._plan.parameters.items() if graph.used_outside(p, self._recorder.uses_of[name])
         ]
@@ -215,23 +220,23 @@ class Capture:
         self, losses: Tensor, graph: Graph, scale: float, generator: torch.Generator, *, keep_graph: bool
     ) -> PassCheck | None:
         """The check that compares captured factors with autograd's gradients; None where these are not finite."""
-        # Weights that differ much: if rows are mixed up, the weighted sum shows it.
-        weights = 2 * torch.rand(len(losses), generator=generator, dtype=torch.float64)
+        weights = check_weights(len(losses), generator)
         total = (weights.to(losses) * losses * scale).sum()
         gradients = parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
         if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):  # the scaled sum may overflow
             return None
         layers = {name: [use.owner.name for use in uses] for name, uses in self._recorder.uses_of.items()}
-        return PassCheck(weights, gradients, layers, self.computed_in)
+        computed_in = self._recorder.computed_in | (self._passed_through & {torch.float16})
+        return PassCheck(weights, gradients, layers, computed_in)
 
     def _note_passed(
-        self, checks: SelfChecks | None, check: PassCheck, vouched: Iterable[tuple[tuple[object, ...], bool]]
+        self, checks: SelfChecks | None, check: PassCheck, vouched: Iterable[tuple[Owner, tuple[object, ...], bool]]
     ) -> None:
         """Finish the check; if it saw everything, note for each layer the way it was read and if a gradient arrived."""
         assert checks is not None
         check.finish()
-        for key, conclusive in vouched if check.complete else ():
-            checks.passed(key, conclusive=conclusive)
+        for owner, key, arrived in vouched if check.complete else ():
+            checks.passed(key, conclusive=arrived and check.drowned.isdisjoint(owner.parameters.values()))
 
     def _by_plain_backward(
         self,

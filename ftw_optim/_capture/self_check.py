@@ -56,17 +56,27 @@ def refuse_uses_outside(names: Sequence[str]) -> None:
         )
 
 
+def check_weights(count: int, generator: torch.Generator) -> Tensor:
+    """Weights of so many losses for a :class:`PassCheck`: 1/4, 1/2, 1 and 2 in turn, in a random order; float64.
+
+    They differ much, so that the weighted sum shows if rows are mixed up. And they are powers of two: a backward pass,
+    which is linear, then rounds each row as it did without them, in whatever dtype.
+    """
+    exponents = torch.arange(count) % 4 - 2
+    return 2.0 ** exponents[torch.randperm(count, generator=generator)].to(torch.float64)
+
+
 @final
 class PassCheck:
     """The self-check of one pass: ``sum_i r_i g_i`` against autograd's gradient of the losses weighted by ``r``.
 
-    The weights ``r`` are random, since a plain sum is right even when rows are mixed up.
+    Random weights, since a plain sum is right even when rows are mixed up; see :func:`check_weights`.
 
     Args:
         weights: ``r``, shape ``(n,)`` float64.
         gradients: autograd's gradients of the parameters that the weighted losses reached, by name.
         layers: the layers each parameter was captured in, for the message.
-        computed_in: the dtypes the layers computed in.
+        computed_in: the dtypes the layers computed in, and float16 if anything on the way to the losses was.
     """
 
     def __init__(
@@ -78,6 +88,9 @@ class PassCheck:
     ) -> None:
         self._weights, self._layers, self._computed_in = weights, layers, tuple(computed_in)
         self._waiting = dict(gradients)
+        self._noise = noise([torch.linalg.vector_norm(gradient.double()) for gradient in gradients.values()])
+        self.drowned: set[str] = set()
+        """Parameters whose gradients are lost in the rounding of the largest: of them the check knows nothing."""
         self.complete = True
         """Whether every parameter that was captured could be compared."""
 
@@ -101,7 +114,10 @@ class PassCheck:
         scale = torch.stack([use.magnitude(weights.to(expected)) for use in uses]).max()
         scale = torch.maximum(scale, torch.linalg.vector_norm(expected))
         floor = torch.stack([use.rounding(weights, coarsest(dtypes)).to(scale) for use in uses]).sum()
-        if not error <= tolerance(dtypes) * scale + floor:
+        floor = floor + self._noise.to(scale)
+        if bool(scale <= floor):
+            self.drowned.add(name)
+        if not error <= narrow_tolerance(dtypes) * scale + floor:
             raise RuntimeError(
                 f"Self-check: the captured per-candidate gradients of {name} (layer "
                 f"{', '.join(map(repr, self._layers[name]))}) differ from autograd's by {float(error / scale):.1e} of "
@@ -144,33 +160,34 @@ def verify_projection(
     Raises:
         RuntimeError: a gradient differs from its factors, or a parameter has none: it was used outside its layers.
     """
-    names, misses = [], []
+    _refuse_different([name for name in gradients if name not in found])
+    errors, bounds, sizes = [], [], []
     for name, gradient in gradients.items():
-        uses = found.get(name)
-        if uses is None:
-            names.append(name)
-            misses.append(torch.ones((), dtype=torch.bool, device=gradient.device))
-            continue
-        dtype, device = uses[0].dtype(), gradient.device
+        uses, device = found[name], gradient.device
+        dtype = uses[0].dtype()
         matrix = gradient.to(dtype).reshape(uses[0].rows, uses[0].columns)
         left, right = (torch.randn(size, generator=generator).to(device, dtype) for size in matrix.shape)
-        expected, scale = projection(uses, weights, left, right)
-        # The error of a single number may exceed that of the norm: four times the tolerance (seen: one, in bfloat16).
-        error = (left @ matrix @ right - expected).abs()
+        expected, size = projection(uses, weights, left, right)
         dtypes = [gradient.dtype, *computed_in]
-        precision = coarsest(dtypes)
-        floor = torch.stack([use.rounding(weights, precision).to(scale) for use in uses]).sum()
-        names.append(name)
-        misses.append(error > 4 * (tolerance(dtypes) * torch.maximum(scale, expected.abs()) + floor))
+        floor = torch.stack([use.rounding(weights, coarsest(dtypes)).to(size) for use in uses]).sum()
+        errors.append((left @ matrix @ right - expected).abs())
+        bounds.append(tolerance(dtypes) * torch.maximum(size, expected.abs()) + floor)
+        sizes.append(size)
+    least = noise(sizes)
+    # The error of a single number may exceed that of the norm: four times the tolerance (seen: one, in bfloat16).
+    misses = [error > 4 * (bound + least.to(bound)) for error, bound in zip(errors, bounds, strict=True)]
     seen = told([*misses, *more])
-    listed = [name for name, miss in zip(names, seen[: len(names)], strict=True) if miss]
-    if listed:
+    _refuse_different([name for name, miss in zip(gradients, seen[: len(gradients)], strict=True) if miss])
+    return seen[len(gradients) :]
+
+
+def _refuse_different(names: Sequence[str]) -> None:
+    if names:
         raise RuntimeError(
-            f"The captured gradients of {', '.join(listed[:5])} differ from those autograd formed: expected these "
+            f"The captured gradients of {', '.join(names[:5])} differ from those autograd formed: expected these "
             "parameters to be used only by calling the layers that own them (a weight read directly, as in "
             "F.linear(x, layer.weight), is not captured). Call the layer as a module. " + WAYS_OUT
         )
-    return seen[len(names) :]
 
 
 def tolerance(dtypes: Iterable[torch.dtype]) -> float:
@@ -180,6 +197,28 @@ def tolerance(dtypes: Iterable[torch.dtype]) -> float:
     in float32 whatever their inputs are.
     """
     return math.sqrt(coarsest(dtypes))
+
+
+def narrow_tolerance(dtypes: Iterable[torch.dtype]) -> float:
+    """The tolerance where both sides were rounded alike but for their last sum: a few eps of a short dtype.
+
+    Not in float16, whose small numbers lose digits once they are halved.
+    """
+    dtypes = tuple(dtypes)
+    return tolerance(dtypes) if torch.float16 in dtypes else max(tolerance([]), 4 * coarsest(dtypes))
+
+
+def noise(sizes: Sequence[Tensor]) -> Tensor:
+    """The size below which a gradient is nothing but what rounding leaves where exact terms would cancel; a scalar.
+
+    The query and key projections of rows of one token get such: softmax over one key passes no gradient on. The size is
+    that of float32, in which kernels compute what cancels, whatever the dtype of what they return.
+
+    Args:
+        sizes: of the gradients of all parameters, scalars.
+    """
+    largest = [size.to(sizes[0]) for size in sizes]
+    return coarsest([]) * torch.stack(largest).max() if largest else torch.zeros(())
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> float:

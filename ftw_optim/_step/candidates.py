@@ -32,7 +32,7 @@ class Candidates:
         found: factors of each captured parameter that was reached, multiplied by the scale; empty if they were handed
             over layer by layer.
         footprints: number of uses, multiplications and bytes of the factors of each parameter.
-        computed_in: the dtypes that the captured layers computed in.
+        computed_in: the dtypes that the losses and the captured layers were computed in.
     """
 
     losses: Tensor
