@@ -220,7 +220,7 @@ class Capture:
         self, losses: Tensor, graph: Graph, scale: float, generator: torch.Generator, *, keep_graph: bool
     ) -> PassCheck | None:
         """The check that compares captured factors with autograd's gradients; None where these are not finite."""
-        weights = check_weights(len(losses), generator)
+        weights = check_weights(len(losses), generator, self.computed_in)
         total = (weights.to(losses) * losses * scale).sum()
         gradients = parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
         if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):  # the scaled sum may overflow

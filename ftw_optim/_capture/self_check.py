@@ -56,12 +56,15 @@ def refuse_uses_outside(names: Sequence[str]) -> None:
         )
 
 
-def check_weights(count: int, generator: torch.Generator) -> Tensor:
-    """Weights of so many losses for a :class:`PassCheck`: 1/4, 1/2, 1 and 2 in turn, in a random order; float64.
+def check_weights(count: int, generator: torch.Generator, computed_in: Iterable[torch.dtype]) -> Tensor:
+    """Weights of so many losses for a :class:`PassCheck`: between 0 and 2, float64.
 
-    They differ much, so that the weighted sum shows if rows are mixed up. And they are powers of two: a backward pass,
-    which is linear, then rounds each row as it did without them, in whatever dtype.
+    They differ much, so that the weighted sum shows if rows are mixed up. Where anything was computed in a short dtype,
+    they are 1/4, 1/2, 1 and 2 in turn, in a random order: a backward pass, which is linear, rounds each row weighted by
+    a power of two as it did without the weight.
     """
+    if coarsest(computed_in) == coarsest([]):
+        return 2 * torch.rand(count, generator=generator, dtype=torch.float64)
     exponents = torch.arange(count) % 4 - 2
     return 2.0 ** exponents[torch.randperm(count, generator=generator)].to(torch.float64)
 

@@ -42,12 +42,13 @@ class _Adapted(nn.Module):
     def __init__(self, base: nn.Linear, error: float = 0.0) -> None:
         super().__init__()
         self.base, self.error = base, error
+        self.order: Tensor | slice = slice(None)  # in which rows are worked on, its own inverse
         self.down = nn.Linear(base.in_features, 4, bias=False)
         self.up = nn.Linear(4, base.out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(self.down.weight.dtype)
-        hidden = self.down(wide)
+        hidden = self.down(wide[self.order])[self.order]
         if self.error:  # a part of the next row's activation finds its way into this one's
             hidden = hidden + self.error * hidden.roll(1, 0)
         return self.base(x) + self.up(hidden).to(x.dtype)
@@ -65,11 +66,9 @@ def _losses(model: nn.Module, tokens: Tensor, logits_in: torch.dtype = torch.flo
     return each.view(len(tokens), -1).mean(1)
 
 
-def _optimizer(model: nn.Module, combine: str, **options: object) -> SelectiveOptimizer:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return SelectiveOptimizer(
-        torch.optim.SGD(trained, lr=0.1), model, lambda: _losses(model, _tokens(2, 8)), combine=combine, **options
-    )
+def _optimizer(model: nn.Module, combine: str, target_rows: int = 2, **options: object) -> SelectiveOptimizer:
+    inner = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    return SelectiveOptimizer(inner, model, lambda: _losses(model, _tokens(target_rows, 8)), combine=combine, **options)
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -117,3 +116,14 @@ def test_a_twentieth_of_another_row_is_found(dtype: torch.dtype, combine: str) -
     optimizer = _optimizer(model, combine)
     with pytest.raises(RuntimeError, match=r"Self-check.*down"):
         optimizer.step(lambda: _losses(model, tokens) * SCALE)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_rows_of_many_that_change_places_are_found(seed: int) -> None:
+    """In float32 no two losses have the same weight."""
+    model, tokens = _adapted(torch.float32), _tokens(24, 12)
+    model.value.order = torch.arange(24)
+    model.value.order[[2 * seed, 2 * seed + 1]] = torch.tensor([2 * seed + 1, 2 * seed])
+    optimizer = _optimizer(model, "factors", target_rows=24)
+    with pytest.raises(RuntimeError, match=r"Self-check.*value\.down"):
+        optimizer.step(lambda: _losses(model, tokens))
