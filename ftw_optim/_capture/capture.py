@@ -236,7 +236,7 @@ class Capture:
         assert checks is not None
         check.finish()
         for owner, key, arrived in vouched if check.complete else ():
-            checks.passed(key, conclusive=arrived and check.drowned.isdisjoint(owner.parameters.values()))
+            checks.passed(key, conclusive=arrived and not check.drowned.issuperset(owner.parameters.values()))
 
     def _by_plain_backward(
         self,

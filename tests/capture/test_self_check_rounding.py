@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ftw_optim import SelectiveOptimizer
-from tests.support.models import seeded
+from tests.support.capturing import squares
+from tests.support.models import drawn, seeded
 
 SHORT = [torch.bfloat16, torch.float16]
 COMBINE = ["factors", "graph"]
@@ -127,3 +128,35 @@ def test_two_rows_of_many_that_change_places_are_found(seed: int) -> None:
     optimizer = _optimizer(model, "factors", target_rows=24)
     with pytest.raises(RuntimeError, match=r"Self-check.*value\.down"):
         optimizer.step(lambda: _losses(model, tokens))
+
+
+@pytest.mark.parametrize(("size", "checks"), [(1e4, 1), (1.0, 5)])
+def test_a_layer_is_vouched_for_once_any_of_its_gradients_is_more_than_rounding(size: float, checks: int) -> None:
+    """The bias's gradient is far below the largest; the weight's is too, unless the inputs are large."""
+
+    class Sided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.side, self.last = nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(3, 2)
+            self.passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x)
+            if hidden.requires_grad:
+                hidden.register_hook(self._count)
+            scores: Tensor = self.last(hidden) + 1e-9 * self.side(size * x)
+            return scores
+
+        def _count(self, gradient: Tensor) -> None:
+            self.passes += 1
+
+    model, x = seeded(Sided), drawn(6, 3).float()
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.01), model, lambda: squares(model, x[:2]), combine="factors"
+    )
+    counts = []
+    for _ in range(8):
+        model.passes = 0
+        optimizer.step(lambda: squares(model, x))
+        counts.append(model.passes)
+    assert counts == [counts[-1] + 1] * checks + [counts[-1]] * (8 - checks)
