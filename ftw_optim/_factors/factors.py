@@ -94,13 +94,7 @@ class Factors:
             return cls(left=gradients.reshape(n, 1, gradients[0].numel()), terms=terms)
         rows = parameter.shape[0]
         index = torch.arange(rows, device=gradients.device).expand(n, rows)
-        return cls(
-            left=index,
-            right=gradients.reshape(n, rows, -1),
-            rows=rows,
-            whole=True,
-            terms=terms,
-        )
+        return cls(left=index, right=gradients.reshape(n, rows, -1), rows=rows, whole=True, terms=terms)
 
     def folded(self, count: int) -> Factors:
         """The factors with one row for each of ``count`` candidates, where each had several consecutive rows."""

@@ -54,8 +54,7 @@ _looks: WeakKeyDictionary[Optimizer, _Looks] = WeakKeyDictionary()
 
 def learning_rate_is_zero(optimizer: Optimizer) -> bool:
     """Whether the learning rate of every group is zero, as before a scheduler's first step."""
-    rates = [group.get("lr") for group in optimizer.param_groups]
-    return all(map(_is_zero, rates))
+    return all(_is_zero(group.get("lr")) for group in optimizer.param_groups)
 
 
 def _is_zero(rate: Any) -> bool:
@@ -87,11 +86,11 @@ class Preconditioners:
             group = {**group, "lr": 1.0}
         state = self._optimizer.state.get(param, {})
         with torch.no_grad():
-            if self._known is None and _is_zero(group.get("lr")):
-                return Scalar(0.0)  # whatever the optimizer does, the coming gradient moves nothing
             if self._known is not None:
                 own = {name: getattr(self._optimizer, name) for name in self._known.attributes}
                 return self._known.rule(param, {**group, **own} if own else group, state, reference)
+            if _is_zero(group.get("lr")):
+                return Scalar(0.0)  # whatever the optimizer does, the coming gradient moves nothing
             try:
                 due = self._looks.due(param, with_history=bool(state))
                 group = self._with_its_decay(param, group, reference, due=due)

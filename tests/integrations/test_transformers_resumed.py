@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,22 @@ from tests.support.trainer_runs import (
 )
 
 
+def _whole_and_resumed(
+    trainer: Callable[..., SelectiveTrainer], recordings: Sequence[Recording], killed: int
+) -> tuple[SelectiveTrainer, SelectiveTrainer]:
+    """A whole run, and one that was killed at this step and resumed, which ends with the same weights."""
+    whole = trainer("whole", recordings[0])
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer("cut", recordings[1], Stop(killed)).train()
+    resumed = trainer("cut", recordings[1])
+    resumed.train(resume_from_checkpoint=True)
+    state = resumed.model.state_dict()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(state[name], value), name
+    return whole, resumed
+
+
 @pytest.mark.parametrize("killed", [slow(3), slow(4), 5])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(killed: int, tmp_path: Path) -> None:
     """Weights, data order, dropout, target batches, metrics and selection log, bit by bit."""
@@ -47,16 +64,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(killed: int, t
             sample_id_column="number",
         )
 
-    whole = trainer("whole", recordings[0])
-    whole.train()
-    with pytest.raises(KeyboardInterrupt):
-        trainer("cut", recordings[1], Stop(killed)).train()
-    resumed = trainer("cut", recordings[1])
-    resumed.train(resume_from_checkpoint=True)
-
-    state = resumed.model.state_dict()
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(state[name], value), name
+    whole, resumed = _whole_and_resumed(trainer, recordings, killed)
     assert whole.selective_optimizer is not None
     assert resumed.selective_optimizer is not None
     torch.testing.assert_close(
@@ -94,15 +102,7 @@ def test_a_run_on_streams_that_was_killed_goes_on_with_their_next_candidates(kil
             source_column="source",
         )
 
-    whole = trainer("whole", recordings[0])
-    whole.train()
-    with pytest.raises(KeyboardInterrupt):
-        trainer("cut", recordings[1], Stop(killed)).train()
-    resumed = trainer("cut", recordings[1])
-    resumed.train(resume_from_checkpoint=True)
-    state = resumed.model.state_dict()
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(state[name], value), name
+    _whole_and_resumed(trainer, recordings, killed)
     one, other = ([_comparable(step) for step in recording.steps] for recording in recordings)
     assert one == other
     ids = [number for step in recordings[0].steps for number in step["ids"]]
