@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import final
 
-from torch import Tensor, nn
+from torch import nn
 
 from ftw_optim._capture.attribution import factors_of
 from ftw_optim._capture.layer_use import Use
@@ -19,14 +19,13 @@ class Assembly:
     Args:
         parameters: the captured parameters, by name.
         count: how many candidates there are.
-        sample_ids: the candidate of each position, where rows are packed.
 
     Attributes:
         found: the factors of each parameter, one entry a use; whoever takes them may remove them.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], count: int, sample_ids: Tensor | None) -> None:
-        self._parameters, self._count, self._sample_ids = parameters, count, sample_ids
+    def __init__(self, parameters: Mapping[str, nn.Parameter], count: int) -> None:
+        self._parameters, self._count = parameters, count
         self._shapes: dict[str, tuple[int, int]] = {}
         self.found: dict[str, list[Factors]] = {}
 
@@ -37,7 +36,7 @@ class Assembly:
             RuntimeError: the rules of layers that share a parameter disagree about its shape. Everything that
                 :func:`factors_of` raises is raised too.
         """
-        for name, factors in factors_of(use, self._parameters, self._count, self._sample_ids):
+        for name, factors in factors_of(use, self._parameters, self._count):
             shape = factors.rows, factors.columns
             first = self._shapes.setdefault(name, shape)
             if shape != first:

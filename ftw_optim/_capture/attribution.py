@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ftw_optim._capture.layer_use import Use, versions_of
+from ftw_optim._capture.layouts import FOLDED
 from ftw_optim._capture.replay.fallback import NotRepeatable, Output, per_candidate
 from ftw_optim._capture.self_check import WAYS_OUT, tolerance
 from ftw_optim._factors.factors import Factors, PositionMap
 from ftw_optim._layers.registry import LayerRule
 
 
-def factors_of(
-    use: Use, parameters: Mapping[str, nn.Parameter], count: int, sample_ids: Tensor | None
-) -> list[tuple[str, Factors]]:
+def factors_of(use: Use, parameters: Mapping[str, nn.Parameter], count: int) -> list[tuple[str, Factors]]:
     """The factors that one use of a layer gives its parameters, each with the parameter's name in the model.
 
     A gradient must have reached the use. A parameter that the layer has in several places comes once for each place.
@@ -48,7 +47,7 @@ def factors_of(
             f"An input of layer {owner.name!r} was changed in place after the layer had read it, so its gradient can "
             "no longer be formed. Use the out-of-place form of that operation."
         )
-    given = _replayed(use, parameters, count, sample_ids) if owner.rule is None else _by_rule(use)
+    given = _replayed(use, parameters, count) if owner.rule is None else _by_rule(use)
     if not isinstance(given, Mapping):
         raise TypeError(
             f"The rule {_rule_name(use)!r} of layer {owner.name!r} must return a mapping from parameter names to "
@@ -62,7 +61,7 @@ def factors_of(
                 f"The rule {_rule_name(use)!r} returned no gradient for {local!r} of layer {owner.name!r}; expected "
                 "one for each of its trainable parameters."
             )
-        factors = _as_factors(use, value, parameters[name], count, sample_ids)
+        factors = _as_factors(use, value, parameters[name], count)
         if factors.rows * factors.columns != parameters[name].numel():
             raise RuntimeError(
                 f"The rule {_rule_name(use)!r} returned gradients of {factors.rows} x {factors.columns} entries for "
@@ -92,9 +91,7 @@ def _by_rule(use: Use) -> Mapping[str, Factors | Tensor]:
         return rule.function(call.module, call.inputs(), grads)
 
 
-def _replayed(
-    use: Use, parameters: Mapping[str, nn.Parameter], count: int, sample_ids: Tensor | None
-) -> Mapping[str, Tensor]:
+def _replayed(use: Use, parameters: Mapping[str, nn.Parameter], count: int) -> Mapping[str, Tensor]:
     outputs = [
         Output(index=one.index, value=one.value, changed=one.changed, grad=one.gradient, axis=one.axis)
         for one in use.returned
@@ -109,7 +106,7 @@ def _replayed(
             outputs,
             count,
             tolerance=tolerance(dtypes),
-            sample_ids=sample_ids,
+            sample_ids=use.layout.sample_ids,
             whole=use.chooses,
         )
     except NotRepeatable as error:
@@ -120,26 +117,35 @@ def _replayed(
         ) from error
 
 
-def _as_factors(use: Use, value: Factors | Tensor, parameter: Tensor, count: int, sample_ids: Tensor | None) -> Factors:
+def _as_factors(use: Use, value: Factors | Tensor, parameter: Tensor, count: int) -> Factors:
     """The value that a rule returned, as factors with the candidates as first axis."""
+    ids = use.layout.sample_ids
     if isinstance(value, Tensor):
-        if use.owner.rule is not None and sample_ids is not None:
-            _refuse_layout(use, "positions that sample_ids can tell apart")
-        if use.layout.reading == "folded":
+        if use.owner.rule is not None and ids is not None:
+            value = _summed(use, value, ids, count)
+        if use.layout.reading == FOLDED:
             value = value.reshape(count, -1, *value.shape[1:]).sum(1)
         # A scale or a shift is already summed over positions: where terms cancelled, it may be rounding alone.
         return Factors.explicit(value, parameter, terms=use.gradient_norm() if parameter.ndim < 2 else None)
     if value.positions is not None:
         return value
-    if sample_ids is None:
-        return value.folded(count) if use.layout.reading == "folded" else value
-    if use.layout.reading == "sample_ids, folded":
-        value = value.folded(len(sample_ids))
-    times, rest = divmod(value.left.shape[1], max(1, sample_ids.shape[1]))
-    if rest or len(value.left) != len(sample_ids):
+    if ids is None:
+        return value.folded(count) if use.layout.reading == FOLDED else value
+    rows = ids if ids.ndim == 2 else ids[None]
+    value = value.folded(len(rows))
+    times, rest = divmod(value.left.shape[1], max(1, rows.shape[1]))
+    if rest or len(value.left) != len(rows):
         _refuse_layout(use, "as many positions as sample_ids has")
-    grid = PositionMap(candidates=sample_ids.to(value.left.device), count=count)
+    grid = PositionMap(candidates=rows.to(value.left.device), count=count)
     return replace(value, positions=grid.repeated(times))
+
+
+def _summed(use: Use, value: Tensor, ids: Tensor, count: int) -> Tensor:
+    """The gradients of candidates, from those of rows that each belong to one candidate or to none."""
+    if ids.ndim != 1 or len(value) != len(ids):
+        _refuse_layout(use, "positions that sample_ids can tell apart")
+    ids = ids.to(value.device)
+    return value.new_zeros(count, *value.shape[1:]).index_add(0, ids[ids >= 0], value[ids >= 0])
 
 
 def _refuse_layout(use: Use, expected: str) -> NoReturn:

@@ -18,6 +18,7 @@ from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from ftw_optim._capture.layer_use import Returned, Use
+from ftw_optim._capture.self_check import Link
 
 REENTRANT = "CheckpointFunctionBackward"
 """The node of the graph that a reentrant checkpoint leaves."""
@@ -41,6 +42,8 @@ class Graph:
         """The floating-point dtypes of what was computed on the way, outside of reentrant checkpoints."""
         self.leaves: list[Tensor] = []
         """The tensors that a plain backward would give a ``.grad``, outside of reentrant checkpoints."""
+        self.links: set[Link] = set()
+        """The links between operations, each once."""
         self._above: dict[Node, list[Node]] = {}
         self._readers: dict[int, list[Node]] = {}
         seen: set[Node] = set()
@@ -55,6 +58,7 @@ class Graph:
             for below, _ in node.next_functions:
                 if below is None:
                     continue
+                self.links.add((type(node), type(below)))
                 leaf = getattr(below, "variable", None)  # of the nodes that accumulate into a leaf
                 if leaf is None:
                     self._above.setdefault(below, []).append(node)

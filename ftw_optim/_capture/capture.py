@@ -9,7 +9,7 @@ operation outside of the calls of the layers that own the parameter is an error.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import final
@@ -21,9 +21,18 @@ from ftw_optim._capture.assembly import Assembly
 from ftw_optim._capture.backward import Graph, as_they_come, by_edges, parameter_gradients
 from ftw_optim._capture.hooks import Phase, Recorder
 from ftw_optim._capture.layer_use import Use
+from ftw_optim._capture.membership import Membership, unproven
 from ftw_optim._capture.owners import Owner
 from ftw_optim._capture.plan import CapturePlan
-from ftw_optim._capture.self_check import PassCheck, SelfChecks, check_weights, refuse_uses_outside, verify_projection
+from ftw_optim._capture.sample_ids import GivenIds, SampleIds
+from ftw_optim._capture.self_check import (
+    PassCheck,
+    SelfChecks,
+    check_weights,
+    coarsest,
+    refuse_uses_outside,
+    verify_projection,
+)
 from ftw_optim._factors.factors import Factors
 from ftw_optim._factors.finiteness import finite_candidates
 
@@ -33,20 +42,17 @@ class Capture:
     """The context in which the closure runs; afterwards :meth:`differentiate` gives the factors.
 
     Args:
-        model: the whole model; its first input tells the number of candidates.
+        model: the whole model; its inputs tell the number of candidates.
         plan: what to capture.
-        sample_ids: int64, shape of the token grid, the candidate of each position (-1 for none).
+        sample_ids: the candidate of each position, or of each row of some layers; see :class:`SampleIds`.
     """
 
-    def __init__(self, model: nn.Module, plan: CapturePlan, *, sample_ids: Tensor | None = None) -> None:
-        if sample_ids is not None and (sample_ids.ndim != 2 or sample_ids.dtype != torch.int64):
-            raise ValueError(
-                "Expected sample_ids as int64 of the token grid's shape (b, t), got "
-                f"{sample_ids.dtype} of shape {tuple(sample_ids.shape)}."
-            )
+    def __init__(self, model: nn.Module, plan: CapturePlan, *, sample_ids: GivenIds | None = None) -> None:
         self._model, self._plan = model, plan
-        self._recorder = Recorder(model, plan, sample_ids)
+        self._ids = None if sample_ids is None else SampleIds(sample_ids)
+        self._recorder = Recorder(model, plan, self._ids)
         self._modes = hash(tuple(module.training for module in model.modules()))
+        self._count, self._share_rows = 0, False
         self._passed_through: set[torch.dtype] = set()
         self._stance = ExitStack()
 
@@ -80,10 +86,9 @@ class Capture:
         self._recorder.phase = Phase.RECOMPUTE
 
     @property
-    def count(self) -> int | None:
-        """The number of rows the model was called on; None where only ``sample_ids`` or the losses tell it."""
-        grid = self._recorder.grid
-        return None if grid.sample_ids is not None else grid.n
+    def counts(self) -> Collection[int]:
+        """The numbers of rows the model was called on; empty where only ``sample_ids`` or the losses tell it."""
+        return () if self._ids is not None and self._ids.is_for_all else self._recorder.grid.counts
 
     @property
     def computed_in(self) -> set[torch.dtype]:
@@ -113,18 +118,25 @@ class Capture:
             RuntimeError: nothing was captured, an input was changed in place after its layer had read it, a captured
                 parameter was used outside its layer, or the self-check failed.
         """
-        graph, finite, total = self._looked_at(losses, scale)
+        graph, finite, total = self._looked_at(losses, scale, checks)
+        doubtful = False
         if graph.reentrant:
             found = self._by_plain_backward(
                 total, graph, finite, keep_graph=keep_graph or checks is not None, generator=generator
             )
+            doubtful = checks is not None and bool(self._unproven(losses))
         else:
             self.resume()
+            proof = self._proof(losses, scale, checks, generator)
             by_edges(total, self._recorder.uses, keep_graph=keep_graph or self._is_due(checks, self._recorder.uses))
+            if proof is not None:
+                for use in self._recorder.uses:
+                    proof.compare(use)
+                proof.finish(self.computed_in)
             found = self._assembled(len(losses))
         reached = [use for use in self._recorder.uses if use.reached]
         # Of what is not finite nothing can be compared: then the check waits for the next step.
-        if self._is_due(checks, reached) and bool(finite_candidates(found, losses).all()):
+        if (doubtful or self._is_due(checks, reached)) and bool(finite_candidates(found, losses).all()):
             check = self._check(losses, graph, scale, generator, keep_graph=keep_graph)
             if check is not None:
                 for name, uses in found.items():
@@ -152,13 +164,14 @@ class Capture:
             checks: what the self-check has vouched for, extended in place; None: no self-check.
             generator: draws the random numbers of the checks.
         """
-        graph, _, total = self._looked_at(losses, scale)
+        graph, _, total = self._looked_at(losses, scale, checks)
         if graph.reentrant:
             whole = self.differentiate(losses, scale=scale, keep_graph=False, checks=checks, generator=generator)
             for name in list(whole):
                 take(name, whole.pop(name))
             return
         self.resume()
+        proof = self._proof(losses, scale, checks, generator)
         check: PassCheck | None = None
         if self._is_due(checks, self._recorder.uses) and bool(losses.isfinite().all()):
             check = self._check(losses, graph, scale, generator, keep_graph=True)
@@ -182,6 +195,8 @@ class Capture:
                 assembly.add(use)
             if check is not None:
                 vouched.append((use.owner, self._key(use), use.has_gradient()))
+            if proof is not None:
+                proof.compare(use)
             use.release()
             for name in use.owner.parameters.values():
                 waiting[name] -= 1
@@ -194,14 +209,22 @@ class Capture:
                 arrived(use, last=True)
         for name in list(assembly.found):  # of which some use was not reached
             hand_over(name)
+        if proof is not None:
+            proof.finish(self.computed_in)
         assembly.refuse_nothing()
         if check is not None:
             self._note_passed(checks, check, vouched)
 
-    def _looked_at(self, losses: Tensor, scale: float) -> tuple[Graph, Tensor, Tensor]:
+    def _looked_at(self, losses: Tensor, scale: float, checks: SelfChecks | None) -> tuple[Graph, Tensor, Tensor]:
         """The checked graph; which losses are finite, bool (n,); and the scaled sum of the finite ones."""
-        self._check_sample_ids(len(losses))
+        self._count = len(losses)
+        self._recorder.settle(self._count)
+        if self._ids is not None:
+            self._ids.check(self._count)
+            self._share_rows = self._ids.share_rows()
         graph = Graph(losses)
+        if checks is not None:
+            checks.notice(graph.links)
         self._passed_through |= graph.dtypes
         if graph.reentrant:  # which hides what was computed inside
             self._passed_through |= {p.dtype for p in self._model.parameters() if p.is_floating_point()}
@@ -211,6 +234,18 @@ class Capture:
         refuse_uses_outside(outside)
         finite = losses.isfinite()
         return graph, finite, torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
+
+    def _unproven(self, losses: Tensor) -> list[Use]:
+        return unproven(self._recorder.uses, self._recorder.inputs.holds) if len(losses) > 1 else []
+
+    def _proof(
+        self, losses: Tensor, scale: float, checks: SelfChecks | None, generator: torch.Generator
+    ) -> Membership | None:
+        """The proof of whose the rows of layers are, begun; None where nothing has to be proved."""
+        uses = [] if checks is None else self._unproven(losses)
+        if not uses:
+            return None
+        return Membership(uses, losses, check_weights(len(losses), generator, self.computed_in), scale)
 
     def _is_due(self, checks: SelfChecks | None, uses: Iterable[Use]) -> bool:
         """Whether a layer was read in a way that the self-check has not vouched for."""
@@ -235,8 +270,10 @@ class Capture:
         """Finish the check; if it saw everything, note for each layer the way it was read and if a gradient arrived."""
         assert checks is not None
         check.finish()
+        short = coarsest(self.computed_in) > coarsest([])
         for owner, key, arrived in vouched if check.complete else ():
-            checks.passed(key, conclusive=arrived and not check.drowned.issuperset(owner.parameters.values()))
+            seen = arrived and not check.drowned.issuperset(owner.parameters.values())
+            checks.passed(key, conclusive=seen, short=short)
 
     def _by_plain_backward(
         self,
@@ -256,7 +293,7 @@ class Capture:
         return found
 
     def _assembly(self, count: int) -> Assembly:
-        return Assembly(self._plan.parameters, count, self._recorder.grid.sample_ids)
+        return Assembly(self._plan.parameters, count)
 
     def _assembled(self, count: int) -> dict[str, list[Factors]]:
         """The factors of all uses that a gradient reached, by parameter name."""
@@ -268,16 +305,15 @@ class Capture:
         assembly.refuse_nothing()
         return assembly.found
 
-    def _check_sample_ids(self, count: int) -> None:
-        ids = self._recorder.grid.sample_ids
-        if ids is not None and ids.numel():
-            least, most = int(ids.min()), int(ids.max())
-            if least < -1 or most >= count:
-                raise ValueError(
-                    f"Expected sample_ids from -1 (none) to {count - 1}, one less than the number of losses, got "
-                    f"{least} to {most}."
-                )
-
     def _key(self, use: Use) -> tuple[object, ...]:
-        """The key that the self-check vouches for: one layer, read in one way, with the model in one mode."""
-        return use.owner.name, use.layout.reading, self._modes, self._recorder.grid.n == 1
+        """The key that the self-check vouches for: one layer, read in one way, of so many candidates, in one mode.
+
+        Packed rows hold another number at every step, so only whether candidates share a row counts there.
+        """
+        at_every_step_another = self._ids is not None and use.layout.sample_ids is not None
+        divided = (
+            (self._count == 1, self._share_rows)
+            if at_every_step_another
+            else (self._count, self._recorder.grid.positions == self._count)
+        )
+        return use.owner.name, use.layout.reading, self._modes, divided

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import Enum, auto
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ftw_optim._capture.backward import node_number, take_from_node
 from ftw_optim._capture.layer_use import Use, record, version_of
-from ftw_optim._capture.layouts import Grid
+from ftw_optim._capture.model_inputs import ModelInputs
 from ftw_optim._capture.owners import Owner, parameter_at
 from ftw_optim._capture.plan import CapturePlan
 from ftw_optim._capture.replay.calls import Call, autocast_dtype, detached, tensors_of
+from ftw_optim._capture.sample_ids import SampleIds
 from ftw_optim._capture.self_check import WAYS_OUT
 from ftw_optim._layers.randomness import RandomState
 from ftw_optim._layers.registry import LayerRule
@@ -42,25 +41,27 @@ class Recorder:
     """The hooks of one capture, and the uses of layers that they have recorded.
 
     Args:
-        model: the whole model; its first input tells the number of candidates.
+        model: the whole model; its inputs tell the number of candidates.
         plan: what to capture.
-        sample_ids: int64, shape of the token grid, the candidate of each position (-1 for none).
+        sample_ids: the candidates of rows and positions; None where the rows of the model's input are the candidates.
 
     Attributes:
         phase: what the hooks do now.
-        grid: the candidates as the model's input shows them.
+        inputs: the inputs of the model.
+        grid: the candidates as the model's inputs show them.
         uses: all uses, in order.
         uses_of: the uses of each captured parameter.
         computed_in: the dtypes that the captured layers computed in.
         expanded: layers whose output had one row for all candidates, which was made one for each.
     """
 
-    def __init__(self, model: nn.Module, plan: CapturePlan, sample_ids: Tensor | None) -> None:
+    def __init__(self, model: nn.Module, plan: CapturePlan, sample_ids: SampleIds | None) -> None:
         self._model, self._plan = model, plan
-        self._finds_candidates = any(isinstance(o.rule, LayerRule) and o.rule.own_layout for o in plan.owners)
+        finds_candidates = any(isinstance(o.rule, LayerRule) and o.rule.own_layout for o in plan.owners)
         self._handles: list[RemovableHandle] = []
         self.phase = Phase.REST
-        self.grid = Grid(n=None, positions=None, sample_ids=sample_ids)
+        self.inputs = ModelInputs(sample_ids, bags=finds_candidates)
+        self.grid = self.inputs.grid()
         self.uses: list[Use] = []
         self.uses_of: dict[str, list[Use]] = {name: [] for name in plan.parameters}
         self.computed_in: set[torch.dtype] = set()
@@ -108,19 +109,27 @@ class Recorder:
     def _read_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.phase is not Phase.FORWARD or not torch.is_grad_enabled():
             return
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
-        if not tensors:
+        self.inputs.add(args, kwargs)
+        self.grid = self.inputs.grid()
+
+    def settle(self, count: int) -> None:
+        """Read the layouts anew if the number of losses, ``count``, shows that another input holds the candidates.
+
+        Raises:
+            NotImplementedError: an output was already expanded to another number of rows.
+        """
+        if self.grid.n in (None, count) or count not in self.grid.counts:
             return
-        first = tensors[0]
-        if self._finds_candidates and first.ndim == 1 and len(tensors) > 1 and not first.is_floating_point():
-            return  # positions of bags of any length: the losses will tell
-        n, positions = first.shape[0], first.shape[1] if first.ndim > 1 else None
-        if self.grid.n is not None and n != self.grid.n:
-            raise ValueError(
-                f"The closure called the model on {self.grid.n} and then on {n} rows; expected all "
-                "candidates in one call, or each call over all of them."
+        if self.expanded:
+            rows = " or ".join(map(str, self.grid.counts))
+            raise NotImplementedError(
+                f"The model's inputs have {rows} rows, and there are {count} losses: expected the candidates in the "
+                f"first input, since {', '.join(sorted(self.expanded)[:5])} gave one row for all, which was expanded "
+                f"to {self.grid.n}. Put the input with the candidates first."
             )
-        self.grid = replace(self.grid, n=n, positions=positions)
+        self.grid = self.inputs.grid(count)
+        for use in self.uses:
+            use.read_again(self.grid)
 
     def _hooks(self, owner: Owner) -> tuple[Any, Any]:
         again = owner.rule is None

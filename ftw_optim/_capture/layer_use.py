@@ -8,8 +8,8 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ftw_optim._capture.layouts import TIME_FIRST, Grid, Layout
 from ftw_optim._capture.owners import Owner
@@ -65,6 +65,11 @@ class Use:
     shared: bool
     """Whether some of the returned tensors shared memory before they were replaced by copies."""
 
+    output: Any = None
+    """All that the module returned, detached; kept where it is run again and another input may hold the candidates."""
+    made_by: Node | None
+    """The node of the graph that made the first input; None where it has no history."""
+
     released: bool = False
     """Whether the tensors of this use have been dropped."""
 
@@ -77,7 +82,13 @@ class Use:
         """Drop inputs, outputs and gradients to free their memory."""
         self.released = True
         self.call = replace(self.call, args=(), kwargs={})
-        self.returned = []
+        self.returned, self.made_by = [], None
+
+    def read_again(self, grid: Grid) -> None:
+        """Read the layout anew, after the losses have shown that there are other candidates than was thought."""
+        self.layout, axes = _layout(self.owner, self.call, self.output, grid, self.call.tensors())
+        if axes is not None:
+            self.returned = [replace(one, axis=axes[one.index]) for one in self.returned]
 
     def gradient_norm(self) -> Tensor:
         """The norm of all gradients that arrived, taken together."""
@@ -106,7 +117,7 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
     own = [index for index, value in enumerate(tensors) if value.requires_grad and id(value) not in passed]
     if not own:
         return None, None
-    layout, axes = _layout(owner, call, output, grid)
+    layout, axes = _layout(owner, call, output, grid, given)
     several = None if structure is None else len(tensors)
     returned: list[Returned] = []
     dtype: torch.dtype | None = None
@@ -147,6 +158,8 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
         expands=any(one.shape != tensors[one.index].shape for one in returned),
         chooses=any(not value.is_floating_point() for value in tensors),
         shared=len(set(storages)) < len(storages),
+        output=tree_map(_detached, output) if owner.rule is None and len(grid.counts) > 1 else None,
+        made_by=given[0].grad_fn if given else None,
     )
     use.versions = versions_of(use.call)
     if all(replaced.get(id(value), value) is value for value in tensors):
@@ -156,26 +169,39 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
     return use, tree_unflatten([replaced.get(id(leaf), leaf) for leaf in leaves], structure)
 
 
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
 def version_of(value: Tensor) -> int | None:
     """The version counter of a tensor: how often it was changed in place; None for an inference tensor."""
     return None if value.is_inference() else value._version
 
 
-def _layout(owner: Owner, call: Call, output: Any, grid: Grid) -> tuple[Layout, list[Axis | None] | None]:
-    """The layout of a call's candidates and, for a module that is run again, their axis in each output."""
-    inputs = call.tensors()
+def _layout(
+    owner: Owner, call: Call, output: Any, grid: Grid, given: Sequence[Tensor]
+) -> tuple[Layout, list[Axis | None] | None]:
+    """The layout of a call's candidates and, for a module that is run again, their axis in each output.
+
+    ``given`` are the inputs with their history, as far as that is known.
+    """
+    inputs = given or call.tensors()
     if isinstance(owner.rule, LayerRule):
-        return grid.layout(inputs[0] if inputs else torch.empty(0), owner.rule), None
+        return grid.layout(inputs[0] if inputs else torch.empty(0), owner.rule, owner.name), None
     if any(map(has_no_rows, (*call.args, *call.kwargs.values()))):
         return Layout(reading="unknown", trouble="rows of one length, not a PackedSequence"), None
-    if grid.sample_ids is not None:
-        return Layout(reading="run again, sample_ids"), None
     first = next((leaf for leaf in inputs if leaf.ndim), None)
-    if first is not None and (layout := grid.layout(first, None)).reading == TIME_FIRST:
+    ids = grid.ids(owner.name)
+    if ids is not None:
+        read = None if first is None else grid.layout(first, None, owner.name).sample_ids
+        return Layout(reading="run again, sample_ids", sample_ids=ids if read is None else read), None
+    layout = None if first is None else grid.layout(first, None, owner.name)
+    if layout is not None and layout.reading == TIME_FIRST:
         return layout, None
     n = grid.n if grid.n is not None else 1 if first is None else first.shape[0]
     axes = candidate_axes(call, n, output)
-    return Layout(reading=f"run again, {[None if axis is None else axis.dim for axis in axes]}"), axes
+    reading = f"run again, {[None if axis is None else axis.dim for axis in axes]}"
+    return Layout(reading=reading, loose=layout is not None and layout.loose), axes
 
 
 def _expanded(value: Tensor, rows: int, *, front: bool) -> Tensor:

@@ -99,6 +99,8 @@ def _within(name: str, other: str) -> bool:
 
 def _rule(module: nn.Module) -> LayerRule | str | None:
     """``rule_for(module)``, cached: recognising a layer by its behaviour means running it."""
+    if _is_patched(module):
+        return None
     key = (
         type(module),
         module.training,
@@ -109,6 +111,18 @@ def _rule(module: nn.Module) -> LayerRule | str | None:
         remembered = (key, rule_for(module))
         _known[module] = remembered
     return remembered[1]
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether ``forward`` was replaced on the instance, so that no rule of its class holds.
+
+    Accelerate's hooks, which move inputs and weights and then call the class's own, do not count.
+    """
+    patched = vars(module).get("forward")
+    if patched is None:
+        return False
+    below = getattr(module, "_old_forward", None) if hasattr(module, "_hf_hook") else patched
+    return getattr(below, "__func__", below) is not type(module).forward
 
 
 def parameter_at(module: nn.Module, local: str) -> nn.Parameter | None:

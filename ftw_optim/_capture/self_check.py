@@ -12,6 +12,9 @@ from torch import Tensor
 from ftw_optim._factors.factors import Factors, projection, weighted_sum
 from ftw_optim._factors.finiteness import told
 
+Link = tuple[type, type]
+"""The types of two operations of a graph, of which the first reads what the second returned."""
+
 WAYS_OUT = (
     "Leave it out of what is scored (scored=last_blocks(model, 1), or a predicate (name, parameter) that says no to "
     'it) with combine="graph", which updates every parameter exactly; freeze it; or register a rule with '
@@ -28,14 +31,36 @@ class SelfChecks:
 
     def __init__(self) -> None:
         self._seen: dict[tuple[object, ...], int] = {}
+        self._links: set[tuple[str, str]] = set()  # names, since types of operations cannot be pickled
+
+    def forget(self) -> None:
+        """Check every layer anew."""
+        self._seen.clear()
+
+    def notice(self, links: set[Link]) -> None:
+        """Check every layer anew if the graph has links between operations that no graph before had.
+
+        Losses that begin to depend on other rows, in a loss of another kind, show so.
+        """
+        named = {(above.__name__, below.__name__) for above, below in links}
+        if not named <= self._links:
+            self._links |= named
+            self.forget()
 
     def due(self, keys: Iterable[tuple[object, ...]]) -> bool:
         """Whether any of these keys still has to be checked."""
         return any(self._seen.get(key, 0) < self.PATIENCE for key in keys)
 
-    def passed(self, key: tuple[object, ...], *, conclusive: bool) -> None:
-        """Note a check that found no error; it is conclusive only where a gradient arrived that is not zero."""
-        self._seen[key] = self.PATIENCE if conclusive else self._seen.get(key, 0) + 1
+    def passed(self, key: tuple[object, ...], *, conclusive: bool, short: bool) -> None:
+        """Note a check that found no error.
+
+        Args:
+            key: the layer, and how it was read.
+            conclusive: whether a gradient arrived that is not zero.
+            short: whether anything was computed in a short dtype, where some losses had the same weight: then it takes
+                three checks.
+        """
+        self._seen[key] = self._seen.get(key, 0) + (1 if not conclusive else 2 if short else self.PATIENCE)
 
 
 def refuse_uses_outside(names: Sequence[str]) -> None:
@@ -120,7 +145,9 @@ class PassCheck:
         floor = floor + self._noise.to(scale)
         if bool(scale <= floor):
             self.drowned.add(name)
-        if not error <= narrow_tolerance(dtypes) * scale + floor:
+        # The kernels of norms sum the gradients of scales and shifts in the short dtype itself.
+        bound = tolerance(dtypes) if gradient.ndim < 2 else narrow_tolerance(dtypes)
+        if not error <= bound * scale + floor:
             raise RuntimeError(
                 f"Self-check: the captured per-candidate gradients of {name} (layer "
                 f"{', '.join(map(repr, self._layers[name]))}) differ from autograd's by {float(error / scale):.1e} of "

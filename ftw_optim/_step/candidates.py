@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ftw_optim._capture.capture import Capture
+from ftw_optim._capture.sample_ids import GivenIds
 from ftw_optim._factors.factors import Factors
 from ftw_optim._factors.micro_batches import Footprint, joined, largest
 from ftw_optim._gram.profiling import profiled
@@ -133,7 +134,7 @@ class CandidatePass:
 
     def _differentiated(self, capture: Capture, value: Any, taker: Taker | None) -> Candidates:
         """Run the backward pass of one batch; its capture ends here unless its graph is kept."""
-        losses, setup = checked_losses(value, capture.count), self._setup
+        losses, setup = checked_losses(value, capture.counts), self._setup
         keep_graph = setup.way.keeps_graph
         footprints: dict[str, Footprint] = {}
         found: dict[str, list[Factors]] = {}
@@ -160,12 +161,12 @@ class CandidatePass:
 
     @property
     def _several_ids(self) -> bool:
-        return self._setup.sample_ids is not None and not isinstance(self._setup.sample_ids, Tensor)
+        return self._setup.sample_ids is not None and not isinstance(self._setup.sample_ids, Tensor | Mapping)
 
-    def _ids(self, batch: int) -> Tensor | None:
+    def _ids(self, batch: int) -> GivenIds | None:
         """The ``sample_ids`` of a micro-batch; None where there are none, or none are left."""
         ids = self._setup.sample_ids
-        if ids is None or isinstance(ids, Tensor):
+        if ids is None or isinstance(ids, Tensor | Mapping):
             return ids
         return ids[batch] if batch < len(ids) else None
 
@@ -182,7 +183,7 @@ class CandidatePass:
                 'factors or graphs alive together, or gram=Sketch(). Use these, combine="factors" or "graph", or '
                 "return one tensor."
             )
-        if isinstance(self._setup.sample_ids, Tensor):
+        if isinstance(self._setup.sample_ids, Tensor | Mapping):
             raise ValueError(
                 "sample_ids tells the candidates of one batch apart; with an iterator of micro-batches give a list of "
                 "one tensor for each, in which the numbers start at 0 anew."

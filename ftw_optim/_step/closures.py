@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -74,12 +74,12 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
-def checked_losses(losses: Any, count: int | None = None) -> Tensor:
-    """The closure's losses, shape ``(n,)``, after checks; ``count`` is the number of rows the model saw, if known.
+def checked_losses(losses: Any, counts: Collection[int] = ()) -> Tensor:
+    """The closure's losses, shape ``(n,)``, after checks; ``counts`` are the numbers of rows the model saw, if known.
 
     Raises:
         TypeError: the closure returned no tensor.
-        ValueError: the losses are reduced, detached or empty, or their number is not ``count``.
+        ValueError: the losses are reduced, detached or empty, or their number is none of ``counts``.
     """
     wanted = "one loss for each candidate, shape (n,), such as token_losses(model, batch)"
     if not isinstance(losses, Tensor):
@@ -91,8 +91,9 @@ def checked_losses(losses: Any, count: int | None = None) -> Tensor:
         raise ValueError(f"The closure must return {wanted}; got an empty batch.")
     if not losses.requires_grad:
         raise ValueError(f"The closure must return {wanted}, with their graph; got losses that are detached.")
-    if count is not None and count != len(losses):
+    if counts and len(losses) not in counts:
+        rows = " or ".join(map(str, counts))
         raise ValueError(
-            f"The closure returned {len(losses)} losses, but the model ran on {count} rows; expected {wanted}."
+            f"The closure returned {len(losses)} losses, but the model ran on {rows} rows; expected {wanted}."
         )
     return losses

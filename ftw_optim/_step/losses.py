@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-IGNORED = -100
-"""The label of positions that do not count, as everywhere in PyTorch and Transformers."""
+from ftw_optim._step.label_head import IGNORED as IGNORED
+from ftw_optim._step.label_head import LabelLogits, label_logits, logits_of
 
 
 def token_losses(
@@ -20,6 +20,7 @@ def token_losses(
     reduction: str = "token_mean",
     label_tokens: int | Tensor | None = None,
     candidates: int | None = None,
+    head: str = "auto",
 ) -> Tensor:
     """Each row's own next-token loss, shape ``(n,)``, ready to be returned by a closure.
 
@@ -38,13 +39,17 @@ def token_losses(
             :func:`count_label_tokens`; None: the number in this batch.
         candidates: with ``"token_sum"``: number of candidates that a selection is made among, all of the window or
             those of this micro-batch; None: the rows of this batch.
+        head: positions that the output layer runs on: ``"labels"``: those that predict a label, which saves time, and
+            most of the memory of a large vocabulary; ``"all"``; ``"auto"``: ``"labels"`` where the model allows it,
+            which two passes without gradients show at its first call. A model does where ``get_output_embeddings()``
+            is called once on all positions, and what follows treats each position by itself.
 
     Returns:
         Losses in nats, float32 or the model's dtype if wider. A row without labels has loss and gradient zero.
 
     Raises:
-        ValueError: the batch has no labels, the reduction is unknown, counts are given without ``"token_sum"``, or the
-            logits have another shape.
+        ValueError: the batch has no labels, the reduction or ``head`` is unknown or not possible, counts are given
+            without ``"token_sum"``, or the logits have another shape.
     """
     if reduction not in ("token_mean", "token_sum"):
         raise ValueError(f'reduction must be "token_mean" or "token_sum", got {reduction!r}.')
@@ -54,14 +59,14 @@ def token_losses(
             "row by its own labels. Leave them out, or ask for the sum."
         )
     shifted = shifted_labels(_labels_of(batch))
-    output = model(**{key: value for key, value in batch.items() if key != "labels"})
-    logits = _logits_of(output)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != shifted.shape:
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    found = label_logits(model, lambda: logits_of(model(**inputs)), shifted, head)
+    if not isinstance(found.logits, Tensor) or found.logits.shape[:-1] != found.targets.shape:
         raise ValueError(
             f"Expected logits (n, t, vocabulary) for labels of shape {tuple(shifted.shape)}, got "
-            f"{tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__}."
+            f"{tuple(found.logits.shape) if isinstance(found.logits, Tensor) else type(found.logits).__name__}."
         )
-    losses, counted = position_losses(logits, shifted)
+    losses, counted = found.losses()
     total, counts = losses.sum(dim=1), counted.sum(dim=1)
     if reduction == "token_mean":
         return total / counts.clamp(min=1)
@@ -91,10 +96,7 @@ def position_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits: shape ``(n, t, vocabulary)``.
         targets: shape ``(n, t)``, the token that each position should predict, -100 for none.
     """
-    # float32: the sum over a large vocabulary loses digits in half precision.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view_as(targets), targets != IGNORED
+    return LabelLogits(logits=logits, targets=targets, grid=targets.shape).losses()
 
 
 def _labels_of(batch: Mapping[str, Any]) -> Tensor:
@@ -104,9 +106,3 @@ def _labels_of(batch: Mapping[str, Any]) -> Tensor:
             f"Expected a batch with labels (-100 where a position does not count), got the keys {sorted(batch)}."
         )
     return labels
-
-
-def _logits_of(output: Any) -> Any:
-    if isinstance(output, tuple):
-        return getattr(output, "logits", output[0])
-    return output["logits"] if isinstance(output, Mapping) and "logits" in output else getattr(output, "logits", output)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ftw_optim._capture.coverage import Coverage, coverage
 from ftw_optim._capture.owners import owners
 from ftw_optim._capture.plan import plan
+from ftw_optim._capture.sample_ids import GivenIds
 from ftw_optim._capture.self_check import SelfChecks
 from ftw_optim._factors.micro_batches import Footprint
 from ftw_optim._gram.blocks import Buffer
@@ -61,8 +62,9 @@ class SelectiveOptimizer(OptimizerWrapper):
         gram: ``"exact"``, or a :class:`Sketch` that estimates the Gram matrix where the exact one costs too much.
         memory_limit: bytes of multiplied-out per-candidate gradients that may exist at a time, kept from step to step;
             None: 256 MiB.
-        self_check: compare the captured gradients with autograd's at the first backward, and whenever a layer is read
-            in a new way.
+        self_check: when the captured gradients are compared with autograd's, which costs a backward pass: ``"first"``:
+            at the first backward, and whenever a layer is read in a new way or the losses are computed in a new one; a
+            number ``N``: also at every ``N``-th selection; True: at every selection; False: never.
         seed: seed of the target's random state, of sketches and checks, and of stages that draw.
 
     Raises:
@@ -88,12 +90,12 @@ class SelectiveOptimizer(OptimizerWrapper):
         scored: Scored | None = None,
         gram: str | Sketch = "exact",
         memory_limit: int | None = None,
-        self_check: bool = True,
+        self_check: bool | int | str = 100,
         seed: int = 0,
     ) -> None:
         filter = GreedyFilter(keep=0.25) if filter is None else filter
         weight = NonNegativeLeastSquares() if weight is None else weight
-        check_options(optimizer, model, (filter, weight), metric, combine, gram, memory_limit)
+        check_options(optimizer, model, (filter, weight), metric, combine, gram, memory_limit, self_check)
         registered = registered_rule(optimizer)
         super().__init__(optimizer)
         self.model, self.filter, self.weight = model, filter, weight
@@ -220,7 +222,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         closure: Callable[..., Any],
         *,
         grad_scale: float | Tensor = 1.0,
-        sample_ids: Tensor | Sequence[Tensor] | None = None,
+        sample_ids: GivenIds | Sequence[GivenIds] | None = None,
     ) -> Tensor:
         """The first half of a step: select, and add the combined gradient to ``.grad`` as ``loss.backward()`` does.
 
@@ -231,9 +233,11 @@ class SelectiveOptimizer(OptimizerWrapper):
                 gradients enabled.
             grad_scale: multiplies the losses for the pass, and so ``.grad``: with a GradScaler
                 ``scaler.scale(torch.ones(()))``, divided by the number of accumulated calls.
-            sample_ids: where rows are packed from several candidates: the candidate of each position, -1 for none,
-                int64 in the shape of the token grid. Where the closure yields micro-batches: a list with one such
-                tensor for each, with numbers that start at 0 in each.
+            sample_ids: whose the positions are, where rows are packed from several candidates or a model drops some:
+                the candidate of each position, -1 for none, int64 in the shape of the token grid. Or a mapping from
+                names of layers, or of modules around them, to such ids: of the grid, or of the rows (r,) that a model
+                has chosen for this layer; a function that returns them is called once the layer has run. Where the
+                closure yields micro-batches: a list with one for each, with numbers that start at 0 in each.
 
         Returns:
             The weighted loss, as :meth:`step` does.
@@ -276,10 +280,12 @@ class SelectiveOptimizer(OptimizerWrapper):
         *,
         scale: float,
         may_be_plain: bool,
-        sample_ids: Tensor | Sequence[Tensor] | None = None,
+        sample_ids: GivenIds | Sequence[GivenIds] | None = None,
     ) -> tuple[StepSetup, CandidateClosure]:
         """The inputs and options of one step, and its closure; a step that cannot be made is refused here."""
         refuse_more_than_one_process()
+        if not isinstance(self.self_check, str) and self.self_check and self._backwards % self.self_check == 0:
+            self._checks.forget()
         parameters = parameters_of(self.model, self.param_groups, self.scored)
         closure = CandidateClosure(function, parameters.updated, may_be_plain=may_be_plain)
         layers = owners(self.model)

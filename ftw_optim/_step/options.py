@@ -25,6 +25,7 @@ def check_options(
     combine: str,
     gram: str | Sketch,
     memory_limit: int | None,
+    self_check: bool | int | str,
 ) -> None:
     """Refuse options with which no step can be made.
 
@@ -36,6 +37,7 @@ def check_options(
         combine: where the combined gradient comes from.
         gram: ``"exact"`` or a sketch.
         memory_limit: bytes of multiplied-out gradients, or None.
+        self_check: when captured gradients are compared with autograd's.
 
     Raises:
         TypeError: the inner optimizer is no optimizer, or the model is no module.
@@ -52,6 +54,8 @@ def check_options(
         raise ValueError(f'gram must be "exact" or a Sketch(dim=...), got {gram!r}.')
     if memory_limit is not None and memory_limit < 1:
         raise ValueError(f"memory_limit must be a positive number of bytes, got {memory_limit!r}.")
+    if self_check != "first" and not (isinstance(self_check, int) and self_check >= 0):
+        raise ValueError(f'self_check must be "first", a number of selections, True or False, got {self_check!r}.')
     if (normalize := getattr(stages[1], "normalize", "sum")) not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}.")
     for stage in stages:

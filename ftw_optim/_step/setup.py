@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftw_optim._capture.plan import CapturePlan
+from ftw_optim._capture.sample_ids import GivenIds
 from ftw_optim._capture.self_check import SelfChecks
 from ftw_optim._gram.blocks import Buffer
 from ftw_optim._gram.metric import Metric
@@ -44,7 +45,7 @@ class StepSetup:
         memory_limit: bytes of multiplied-out gradients that may exist at a time; None: the default.
         buffer: memory for those gradients, kept from step to step.
         scale: the factor by which the losses are multiplied.
-        sample_ids: the candidate of each position, where rows are packed; a list with one tensor for each micro-batch.
+        sample_ids: the candidate of each position, or of each row of some layers; a list with one for each micro-batch.
         checks: what the self-check has vouched for; None: no self-check.
         backwards: number of selections before this one.
         seed_of: ``purpose -> seed`` of this step.
@@ -66,7 +67,7 @@ class StepSetup:
     memory_limit: int | None
     buffer: Buffer
     scale: float
-    sample_ids: Tensor | Sequence[Tensor] | None
+    sample_ids: GivenIds | Sequence[GivenIds] | None
     checks: SelfChecks | None
     backwards: int
     seed_of: Callable[[str], int]

@@ -235,7 +235,7 @@ def _only(output: Output, row: int, n: int, value: Tensor, sample_ids: Tensor | 
     """The output gradients of one candidate, zero for all others, in the shape that the module returned."""
     if sample_ids is not None:
         grid = math.prod(sample_ids.shape)
-        lead = output.grad.shape[:2] == sample_ids.shape
+        lead = output.grad.shape[: sample_ids.ndim] == sample_ids.shape
         if not lead and output.grad.shape[0] != grid:
             raise ValueError(f"output of shape {tuple(output.grad.shape)} has no positions that sample_ids knows")
         mask = (sample_ids if lead else sample_ids.flatten()).to(output.grad.device) == row

@@ -1,0 +1,94 @@
+"""The candidates of rows and positions, where these are not the rows of the model's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+Ids = Tensor | Callable[[], Tensor]
+"""The candidate of each row or position, or a function that returns it once the layer has run."""
+GivenIds = Tensor | Mapping[str, Ids]
+"""What a user may give for one batch: one tensor for all layers, or tensors by the names of layers."""
+
+
+@final
+class SampleIds:
+    """The candidates of rows and positions: for all layers alike, or for each layer.
+
+    Args:
+        given: int64, shape of the token grid (b, t) or of a layer's rows (r,), -1 for none; or such tensors, or
+            functions that return one, by the name of a layer or of a module around it (``""``: all layers). Layers
+            without an entry are read by the rows of the model's input.
+
+    Raises:
+        TypeError: an entry is neither a tensor nor a function.
+        ValueError: a tensor has another dtype or number of axes.
+    """
+
+    def __init__(self, given: GivenIds) -> None:
+        self._given: Mapping[str, Ids] = given if isinstance(given, Mapping) else {"": given}
+        self._axes = (1, 2) if isinstance(given, Mapping) else (2,)
+        for name, ids in self._given.items():
+            if isinstance(ids, Tensor):
+                self._check(name, ids)
+            elif not callable(ids):
+                raise TypeError(
+                    f"Expected sample_ids of {name!r} as a tensor, or a function that returns one, got "
+                    f"{type(ids).__name__}."
+                )
+        self._used: dict[str, Tensor] = {}
+
+    @property
+    def is_for_all(self) -> bool:
+        """Whether every layer has an entry."""
+        return "" in self._given
+
+    def of(self, layer: str) -> Tensor | None:
+        """The candidates of the rows that a ``layer`` has just run on; None where it has no entry."""
+        place = layer
+        while place not in self._given:
+            if not place:
+                return None
+            place = place.rpartition(".")[0]
+        ids = self._given[place]
+        if not isinstance(ids, Tensor):
+            ids = ids()
+            self._check(place, ids)
+        self._used[place] = ids
+        return ids
+
+    def check(self, count: int) -> None:
+        """Check what was used against the number of losses, ``count``.
+
+        Raises:
+            ValueError: an entry is below -1 or not below the number of losses.
+        """
+        for name, ids in self._used.items():
+            least, most = (int(ids.min()), int(ids.max())) if ids.numel() else (-1, -1)
+            if least < -1 or most >= count:
+                where = f" of {name!r}" if name else ""
+                raise ValueError(
+                    f"Expected sample_ids{where} from -1 (none) to {count - 1}, one less than the number of losses, "
+                    f"got {least} to {most}."
+                )
+
+    def share_rows(self) -> bool:
+        """Whether candidates share a row of a grid that was used: only then can they leak into each other."""
+        return any(ids.ndim == 2 and bool(_several(ids).any()) for ids in self._used.values())
+
+    def _check(self, name: str, ids: Any) -> None:
+        if not isinstance(ids, Tensor) or ids.ndim not in self._axes or ids.dtype != torch.int64:
+            shape = "of the token grid's shape (b, t)" + (" or of a layer's rows (r,)" if 1 in self._axes else "")
+            got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"Expected sample_ids{f' of {name!r}' if name else ''} as int64 {shape}, got {got}.")
+
+
+def _several(ids: Tensor) -> Tensor:
+    """Mask of the rows of a grid that hold several candidates: bool (b,)."""
+    if not ids.shape[1]:
+        return ids.new_zeros(len(ids), dtype=torch.bool)
+    most = ids.max(dim=1, keepdim=True).values
+    return ((ids >= 0) & (ids != most)).any(dim=1)
