@@ -20,7 +20,7 @@ def token_losses(
     reduction: str = "token_mean",
     label_tokens: int | Tensor | None = None,
     candidates: int | None = None,
-    head: str = "auto",
+    head: str = "all",
 ) -> Tensor:
     """Each row's own next-token loss, shape ``(n,)``, ready to be returned by a closure.
 
@@ -41,8 +41,9 @@ def token_losses(
             those of this micro-batch; None: the rows of this batch.
         head: positions that the output layer runs on: ``"labels"``: those that predict a label, which saves time, and
             most of the memory of a large vocabulary; ``"all"``; ``"auto"``: ``"labels"`` where the model allows it,
-            which two passes without gradients show at its first call. A model does where ``get_output_embeddings()``
-            is called once on all positions, and what follows treats each position by itself.
+            which two passes without gradients show at its first call, and a step waits for the device once more. A
+            model does where ``get_output_embeddings()`` is called once on all positions, and what follows treats each
+            position by itself.
 
     Returns:
         Losses in nats, float32 or the model's dtype if wider. A row without labels has loss and gradient zero.
