@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ftw_optim._capture.layouts import TIME_FIRST, Grid, Layout
+from ftw_optim._capture.layouts import TIME_FIRST, Grid, Layout, packed
 from ftw_optim._capture.owners import Owner
 from ftw_optim._capture.replay.axes import SHARED, Axis, candidate_axes
 from ftw_optim._capture.replay.calls import Call
@@ -193,7 +193,7 @@ def _layout(
     first = next((leaf for leaf in inputs if leaf.ndim), None)
     ids = grid.ids(owner.name)
     if ids is not None:
-        read = None if first is None else grid.layout(first, None, owner.name).sample_ids
+        read = None if first is None else packed(first, ids).sample_ids
         return Layout(reading="run again, sample_ids", sample_ids=ids if read is None else read), None
     layout = None if first is None else grid.layout(first, None, owner.name)
     if layout is not None and layout.reading == TIME_FIRST:

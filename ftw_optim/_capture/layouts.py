@@ -66,7 +66,7 @@ class Grid:
         """The layout of the candidates in ``x``, the first input of a ``layer`` that is captured by ``rule``."""
         ids = self.ids(layer)
         if ids is not None:
-            return _packed(x, ids)
+            return packed(x, ids)
         if self.n is None:  # the closure calls a part of the model: the losses will tell
             return _LOOSE_ROWS if x.ndim < 3 else _ROWS
         if rule is not None and rule.own_layout:
@@ -107,7 +107,8 @@ class Grid:
         return rows == self.positions or (n != self.positions if rows == 1 else rows % n != 0)
 
 
-def _packed(x: Tensor, ids: Tensor) -> Layout:
+def packed(x: Tensor, ids: Tensor) -> Layout:
+    """The layout of ``x``, whose rows or positions belong to the candidates ``ids``."""
     if x.shape[: ids.ndim] == ids.shape:
         return Layout(reading="sample_ids", sample_ids=ids)
     if x.ndim and x.shape[0] == ids.numel():

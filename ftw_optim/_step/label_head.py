@@ -82,10 +82,8 @@ def label_logits(model: nn.Module, run: Run, targets: Tensor, head: str = "auto"
     """
     if head not in HEADS:
         raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))}, got {head!r}.")
-    index = (targets.flatten() != IGNORED).nonzero().flatten() if head != "all" else None
-    # One position alone shows nothing, and where nearly all have labels there is nothing to save.
-    few = index is not None and len(index) > 1 and (head == "labels" or len(index) < 0.95 * targets.numel())
-    if index is not None and few:
+    index = _worth_choosing(targets, head)
+    if index is not None:
         reason = _reason(model, run, targets, index)
         if reason is None:
             with _running_on(_output_layer(model), Chosen(index=index, grid=_pair(targets))):
@@ -94,6 +92,15 @@ def label_logits(model: nn.Module, run: Run, targets: Tensor, head: str = "auto"
         if head == "labels":
             raise ValueError(f'head="labels" needs another model: {reason}. Use head="auto" or head="all".')
     return LabelLogits(logits=run(), targets=targets, grid=targets.shape)
+
+
+def _worth_choosing(targets: Tensor, head: str) -> Tensor | None:
+    """The numbers of the positions with a target, ``(r,)``; None where the output layer had better run on all."""
+    if head == "all":
+        return None
+    index = (targets.flatten() != IGNORED).nonzero().flatten()
+    # One position alone shows nothing, and where nearly all have labels there is nothing to save.
+    return index if len(index) > 1 and (head == "labels" or len(index) < 0.95 * targets.numel()) else None
 
 
 def _reason(model: nn.Module, run: Run, targets: Tensor, index: Tensor) -> str | None:
@@ -114,7 +121,6 @@ def _looked_into(model: nn.Module, run: Run, targets: Tensor, index: Tensor) -> 
     fewer = index.flip(0)[: (len(index) + 1) // 2]
     found = []
     for rows in (index, fewer):
-        state.restore()
         with torch.no_grad(), _running_on(layer, Chosen(index=rows, grid=grid)) as calls:
             try:
                 logits = run()
