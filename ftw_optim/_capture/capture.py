@@ -17,6 +17,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.assembly import Assembly
 from ftw_optim._capture.backward import Graph, as_they_come, by_edges, parameter_gradients
 from ftw_optim._capture.hooks import Phase, Recorder
@@ -51,6 +52,7 @@ class Capture:
         self._model, self._plan = model, plan
         self._ids = None if sample_ids is None else SampleIds(sample_ids)
         self._recorder = Recorder(model, plan, self._ids)
+        self._armed = ArmedHooks(model)
         self._modes = hash(tuple(module.training for module in model.modules()))
         self._count, self._share_rows = 0, False
         self._passed_through: set[torch.dtype] = set()
@@ -69,6 +71,7 @@ class Capture:
         in_closure = self._recorder.phase is Phase.FORWARD
         self._stance.close()
         self._recorder.close()
+        self._armed.__exit__(kind, error, trace)
         expanded = sorted(self._recorder.expanded)[:5]
         if in_closure and expanded and isinstance(error, RuntimeError | IndexError | ValueError):
             error.add_note(
@@ -80,10 +83,12 @@ class Capture:
     def pause(self) -> None:
         """Stop changing the outputs of layers, while another capture is running."""
         self._recorder.phase = Phase.REST
+        self._armed.disarm()
 
     def resume(self) -> None:
         """Change the outputs of layers again, as in the captured calls: a checkpoint may run the layers again."""
         self._recorder.phase = Phase.RECOMPUTE
+        self._armed.arm()
 
     @property
     def counts(self) -> Collection[int]:
@@ -218,6 +223,7 @@ class Capture:
     def _looked_at(self, losses: Tensor, scale: float, checks: SelfChecks | None) -> tuple[Graph, Tensor, Tensor]:
         """The checked graph; which losses are finite, bool (n,); and the scaled sum of the finite ones."""
         self._count = len(losses)
+        self._armed.take_over()
         self._recorder.settle(self._count)
         if self._ids is not None:
             self._ids.check(self._count)

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.backward import Graph, gradients_set_aside
 from ftw_optim._capture.self_check import verify_projection
 from ftw_optim._factors.factors import weighted_sum
@@ -131,7 +132,9 @@ def _losses_again(setup: StepSetup, selection: Selection, candidate_pass: Candid
         done += len(losses)
         if done > len(kept):
             break
-        yield (share.to(losses) * losses).sum()
+        with ArmedHooks(setup.model) as armed:
+            armed.take_over()
+            yield (share.to(losses) * losses).sum()
     if done != len(kept):
         raise ValueError(f"closure(rows=kept) must return the losses of these {len(kept)} rows, got {done}.")
 

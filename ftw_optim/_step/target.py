@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.backward import Graph, parameter_gradients
 from ftw_optim._factors.finiteness import all_finite
 from ftw_optim._layers.randomness import own_randomness
@@ -87,8 +88,9 @@ class TargetGradient:
                 before=previous,
                 remembered=True,
             )
-        with own_randomness(model.parameters(), seed), torch.enable_grad():
+        with own_randomness(model.parameters(), seed), torch.enable_grad(), ArmedHooks(model) as armed:
             losses: Any = self.closure()
+            armed.take_over()
             _check(losses)
             graph = Graph(losses)
             found = parameter_gradients(losses.mean() * scale, parameters, graph, model)

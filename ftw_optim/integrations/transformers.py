@@ -21,12 +21,13 @@ from accelerate.utils.memory import clear_device_cache  # type: ignore[import-un
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ftw_optim._layers.randomness import own_randomness
 from ftw_optim._step.losses import position_losses, shifted_labels
 from ftw_optim._step.optimizer import SelectiveOptimizer
 from ftw_optim._step.target import TargetGradient
 from ftw_optim.integrations._trainers.columns import WithColumns
 from ftw_optim.integrations._trainers.metrics import Metrics
+from ftw_optim.integrations._trainers.overrides import of_framework, refuse_overrides
+from ftw_optim.integrations._trainers.own_loss import LossComparison
 from ftw_optim.integrations._trainers.realised import RealisedDecrease
 from ftw_optim.integrations._trainers.refusals import checked_options, refuse, refuse_settings
 from ftw_optim.integrations._trainers.targets import TargetBatches
@@ -79,6 +80,10 @@ class SelectiveTrainerMixin(_Base):
     loss is the mean loss of a token under the weights.
     """
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        refuse_overrides(cls, SelectiveTrainerMixin)
+
     def __init__(
         self,
         *args: Any,
@@ -114,8 +119,11 @@ class SelectiveTrainerMixin(_Base):
         self.selective_optimizer: SelectiveOptimizer | None = None
         self._micro_batches: list[Mapping[str, Any]] = []
         self._metrics_of_selection = Metrics(selection_log)  # TRL has a _metrics of its own
-        self._losses_compared = not self._options.get("self_check", True)
-        self.add_callback(_AfterStep(self._metrics_of_selection.record))
+        self._loss_comparison = LossComparison(
+            self._options.get("self_check", 100), again=not of_framework(type(self).compute_loss)
+        )
+        self._selected = False  # since the last step
+        self.add_callback(_AroundStep(self._check_selected, self._metrics_of_selection.record))
 
     # ------------------------------------------------------------------ one step
 
@@ -133,6 +141,7 @@ class SelectiveTrainerMixin(_Base):
             return torch.zeros((), device=self.args.device)
         batches = [self._prepare_inputs(dict(batch)) for batch in self._micro_batches]
         self._micro_batches = []
+        self._selected = True
         assert self.selective_optimizer is not None
         model.train()
         self.selective_optimizer.train()
@@ -143,8 +152,17 @@ class SelectiveTrainerMixin(_Base):
         return loss.to(self.args.device)
 
     def _select(self, optimizer: SelectiveOptimizer, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
-        if not self._losses_compared:
-            self._compare_losses(model, batches[0])
+        if self._loss_comparison.due():
+            self._loss_comparison.compare(
+                model,
+                MicroBatch.of(batches[0], shifts=bool(self._loss_shifts_labels)),
+                own=lambda inputs, labels: self._trainers_loss(
+                    model, inputs, labels if self.model_accepts_loss_kwargs else None
+                ),
+                positions=lambda inputs, labels: self.position_losses(model, inputs)[0].sum() / labels,
+                low_precision=self.accelerator.mixed_precision != "no"
+                or any(p.is_floating_point() and p.itemsize < 4 for p in model.parameters()),
+            )
         window = self._window(model, batches, joined=optimizer.combine == "rerun", passed=self._note_batch)
         if not window.batches:
             return torch.zeros(())
@@ -156,6 +174,19 @@ class SelectiveTrainerMixin(_Base):
         assert selection is not None
         self._metrics_of_selection.note(selection, window)
         return window.token_loss(selection)
+
+    def _check_selected(self) -> None:
+        """Before a step: a training step of one's own may have hidden the selective one.
+
+        Raises:
+            RuntimeError: nothing was selected for this step.
+        """
+        if not self._selected:
+            raise RuntimeError(
+                f"Expected {type(self).training_step.__qualname__} to call super().training_step, which selects: the "
+                "step that was about to be made is of all candidates alike."
+            )
+        self._selected = False
 
     def position_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The loss of each position, and which positions count; override it for another loss than the next-token loss.
@@ -192,34 +223,6 @@ class SelectiveTrainerMixin(_Base):
 
     def _note_batch(self) -> None:
         """Called when the candidates of a micro-batch have passed through the model."""
-
-    def _compare_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Compare the losses of positions with the trainer's own loss, once.
-
-        Raises:
-            RuntimeError: the mean of the losses of positions is not the trainer's loss.
-        """
-        one = MicroBatch.of(batch, shifts=bool(self._loss_shifts_labels))
-        labels = one.counted.sum()
-        if not bool(labels):
-            return
-        with torch.no_grad(), own_randomness(model.parameters(), 0):
-            model.eval()  # for dropout would draw anew
-            own = self._trainers_loss(model, dict(one.inputs), labels if self.model_accepts_loss_kwargs else None)
-            values, _ = self.position_losses(model, dict(one.inputs))
-            model.train()
-        found, expected = float(values.sum() / labels), float(own)
-        low = self.accelerator.mixed_precision != "no" or any(
-            p.is_floating_point() and p.itemsize < 4 for p in model.parameters()
-        )
-        if abs(found - expected) > (2e-2 if low else 1e-4) * max(1.0, abs(expected)):
-            raise RuntimeError(
-                f"Expected the losses of positions to have the trainer's own loss as their mean, {expected:.6g} on the "
-                f"first micro-batch, got {found:.6g}: compute_loss or the model adds something else. Override "
-                'position_losses to return what is trained on, or switch this check off by selective={"self_check": '
-                "False}."
-            )
-        self._losses_compared = True
 
     def _trainers_loss(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | None) -> Tensor:
         """The trainer's own loss of one batch; nothing is added to the trainer's metrics."""
@@ -324,15 +327,19 @@ class SelectiveTrainerMixin(_Base):
                 self.selection_log.load_state_dict(json.load(file))
 
 
-class _AfterStep(TrainerCallback):
-    """Calls a function with the number of each step after the optimizer has made it, before anything is saved."""
+class _AroundStep(TrainerCallback):
+    """Calls a function before the optimizer makes a step, and one with the step's number before anything is saved."""
 
-    def __init__(self, function: Callable[[int], None]) -> None:
-        self._function = function
+    def __init__(self, before: Callable[[], None], after: Callable[[int], None]) -> None:
+        self._before, self._after = before, after
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See :class:`TrainerCallback`."""
+        self._before()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See :class:`TrainerCallback`; the step is counted only afterwards."""
-        self._function(state.global_step + 1)
+        self._after(state.global_step + 1)
 
 
 class SelectiveTrainer(SelectiveTrainerMixin, Trainer):

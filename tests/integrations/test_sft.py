@@ -285,6 +285,17 @@ def test_offloaded_activations_are_refused(tmp_path: Path) -> None:
         )
 
 
+def test_virtual_tokens_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotImplementedError, match="puts 3 virtual tokens in front of each row"):
+        trained(
+            SelectiveSFTTrainer,
+            tmp_path,
+            {},
+            target_dataset=Dataset.from_list(examples(2)),
+            peft_config=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        )
+
+
 def test_packed_rows_are_not_run_again_together(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match="packed rows cannot be put together"):
         trained(

@@ -107,13 +107,14 @@ def test_micro_batches_that_are_averaged_cannot_be_put_together(tmp_path: Path) 
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by PEFT
-def test_models_with_positions_of_their_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_virtual_tokens(kind: str, tmp_path: Path) -> None:
     import peft
 
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
     net = peft.get_peft_model(model(), config)
-    with pytest.raises(ValueError, match="such as virtual tokens, are not known"):
-        refused(tmp_path, net=net).train()
+    with pytest.raises(NotImplementedError, match="puts 2 virtual tokens in front of each row"):
+        refused(tmp_path, net=net)
 
 
 def test_another_loss_than_that_of_the_next_token(tmp_path: Path) -> None:

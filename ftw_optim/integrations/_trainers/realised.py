@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._layers.randomness import own_randomness
 from ftw_optim._preconditioners.probing.trial import step_without_hooks
 from ftw_optim._step.optimizer import SelectiveOptimizer
@@ -57,7 +58,8 @@ class RealisedDecrease:
             self._idle = None
 
     def _mean_loss(self) -> Tensor:
-        with torch.no_grad(), own_randomness(self._optimizer.model.parameters(), self._optimizer.seed):
+        model = self._optimizer.model
+        with torch.no_grad(), own_randomness(model.parameters(), self._optimizer.seed), ArmedHooks(model):
             return self._losses().mean()
 
 

@@ -110,6 +110,14 @@ def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -
             "the load-balancing loss of the experts is not a sum over candidates: set "
             "model.config.output_router_logits=False (router_aux_loss_coef=0.0 in an SFTConfig)"
         )
+    if virtual := _virtual_tokens(trainer.model):
+        losses_here = inspect.unwrap(type(trainer).position_losses).__module__  # type: ignore[attr-defined]
+        if losses_here.startswith("ftw_optim."):
+            yield (
+                f"the adapter puts {virtual} virtual tokens in front of each row, whose positions have no labels here: "
+                "adapt by LoRA or by prefix tuning, or override position_losses, which returns the losses of the "
+                "labels' positions"
+            )
     if not own_losses and not trainer._loss_shifts_labels:
         yield (
             f"{type(trainer.model).__name__} is not trained by the next-token loss of Transformers: override "
@@ -127,3 +135,16 @@ def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -
             "the model divides its loss by each micro-batch's own labels, which cannot be told apart in the one batch "
             'of combine="rerun": use "factors" or "graph"'
         )
+
+
+_WITHOUT_POSITIONS = ("PREFIX_TUNING", "CARTRIDGE")
+"""The adapters among those that learn prompts which add keys and values, and no positions."""
+
+
+def _virtual_tokens(model: Any) -> int:
+    """The number of positions that an adapter of PEFT adds to each row, as prompt tuning and P-tuning do."""
+    config = getattr(model, "active_peft_config", None)
+    kind = getattr(config, "peft_type", None)
+    if not getattr(config, "is_prompt_learning", False) or getattr(kind, "value", kind) in _WITHOUT_POSITIONS:
+        return 0
+    return int(getattr(config, "num_virtual_tokens", 0) or 0)

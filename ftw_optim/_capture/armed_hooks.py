@@ -1,0 +1,75 @@
+"""Hooks that PEFT arms on checkpointed blocks, by which an activated LoRA finds its offsets when a block runs again.
+
+PEFT arms them in every forward pass of the model and disarms them in the first backward through a block, and refuses a
+second forward before that. So it breaks with forward passes without gradients, with backward passes that stop at the
+outputs of layers, and with several over one graph; all of which selection makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from types import TracebackType
+from typing import Any, final
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+ARMED = "_peft_gradient_checkpointing_forward_hooks"
+"""The attribute of a checkpointed block in which PEFT keeps the handles of the hooks that it has armed."""
+
+_Entries = list[tuple[MutableMapping[int, Any], int, Any]]
+"""Dictionaries of hooks with the key and the value that belong there."""
+
+
+@final
+class ArmedHooks:
+    """A context that decides in PEFT's place how long the hooks of its forward pass stay armed.
+
+    Args:
+        model: the whole model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._entries: _Entries = []
+
+    def __enter__(self) -> ArmedHooks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disarm()
+        self._entries.clear()
+
+    def take_over(self) -> None:
+        """Keep the hooks that the forward pass has armed until :meth:`disarm`, whatever backward passes run."""
+        for handle in self._handles():
+            self._entries += _entries(handle)
+
+    def arm(self) -> None:
+        """Put the hooks back, for a backward pass over the graph of their forward pass."""
+        for hooks, key, value in self._entries:
+            hooks[key] = value
+
+    def disarm(self) -> None:
+        """Take the hooks away until :meth:`arm`, and for good those armed since by blocks that ran again."""
+        for handle in self._handles():
+            handle.remove()
+        for hooks, key, _ in self._entries:
+            hooks.pop(key, None)
+
+    def _handles(self) -> list[RemovableHandle]:
+        """The handles that PEFT holds now, which it then holds no longer."""
+        taken: list[RemovableHandle] = []
+        for module in self._model.modules():
+            if handles := module.__dict__.get(ARMED):
+                taken += handles
+                handles.clear()
+        return taken
+
+
+def _entries(handle: RemovableHandle) -> _Entries:
+    """What the handle would remove."""
+    places = [handle.hooks_dict_ref(), *(reference() for reference in handle.extra_dict_ref)]
+    return [(place, handle.id, place[handle.id]) for place in places if place is not None and handle.id in place]

@@ -1,0 +1,96 @@
+"""The comparison of the losses that are selected on with the loss that the trainer would have trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from ftw_optim._capture.armed_hooks import ArmedHooks
+from ftw_optim._layers.randomness import own_randomness
+from ftw_optim.integrations._trainers.window import MicroBatch
+
+Loss = Callable[[dict[str, Any], Tensor], Tensor]
+"""A function ``(inputs, number of labels) -> loss``, a scalar."""
+
+
+@final
+class LossComparison:
+    """Compares the mean loss of a token by the losses of positions with the trainer's own loss.
+
+    Both are computed without gradients, from the same random state, in evaluation mode and as trained: a loss may add
+    terms in training alone, and a model may draw dropout.
+
+    Args:
+        check: the option ``self_check`` of :class:`SelectiveOptimizer`.
+        again: whether to compare again at every ``check``-th window, as a loss of one's own may change in mid-run.
+    """
+
+    def __init__(self, check: bool | int | str, *, again: bool) -> None:
+        self._every = int(check) if again and not isinstance(check, str) else 0
+        self._windows, self._compared = 0, check is False
+
+    def due(self) -> bool:
+        """Whether this window is to be compared; called once for each."""
+        self._windows += 1
+        return not self._compared or (self._every > 0 and (self._windows - 1) % self._every == 0)
+
+    def compare(self, model: nn.Module, batch: MicroBatch, *, own: Loss, positions: Loss, low_precision: bool) -> None:
+        """Compare on one micro-batch; one without labels says nothing.
+
+        Raises:
+            RuntimeError: the two losses are not the same.
+        """
+        labels = batch.counted.sum()
+        if not bool(labels):
+            return
+
+        def losses(*, training: bool) -> tuple[float, float]:
+            return _loss_of(model, batch, own, labels, training=training), _loss_of(
+                model, batch, positions, labels, training=training
+            )
+
+        with torch.no_grad(), _untouched_buffers(model):
+            expected, found = losses(training=False)
+            apart = (2e-2 if low_precision else 1e-4) * max(1.0, abs(expected))
+            when, fits = "", abs(found - expected) <= apart
+            if fits:
+                expected, found = losses(training=True)
+                when, fits = "in training mode, ", abs(found - expected) <= apart
+                # What cannot be repeated cannot be compared either.
+                fits = fits or abs(_loss_of(model, batch, own, labels, training=True) - expected) > apart / 10
+        if not fits:
+            raise RuntimeError(
+                f"Expected the losses of positions to have the trainer's own loss as their mean, {when}{expected:.6g} "
+                f"on the first micro-batch of the window, got {found:.6g}: compute_loss or the model adds something "
+                "else. Override position_losses to return what is trained on, or switch this check off by "
+                'selective={"self_check": False}.'
+            )
+        self._compared = True
+
+
+def _loss_of(model: nn.Module, batch: MicroBatch, loss: Loss, labels: Tensor, *, training: bool) -> float:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        if not training:
+            model.eval()
+        with own_randomness(model.parameters(), 0), ArmedHooks(model):
+            return float(loss(dict(batch.inputs), labels))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _untouched_buffers(model: nn.Module) -> Iterator[None]:
+    """A block after which the buffers are as before: running averages and counters go on in training mode."""
+    before: Mapping[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, buffer in model.named_buffers():
+            if name in before and before[name].shape == buffer.shape:
+                buffer.copy_(before[name])
