@@ -7,10 +7,13 @@ outputs of layers, and with several over one graph; all of which selection makes
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import warnings
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, final
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -67,6 +70,21 @@ class ArmedHooks:
                 taken += handles
                 handles.clear()
         return taken
+
+
+@contextmanager
+def passing_without_trace(model: nn.Module) -> Iterator[None]:
+    """A block for one forward pass without gradients, which leaves no hook, and the buffers as they were."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad(), ArmedHooks(model), warnings.catch_warnings():
+        # What reentrant checkpoints say of every such pass.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
+        try:
+            yield
+        finally:
+            for name, buffer in model.named_buffers():  # averages and counters go on in training mode
+                if name in before and before[name].shape == buffer.shape:
+                    buffer.copy_(before[name])
 
 
 def _entries(handle: RemovableHandle) -> _Entries:

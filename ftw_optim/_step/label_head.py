@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ftw_optim._capture.armed_hooks import passing_without_trace
 from ftw_optim._capture.chosen import Chosen, running_on
 from ftw_optim._layers.randomness import RandomState
 
@@ -98,9 +99,14 @@ def _worth_choosing(targets: Tensor, head: str) -> Tensor | None:
     """The numbers of the positions with a target, ``(r,)``; None where the output layer had better run on all."""
     if head == "all":
         return None
-    index = (targets.flatten() != IGNORED).nonzero().flatten()
+    try:
+        index = (targets.flatten() != IGNORED).nonzero().flatten()
+    except RuntimeError:
+        if head == "labels":
+            raise
+        return None  # under a transformation such as vmap, the number of labels cannot be known
     # One position alone shows nothing, and where nearly all have labels there is nothing to save.
-    return index if len(index) > 1 and (head == "labels" or len(index) < 0.95 * targets.numel()) else None
+    return index if len(index) > 1 and (head == "labels" or len(index) < 0.9 * targets.numel()) else None
 
 
 def _reason(model: nn.Module, run: Run, targets: Tensor, index: Tensor) -> str | None:
@@ -121,9 +127,11 @@ def _looked_into(model: nn.Module, run: Run, targets: Tensor, index: Tensor) -> 
     fewer = index.flip(0)[: (len(index) + 1) // 2]
     found = []
     for rows in (index, fewer):
-        with torch.no_grad(), _running_on(layer, Chosen(index=rows, grid=grid)) as calls:
+        with passing_without_trace(model), _running_on(layer, Chosen(index=rows, grid=grid)) as calls:
             try:
                 logits = run()
+            except torch.OutOfMemoryError:
+                raise  # which says nothing of the model
             except (RuntimeError, ValueError, IndexError) as error:
                 return f"it cannot run on some positions ({type(error).__name__})"
             finally:

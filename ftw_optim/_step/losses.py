@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ftw_optim._step.label_head import IGNORED as IGNORED
-from ftw_optim._step.label_head import LabelLogits, label_logits, logits_of
+from ftw_optim._step.label_head import label_logits, logits_of
 
 
 def token_losses(
@@ -20,7 +20,7 @@ def token_losses(
     reduction: str = "token_mean",
     label_tokens: int | Tensor | None = None,
     candidates: int | None = None,
-    head: str = "all",
+    head: str = "auto",
 ) -> Tensor:
     """Each row's own next-token loss, shape ``(n,)``, ready to be returned by a closure.
 
@@ -40,10 +40,10 @@ def token_losses(
         candidates: with ``"token_sum"``: number of candidates that a selection is made among, all of the window or
             those of this micro-batch; None: the rows of this batch.
         head: positions that the output layer runs on: ``"labels"``: those that predict a label, which saves time, and
-            most of the memory of a large vocabulary; ``"all"``; ``"auto"``: ``"labels"`` where the model allows it,
-            which two passes without gradients show at its first call, and a step waits for the device once more. A
-            model does where ``get_output_embeddings()`` is called once on all positions, and what follows treats each
-            position by itself.
+            most of the memory of a large vocabulary; ``"all"``; ``"auto"``: ``"labels"`` where the model allows it and
+            a tenth of the positions has none. Two passes without gradients show that at the first call; labels that
+            lie on a device are waited for at every call. A model allows it where ``get_output_embeddings()`` is called
+            once on all positions, and what follows treats each position by itself.
 
     Returns:
         Losses in nats, float32 or the model's dtype if wider. A row without labels has loss and gradient zero.
@@ -88,16 +88,6 @@ def shifted_labels(labels: Tensor) -> Tensor:
     """The label that each position predicts, shape ``(n, t)``: the next one; -100 at the last position."""
     # The labels are shifted, not the logits: no copy of the larger of the two.
     return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def position_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each position, zero where it has no target, and the mask of those that have one; both ``(n, t)``.
-
-    Args:
-        logits: shape ``(n, t, vocabulary)``.
-        targets: shape ``(n, t)``, the token that each position should predict, -100 for none.
-    """
-    return LabelLogits(logits=logits, targets=targets, grid=targets.shape).losses()
 
 
 def _labels_of(batch: Mapping[str, Any]) -> Tensor:

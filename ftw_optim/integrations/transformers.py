@@ -21,7 +21,8 @@ from accelerate.utils.memory import clear_device_cache  # type: ignore[import-un
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from ftw_optim._step.losses import position_losses, shifted_labels
+from ftw_optim._step.label_head import LabelLogits, label_logits, logits_of
+from ftw_optim._step.losses import shifted_labels
 from ftw_optim._step.optimizer import SelectiveOptimizer
 from ftw_optim._step.target import TargetGradient
 from ftw_optim.integrations._trainers.columns import WithColumns
@@ -201,15 +202,19 @@ class SelectiveTrainerMixin(_Base):
         """
         labels, targets = inputs.pop("labels", None), inputs.pop("shift_labels", None)
         targets = shifted_labels(labels) if targets is None else targets
+        return self._label_logits(model, inputs, targets).losses()
+
+    def _label_logits(self, model: nn.Module, inputs: dict[str, Any], targets: Tensor) -> LabelLogits:
+        """The logits at the positions with a target, or at all where the model does not allow that."""
         with self.compute_loss_context_manager():
-            output = model(**inputs)
-        logits = output["logits"] if isinstance(output, dict) else output[0]
-        if logits.shape[:-1] != targets.shape:
+            found = label_logits(model, lambda: logits_of(model(**inputs)), targets)
+        if found.logits.shape[:-1] != found.targets.shape:
             raise ValueError(
                 f"Expected logits (n, t, vocabulary) for labels of shape {tuple(targets.shape)}, got "
-                f"{tuple(logits.shape)}; models that add positions of their own, such as virtual tokens, are not known."
+                f"{tuple(found.logits.shape)}; models that add positions of their own, such as virtual tokens, are not "
+                "known."
             )
-        return position_losses(logits, targets)
+        return found
 
     def _window(self, model: nn.Module, batches: Sequence[Mapping[str, Any]], **options: Any) -> Window:
         return Window.of(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from trl.trainer.sft_trainer import SFTTrainer
 
-from ftw_optim._step.losses import IGNORED, position_losses, shifted_labels
+from ftw_optim._step.losses import IGNORED, shifted_labels
 from ftw_optim.integrations.transformers import SelectiveTrainerMixin
 
 
@@ -28,7 +28,7 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
 
     ``target_dataset`` is prepared like ``train_dataset``, but never packed. With ``packing=True`` (``"bfd"``) or
     ``padding_free=True`` each document is a candidate. Where the output layer is not trained, as under LoRA, it runs
-    fused with the loss; where it is trained, it must be captured, and the logits of a micro-batch are formed.
+    fused with the loss; where it is trained, it must be captured, and the logits of positions with labels are formed.
     """
 
     def position_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -57,11 +57,10 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
     def _by_logits(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         labels, targets = inputs.pop("labels", None), inputs.pop("shift_labels", None)
         targets = shifted_labels(labels) if targets is None else targets
-        with self.compute_loss_context_manager():
-            logits = model(**inputs).logits
-        losses, counted = position_losses(logits, targets)
+        found = self._label_logits(model, inputs, targets)
+        losses, counted = found.losses()
         with torch.no_grad():
-            entropy, correct = _entropy_and_hits(logits.detach(), targets)
+            entropy, correct = _entropy_and_hits(found.logits.detach(), found.targets)
         return losses, counted, entropy, correct
 
     def _note_batch(self) -> None:

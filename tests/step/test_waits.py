@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ftw_optim import GreedyFilter, SelectiveOptimizer, Sketch, TargetGradient
+from ftw_optim import GreedyFilter, SelectiveOptimizer, Sketch, TargetGradient, token_losses
 from ftw_optim._factors.factors import weighted_sum
 from ftw_optim._factors.finiteness import told
 from ftw_optim._gram.inner_products import on_host
+from ftw_optim._step.label_head import label_logits
 from tests.support.factors import random_factors
 from tests.support.models import Case, cases, in_batches, trained
 from tests.support.taint import Device
@@ -23,8 +25,8 @@ from tests.support.taint import Device
 PRODUCTS, CHECKS = (Path(inspect.getfile(function)).name for function in (on_host, told))
 
 
-def waits(case: Case, closure: Any, **options: Any) -> dict[str, int]:
-    """Of the third step, by place."""
+def waits(case: Case, closure: Any, *, labels_there: bool = False, **options: Any) -> dict[str, int]:
+    """Of the third step, by place; labels, of which the closure itself asks where they are, may lie on the host."""
     optimizer = SelectiveOptimizer(
         torch.optim.AdamW(trained(case).values(), lr=0.01),
         case.model,
@@ -35,7 +37,11 @@ def waits(case: Case, closure: Any, **options: Any) -> dict[str, int]:
     for _ in range(2):
         optimizer.step(closure)
     there = [*case.model.parameters(), *case.model.buffers()]
-    there += [value for value in case.candidates.values() if isinstance(value, Tensor)]
+    there += [
+        value
+        for name, value in case.candidates.items()
+        if isinstance(value, Tensor) and (labels_there or name != "labels")
+    ]
     with Device(there) as device:
         optimizer.step(closure)
     assert optimizer.selection is not None
@@ -68,6 +74,16 @@ def test_micro_batches_wait_no_more_often() -> None:
     case = cases()["tied, shared positions"]()
     assert sorted(waits(case, in_batches(case, [4, 1, 3]), combine="factors").values()) == [1]
     assert sorted(waits(case, in_batches(case, [4, 1, 3]), combine="rerun", gram=Sketch()).values()) == [1, 1]
+
+
+def test_labels_on_the_device_are_waited_for_before_the_model_runs_and_those_on_the_host_are_not() -> None:
+    case = cases()["llama with lora"]()
+    found = waits(case, case.losses, combine="factors", labels_there=True)
+    assert sorted(found.values()) == [1, 1]
+    assert {place.split(":")[0] for place in found} == {PRODUCTS, Path(inspect.getfile(label_logits)).name}
+    everywhere = partial(token_losses, case.model, case.candidates, head="all")
+    all_positions = waits(case, everywhere, combine="factors", labels_there=True)
+    assert list(all_positions.values()) == [1]
 
 
 def test_what_waits_is_seen() -> None:

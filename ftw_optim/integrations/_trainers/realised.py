@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ftw_optim._capture.armed_hooks import ArmedHooks
+from ftw_optim._capture.armed_hooks import passing_without_trace
 from ftw_optim._layers.randomness import own_randomness
 from ftw_optim._preconditioners.probing.trial import step_without_hooks
 from ftw_optim._step.optimizer import SelectiveOptimizer
@@ -59,7 +59,7 @@ class RealisedDecrease:
 
     def _mean_loss(self) -> Tensor:
         model = self._optimizer.model
-        with torch.no_grad(), own_randomness(model.parameters(), self._optimizer.seed), ArmedHooks(model):
+        with passing_without_trace(model), own_randomness(model.parameters(), self._optimizer.seed):
             return self._losses().mean()
 
 
