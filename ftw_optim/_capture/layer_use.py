@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ftw_optim._capture.layouts import TIME_FIRST, Grid, Layout, packed
+from ftw_optim._capture.layouts import POSITIONS, TIME_FIRST, Grid, Layout, packed
 from ftw_optim._capture.owners import Owner
 from ftw_optim._capture.replay.axes import SHARED, Axis, candidate_axes
 from ftw_optim._capture.replay.calls import Call
@@ -86,7 +86,7 @@ class Use:
 
     def read_again(self, grid: Grid) -> None:
         """Read the layout anew, after the losses have shown that there are other candidates than was thought."""
-        self.layout, axes = _layout(self.owner, self.call, self.output, grid, self.call.tensors())
+        self.layout, axes, self.call = _layout(self.owner, self.call, self.output, grid, self.call.tensors())
         if axes is not None:
             self.returned = [replace(one, axis=axes[one.index]) for one in self.returned]
 
@@ -117,7 +117,7 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
     own = [index for index, value in enumerate(tensors) if value.requires_grad and id(value) not in passed]
     if not own:
         return None, None
-    layout, axes = _layout(owner, call, output, grid, given)
+    layout, axes, call = _layout(owner, call, output, grid, given)
     several = None if structure is None else len(tensors)
     returned: list[Returned] = []
     dtype: torch.dtype | None = None
@@ -130,7 +130,7 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
         if shared and grid.n is not None and grid.n > 1:
             expand = grid.n
         if expand is not None:  # autograd sums over rows before a gradient arrives, unless they are made here
-            value = _expanded(value, expand, front=layout.reading == "positions" or axis == Axis(SHARED))
+            value = _expanded(value, expand, front=layout.reading == POSITIONS or axis == Axis(SHARED))
         elif several is not None:
             value = value.clone()  # the layer may have gone on with it, and only what happens outside counts
         edge, value = _edge(value)
@@ -180,28 +180,29 @@ def version_of(value: Tensor) -> int | None:
 
 def _layout(
     owner: Owner, call: Call, output: Any, grid: Grid, given: Sequence[Tensor]
-) -> tuple[Layout, list[Axis | None] | None]:
-    """The layout of a call's candidates and, for a module that is run again, their axis in each output.
+) -> tuple[Layout, list[Axis | None] | None, Call]:
+    """The layout of a call's candidates; for a module that is run again, their axis in each output, and the call.
 
     ``given`` are the inputs with their history, as far as that is known.
     """
     inputs = given or call.tensors()
     if isinstance(owner.rule, LayerRule):
-        return grid.layout(inputs[0] if inputs else torch.empty(0), owner.rule, owner.name), None
+        return grid.layout(inputs[0] if inputs else torch.empty(0), owner.rule, owner.name), None, call
     if any(map(has_no_rows, (*call.args, *call.kwargs.values()))):
-        return Layout(reading="unknown", trouble="rows of one length, not a PackedSequence"), None
+        return Layout(reading="unknown", trouble="rows of one length, not a PackedSequence"), None, call
     first = next((leaf for leaf in inputs if leaf.ndim), None)
     ids = grid.ids(owner.name)
     if ids is not None:
         read = None if first is None else packed(first, ids).sample_ids
-        return Layout(reading="run again, sample_ids", sample_ids=ids if read is None else read), None
+        return Layout(reading="run again, sample_ids", sample_ids=ids if read is None else read), None, call
     layout = None if first is None else grid.layout(first, None, owner.name)
     if layout is not None and layout.reading == TIME_FIRST:
-        return layout, None
+        return layout, None, call
     n = grid.n if grid.n is not None else 1 if first is None else first.shape[0]
-    axes = candidate_axes(call, n, output)
+    call = replace(call, for_all=layout is not None and layout.reading == POSITIONS)
+    axes = candidate_axes(call, n, output, positions=grid.positions)
     reading = f"run again, {[None if axis is None else axis.dim for axis in axes]}"
-    return Layout(reading=reading, loose=layout is not None and layout.loose), axes
+    return Layout(reading=reading, loose=layout is not None and layout.loose), axes, call
 
 
 def _expanded(value: Tensor, rows: int, *, front: bool) -> Tensor:
@@ -220,7 +221,7 @@ def _with_rows(call: Call, layout: Layout) -> Call:
             first.dtype,
             first.shape[:1],
         ):
-            row = leaf[None] if layout.reading == "positions" else leaf
+            row = leaf[None] if layout.reading == POSITIONS else leaf
             leaves[number] = row.expand(rows, *row.shape[1:])
     args, kwargs = tree_unflatten(leaves, structure)
     return replace(call, args=args, kwargs=kwargs)

@@ -13,6 +13,7 @@ from ftw_optim._capture.chosen import chosen_now
 from ftw_optim._capture.sample_ids import SampleIds
 from ftw_optim._layers.registry import LayerRule
 
+POSITIONS = "positions"
 TIME_FIRST = "time first"
 FOLDED = "folded"
 
@@ -73,7 +74,7 @@ class Grid:
             return Layout(reading=rule.name)
         index = not x.is_floating_point()
         if index and x.ndim == 1 and x.shape[0] == self.positions and not (self.n == self.positions and _labels(x)):
-            return Layout(reading="positions", expand=self.n)
+            return Layout(reading=POSITIONS, expand=self.n)
         if x.ndim > 1 or (index and x.ndim == 1):
             return self._rows(x, index=index, channels_second=rule is not None and rule.channels_second)
         return Layout(reading="unknown", trouble=f"the {self.n} candidates first")

@@ -189,12 +189,59 @@ class Placed(nn.Module):
 def test_an_output_that_all_candidates_share_is_told_apart_by_row(shape: tuple[int, ...], n: int, count: bool) -> None:
     model = seeded(lambda: Placed(shape, count=count)).double()
     x = drawn(n, 4, 3)
-    if count and n == 4 and not shape:  # four rows for four candidates: nothing tells that they are positions
-        with pytest.raises(RuntimeError, match=r"Self-check: the captured.*positions\.table"):
-            captured(model, lambda: model(x).square().sum((1, 2)))
-        return
     check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), n)
     assert coverage(model)["positions.table"].again == ("Learned",)
+
+
+class Looked(nn.Embedding):
+    """Positions by an index with one axis, in a module of its own."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward(index + 1).sin()
+
+
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 8])
+def test_positions_looked_up_by_an_index_for_all_candidates(n: int, start: int) -> None:
+    """Also where as many candidates as positions, or candidates that divide them, could be meant."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places, self.head = nn.Embedding(9, 3), Looked(9, 3), nn.Linear(3, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            places = self.places(torch.arange(start, start + ids.shape[1]))
+            scores: Tensor = self.head(torch.tanh(self.words(ids) + places))
+            return scores
+
+    model = seeded(Model).double()
+    ids = torch.randint(9, (n, 4), generator=torch.Generator().manual_seed(0))
+    check_every_candidate(model, lambda rows: model(rows_of(ids, rows)).square().sum((1, 2)), n)
+    assert coverage(model)["places.weight"].again == ("Looked",)
+
+
+def test_a_number_of_rows_may_be_that_of_the_candidates() -> None:
+    """A module that is asked for rows, of several axes each, gives one to each candidate."""
+
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries = nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3))
+
+        def forward(self, rows: int) -> Tensor:
+            return self.queries.sin().expand(rows, 2, 3)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.head = Queries(), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.queries(len(x)) @ self.head(x).mT
+
+    model, x = seeded(Model).double(), drawn(4, 4, 3)
+    check_every_candidate(model, lambda rows: model(rows_of(x, rows)).square().sum((1, 2)), 4)
 
 
 def test_a_model_that_cannot_take_one_row_for_each_says_whose_output_was_expanded() -> None:

@@ -33,16 +33,27 @@ class Axis:
         return values.reshape(shape).movedim(self.dim, 0)
 
 
-def candidate_axes(call: Call, n: int, output: Any) -> list[Axis | None]:
+def candidate_axes(call: Call, n: int, output: Any, *, positions: int | None = None) -> list[Axis | None]:
     """The candidate axis of each tensor in a call's output, told from its shape; None where it cannot be told.
 
-    A wrong guess is found by the self-check.
+    A wrong guess is found by the self-check. ``positions`` is the number of positions of a row, if that is known.
     """
     inputs = call.tensors()
-    return [_axis(leaf, number, call, n, inputs) for number, leaf in enumerate(tensors_in(output))]
+    leaves = tensors_in(output)
+    if call.for_all:
+        return [_axis_for_all(leaf, inputs[0].shape[0]) for leaf in leaves]
+    return [_axis(leaf, number, call, n, inputs, positions) for number, leaf in enumerate(leaves)]
 
 
-def _axis(value: Tensor, number: int, call: Call, n: int, inputs: Sequence[Tensor]) -> Axis | None:
+def _axis_for_all(value: Tensor, positions: int) -> Axis | None:
+    if value.ndim == 0 or value.shape[0] not in (1, positions):
+        return None
+    return Axis(SHARED if value.shape[0] == positions else 0)
+
+
+def _axis(
+    value: Tensor, number: int, call: Call, n: int, inputs: Sequence[Tensor], grid_positions: int | None
+) -> Axis | None:
     if value.ndim == 0:
         return None
     if (fixed := candidate_axis_of_output(call.module, number)) is not None:
@@ -52,6 +63,8 @@ def _axis(value: Tensor, number: int, call: Call, n: int, inputs: Sequence[Tenso
     positions = first.shape[1] if first is not None and first.ndim > 1 else None
     if rows == n == positions and n > 1 and _is_the_same_for_one(value, number, call, n):
         return Axis(SHARED)
+    if first is None and value.ndim == 2 and rows == n == grid_positions:
+        return Axis(SHARED)  # a table of positions, and not one row for each candidate
     if rows in (n, 1):
         return Axis(0)
     if first is None:  # a table of positions, asked for their number
@@ -76,6 +89,8 @@ def _is_the_same_for_one(value: Tensor, number: int, call: Call, n: int) -> bool
 
 def candidate_dims(call: Call, n: int) -> dict[int, int]:
     """The candidate axis of each input leaf that has one, by the number of the leaf."""
+    if call.for_all:
+        return {}
     leaves = tree_leaves((call.args, dict(call.kwargs)))
     rows = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 0)
     dims = {}

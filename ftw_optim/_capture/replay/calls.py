@@ -31,6 +31,7 @@ class Call:
         random: the random state before the call; None where it was not recorded.
         drew: whether the call drew random numbers.
         autocast: the dtype of the autocast region the call was in; None outside of one.
+        for_all: whether the inputs are the same for all candidates, as positions are.
     """
 
     module: nn.Module
@@ -39,6 +40,7 @@ class Call:
     random: RandomState | None = None
     drew: bool = False
     autocast: torch.dtype | None = None
+    for_all: bool = False
 
     def tensors(self) -> list[Tensor]:
         """The tensors among the inputs, in order."""
