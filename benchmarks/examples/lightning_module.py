@@ -65,11 +65,9 @@ def encoded(path: str, tokenizer: Any, max_length: int) -> Dataset:
 
 
 class FineTuning(SelectiveModuleMixin, LightningModule):
-    gradient_clip_val = 1.0
-
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__()
-        self.args, self.accumulate_grad_batches = args, args.accumulate
+        self.args = args
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         model = AutoModelForCausalLM.from_pretrained(args.model, use_cache=False)
@@ -91,7 +89,7 @@ class FineTuning(SelectiveModuleMixin, LightningModule):
     def configure_optimizers(self) -> Any:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.args.lr, weight_decay=0.01)
-        steps = -(-self.trainer.estimated_stepping_batches // self.args.accumulate)
+        steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -109,7 +107,9 @@ def main(given: Sequence[str] | None = None) -> None:
         devices=1,
         logger=CSVLogger(args.output, name="", version=""),
         callbacks=[ModelCheckpoint(args.output, save_last=True)],
-        log_every_n_steps=args.accumulate,  # counts batches: those that end a window
+        log_every_n_steps=1,
+        accumulate_grad_batches=args.accumulate,
+        gradient_clip_val=1.0,
     )
     trainer.fit(module, ckpt_path=args.resume)
     module.model.save_pretrained(args.output)

@@ -79,20 +79,17 @@ def test_clipping_comes_after_every_hook_and_before_the_step(algorithm: str) -> 
 
 
 def test_a_plateau_follows_a_logged_metric() -> None:
-    """As under automatic optimisation, of which it has no ``monitor``."""
+    """By its ``monitor``, as without selection."""
     rates = []
     for wrapped in (False, True):
         case = CASES["llama"]()
         mixed: Any = Selective if wrapped else Plain
 
         class Watched(mixed):
-            lr_monitor = "metric"
-
             def configure_optimizers(self) -> Any:
                 optimizer = super().configure_optimizers()
                 plateau = ReduceLROnPlateau(optimizer, patience=1, factor=0.1)
-                monitor = {} if isinstance(self, Selective) else {"monitor": "metric"}
-                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, **monitor}}
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "metric"}}
 
             def validation_step(self, batch: Any, batch_idx: int) -> None:
                 self.log("metric", 1.0)

@@ -85,25 +85,32 @@ def test_what_cannot_be_is_refused_before_anything_runs() -> None:
         ValueError, "accumulate_grad_batches must be a positive integer", selective_of(case, accumulate_grad_batches=0)
     )
     refused(ValueError, r"select_from must be one of \('window', 'batch'\)", selective_of(case, select_from="epoch"))
-    refused(ValueError, "Expected automatic_optimization to be False", selective_of(case, automatic_optimization=True))
+    refused(ValueError, "Expected automatic_optimization to be True", selective_of(case, automatic_optimization=False))
     refused(ValueError, "refresh_every must be a positive integer", selective_of(case, options={"refresh_every": 0}))
-    refused(Exception, "gradient clipping is not supported for manual optimization", gradient_clip_val=1.0)
+    refused(TypeError, "gradient_clip_val must be a number", selective_of(case, gradient_clip_val="much"))
+    refused(ValueError, 'must be "norm" or "value"', selective_of(case, gradient_clip_algorithm="max"))
+    refused(
+        ValueError,
+        "gradient_clip_val to be set once, got 0.5 on the module and 1.0",
+        selective_of(case, gradient_clip_val=0.5),
+        gradient_clip_val=1.0,
+    )
 
     class Two(Selective):
         def configure_optimizers(self) -> Any:
             return [torch.optim.AdamW(self.parameters()), torch.optim.SGD(self.parameters())]
 
-    refused(NotImplementedError, "Expected configure_optimizers to return one optimizer, got 2", Two(case))
+    refused(RuntimeError, "multiple optimizers is only supported with manual optimization", Two(case))
+    two = Two(case)
+    two.automatic_optimization = False  # as that message advises
+    refused(ValueError, "with one optimizer: give all parameters to one, in groups", two)
 
     class Unmonitored(Selective):
         def configure_optimizers(self) -> Any:
             optimizer = super().configure_optimizers()
-            return [optimizer], [ReduceLROnPlateau(optimizer)]
+            return {"optimizer": optimizer, "lr_scheduler": ReduceLROnPlateau(optimizer), "monitor": "unknown"}
 
-    refused(ValueError, "set lr_monitor to its name", Unmonitored(case))
-    unknown = Unmonitored(case)
-    unknown.lr_monitor = "unknown"
-    refused(RuntimeError, r"Expected the metric 'unknown' to be logged.*selection/cosine", unknown)
+    refused(Exception, r"on metric unknown which is not available.*selection/cosine", Unmonitored(case))
 
     class Hidden(Selective):
         def configure_callbacks(self) -> list[Any]:
@@ -121,6 +128,32 @@ def test_what_cannot_be_is_refused_before_anything_runs() -> None:
         type("WithItsOwn", (Selective,), {"training_step": Plain.training_step})
     with pytest.raises(TypeError, match="SelectiveModuleMixin before its other bases"):
         type("Behind", (Plain, SelectiveModuleMixin), {})
+
+
+def test_a_backward_of_ones_own_is_refused_by_name() -> None:
+    """In front of the mixin, behind it, and on an instance."""
+
+    class Backwards(Base):
+        def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
+            loss.backward()
+
+    case = CASES["llama"]()
+
+    def made(*bases: type, **attributes: Any) -> type:
+        return type("Made", bases, attributes)
+
+    with pytest.raises(TypeError, match=r"got Made\.backward: gradients come from the selection"):
+        made(Selective, backward=Backwards.backward)
+    with pytest.raises(TypeError, match=r"got Backwards\.backward"):
+        made(SelectiveModuleMixin, Backwards)
+    with pytest.raises(TypeError, match=r"got Backwards\.backward"):
+        made(Backwards, SelectiveModuleMixin)
+    for name, message in (("backward", "got a backward that is set on"), ("training_step", "got a training_step that")):
+        module = Selective(case)
+        setattr(module, name, lambda *_: None)
+        with pytest.raises(TypeError, match=message):
+            trainer_of().fit(module, Loader(case))
+    assert made(SelectiveModuleMixin, Plain)  # whose training step is what the selective one replaces
 
 
 def test_several_devices_are_refused() -> None:
