@@ -50,7 +50,7 @@ class Capture:
 
     def __init__(self, model: nn.Module, plan: CapturePlan, *, sample_ids: GivenIds | None = None) -> None:
         self._model, self._plan = model, plan
-        self._ids = None if sample_ids is None else SampleIds(sample_ids)
+        self._ids = None if sample_ids is None else SampleIds(sample_ids, model)
         self._recorder = Recorder(model, plan, self._ids)
         self._armed = ArmedHooks(model)
         self._modes = hash(tuple(module.training for module in model.modules()))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Ids = Tensor | Callable[[], Tensor]
 """The candidate of each row or position, or a function that returns it once the layer has run."""
@@ -22,13 +22,19 @@ class SampleIds:
         given: int64, shape of the token grid (b, t) or of a layer's rows (r,), -1 for none; or such tensors, or
             functions that return one, by the name of a layer or of a module around it (``""``: all layers). Layers
             without an entry are read by the rows of the model's input.
+        model: the model whose layers are named.
 
     Raises:
         TypeError: an entry is neither a tensor nor a function.
-        ValueError: a tensor has another dtype or number of axes.
+        ValueError: a tensor has another dtype or number of axes, or the model has no module of that name.
     """
 
-    def __init__(self, given: GivenIds) -> None:
+    def __init__(self, given: GivenIds, model: nn.Module) -> None:
+        if isinstance(given, Mapping) and (unknown := given.keys() - dict(model.named_modules()).keys()):
+            raise ValueError(
+                "Expected sample_ids by the names of the model's modules, as in model.named_modules(), got "
+                f"{', '.join(map(repr, sorted(unknown, key=str)))}."
+            )
         self._given: Mapping[str, Ids] = given if isinstance(given, Mapping) else {"": given}
         self._axes = (1, 2) if isinstance(given, Mapping) else (2,)
         for name, ids in self._given.items():

@@ -198,6 +198,8 @@ def verify_projection(
         matrix = gradient.to(dtype).reshape(uses[0].rows, uses[0].columns)
         left, right = (torch.randn(size, generator=generator).to(device, dtype) for size in matrix.shape)
         expected, size = projection(uses, weights, left, right)
+        # Of few positions the projections may all be small by chance, but not what is projected of their rounding.
+        size = torch.maximum(size, torch.linalg.vector_norm(matrix))
         dtypes = [gradient.dtype, *computed_in]
         floor = torch.stack([use.rounding(weights, coarsest(dtypes)).to(size) for use in uses]).sum()
         errors.append((left @ matrix @ right - expected).abs())

@@ -184,6 +184,15 @@ def test_a_head_on_some_positions_is_refused_or_given_its_rows(first: list[int],
         torch.testing.assert_close(optimizer.selection.gram.double(), flat @ flat.T, rtol=1e-9, atol=1e-12)
 
 
+def test_ids_of_a_layer_that_is_not_there() -> None:
+    model = seeded(Answering).double()
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, lambda: model(counts_of([1, 1])), metric="euclidean"
+    )
+    with pytest.raises(ValueError, match=r"names of the model's modules, as in model\.named_modules\(\), got 'heads'"):
+        optimizer.backward(lambda: model(counts_of([1, 1])), sample_ids={"heads": torch.arange(2)})
+
+
 def test_pooled_rows_need_no_proof() -> None:
     """The first position of every row, as classifiers take it, and the mean over positions."""
 
