@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.assembly import Assembly
-from ftw_optim._capture.backward import Graph, as_they_come, by_edges, parameter_gradients
+from ftw_optim._capture.backward import Graph, as_they_come, by_edges, nothing_nested, parameter_gradients
 from ftw_optim._capture.hooks import Phase, Recorder
 from ftw_optim._capture.layer_use import Use
 from ftw_optim._capture.membership import Membership, unproven
@@ -132,8 +132,9 @@ class Capture:
             doubtful = checks is not None and bool(self._unproven(losses))
         else:
             self.resume()
-            proof = self._proof(losses, scale, checks, generator)
-            by_edges(total, self._recorder.uses, keep_graph=keep_graph or self._is_due(checks, self._recorder.uses))
+            with nothing_nested(graph, self._model):
+                proof = self._proof(losses, scale, checks, generator)
+                by_edges(total, self._recorder.uses, keep_graph=keep_graph or self._is_due(checks, self._recorder.uses))
             if proof is not None:
                 for use in self._recorder.uses:
                     proof.compare(use)
@@ -176,7 +177,8 @@ class Capture:
                 take(name, whole.pop(name))
             return
         self.resume()
-        proof = self._proof(losses, scale, checks, generator)
+        with nothing_nested(graph, self._model):
+            proof = self._proof(losses, scale, checks, generator)
         check: PassCheck | None = None
         if self._is_due(checks, self._recorder.uses) and bool(losses.isfinite().all()):
             check = self._check(losses, graph, scale, generator, keep_graph=True)
@@ -208,7 +210,8 @@ class Capture:
                 if waiting[name] == 0:
                     hand_over(name)
 
-        as_they_come(total, graph, self._recorder.uses, arrived)
+        with nothing_nested(graph, self._model):
+            as_they_come(total, graph, self._recorder.uses, arrived)
         for use in self._recorder.uses:
             if use.reached and not use.released:
                 arrived(use, last=True)

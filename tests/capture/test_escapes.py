@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from ftw_optim import SelectiveOptimizer
+from ftw_optim import KeepAll, SelectiveOptimizer, UniformWeights
 from ftw_optim._capture.self_check import SelfChecks
 from tests.support.capturing import captured, check_common_graph, squares
 from tests.support.layers import Scale, model_with
@@ -176,3 +176,96 @@ def test_outputs_that_share_memory_may_not_be_changed_in_place() -> None:
     model = seeded(lambda: Model(in_place=True)).double()
     with pytest.raises(RuntimeError, match="Layer 'several' returned tensors that share memory"):
         captured(model, lambda: squares(model, drawn(3, 5, 3)))
+
+
+class Recomputed(torch.autograd.Function):
+    """Runs a layer again in its backward, and a backward pass through it there, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            y: Tensor = layer(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            ctx.layer(x).backward(grads[0])
+        return x.grad, None
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.last(Recomputed.apply(self.first(x), self.middle).tanh())
+        return scores
+
+
+@pytest.mark.parametrize("self_check", [False, True])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
+def test_a_backward_inside_of_a_backward_is_refused_and_leaves_no_gradient(
+    combine: str, held: bool, self_check: bool
+) -> None:
+    """In the candidates' pass, and in the target's."""
+    model, x = seeded(Reversible).double(), drawn(4, 5, 3)
+    before = None if not held else drawn(3, 3)
+    model.middle.weight.grad = before
+    for through in (lambda: squares(model, x[:2]), lambda: squares(model.last, x[:2])):
+        optimizer = SelectiveOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model,
+            through,
+            combine=combine,
+            metric="euclidean",
+            self_check=self_check,
+        )
+        with pytest.raises(NotImplementedError, match=r"another one inside of its own, from which middle\.weight"):
+            optimizer.backward(lambda rows=slice(None): squares(model, x[rows]))
+        assert model.middle.weight.grad is before
+        assert all(p.grad is None for p in (model.first.weight, model.middle.bias, model.last.weight))
+
+
+@pytest.mark.parametrize("combine", ["graph", "rerun"])
+def test_a_backward_inside_of_a_backward_is_right_below_what_is_scored(combine: str) -> None:
+    model, x = seeded(Reversible).double(), drawn(4, 5, 3)
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        lambda: squares(model, x[:2]),
+        combine=combine,
+        filter=KeepAll(),
+        weight=UniformWeights(),
+        scored=lambda name, _: name.startswith("last"),
+    )
+    optimizer.backward(lambda rows=slice(None): squares(model, x[rows]))
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    squares(model, x).mean().backward()
+    torch.testing.assert_close(found, {name: p.grad for name, p in model.named_parameters()})
+
+
+def test_a_function_of_ones_own_without_a_backward_inside() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return 2 * grads[0]
+
+    class Model(Reversible):
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.last(Doubled.apply(self.middle(self.first(x))))
+            return scores
+
+    model, x = seeded(Model).double(), drawn(4, 5, 3)
+    check_common_graph(model, lambda: squares(model, x))
