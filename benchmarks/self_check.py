@@ -1,23 +1,31 @@
 """What the self-check finds, and what it takes for an error: planted errors, beside the same model without them.
 
     python benchmarks/self_check.py [--seeds 20] [--quick] [--out benchmarks/results/self_check.txt]
+    python benchmarks/self_check.py --cost [--out benchmarks/results/self_check_cost.txt]
 
 One block of attention with a perceptron; what is planted is planted in a single layer of it. Each cell is the share of
 seeds in which the error is found in the first selection, and by the third: where anything is computed in a short dtype,
 a layer is compared three times before it is vouched for. The rows *clean* are false alarms, over ten selections that
 are all compared; there the share should be 0, elsewhere 1.
+
+``--cost``: the time of a step that is checked beside one that is not, interleaved, one thread; and what that makes of a
+run where every 100th is checked, as by default.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import hardware
+from step_cost.arms import selective_arm
+from step_cost.points import Point
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -194,16 +202,60 @@ def cell(name: str, dtype: torch.dtype, *, lora: bool, way: str, seeds: int) -> 
     return f"{first / seeds:.2f} {ever / seeds:.2f}"
 
 
+COSTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "2 layers of width 384, n 16, t 256": ("factors", {"layers": 2, "t": 256}),
+    "last of 8 layers of width 256, n 16, t 128": (
+        "graph",
+        {"layers": 8, "width": 256, "t": 128, "k": 16, "m": 8, "r": 4, "scored": 1},
+    ),
+    "LoRA 8 on 4 layers of width 128, n 16, t 64": ("factors", {"layers": 4, "width": 128, "t": 64, "lora": 8}),
+}
+"""The way that combines, and the fields of a ``Point``."""
+
+
+def cost(case: str, *, rounds: int) -> str:
+    """One line: the ratio of a checked step to one that is not, of neighbours in time, and the share it adds."""
+    way, fields = COSTS[case]
+    steps = {}
+    for check in ("first", True):
+        steps[check], optimizer = selective_arm(Point("", **fields), way, "cpu")
+        optimizer.self_check = check
+        for number in range(3):
+            steps[check](number)
+    ratios = []
+    for number in range(3, 3 + rounds):
+        seconds = []
+        for step in steps.values():
+            start = time.perf_counter()
+            step(number)
+            seconds.append(time.perf_counter() - start)
+        ratios.append(seconds[1] / seconds[0])
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return f"{case:<46}{way:<9}{middle:>7.2f}   {low:.2f} - {high:.2f}{100 * (middle - 1) / 100:>12.2f} %"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="at most three seeds, three dtypes")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--cost", action="store_true", help="the time of a check instead")
     options = parser.parse_args(arguments)
+    machine = hardware("cpu")
+    if options.cost:
+        torch.set_num_threads(1)
+        lines = [
+            f"torch {machine['torch']}, {machine['cpu']}, 1 thread",
+            "",
+            f"{'case':<46}{'way':<9}{'ratio':>7}   {'quartiles':<12}{'every 100th':>14}",
+        ]
+        lines += [cost(case, rounds=2 if options.quick else 15) for case in COSTS]
+        print("\n".join(lines))
+        _keep(lines, options.out)
+        return
     seeds = min(options.seeds, 3) if options.quick else options.seeds
     dtypes = {name: DTYPES[name] for name in (("float64", "float32", "bfloat16 + LoRA") if options.quick else DTYPES)}
-    machine = hardware("cpu")
     lines = [
         f"torch {machine['torch']}, {machine['cpu']}; n = {N}, t = {T}, width {WIDTH}; {seeds} seeds",
         "share of seeds in which an error is reported: in the first selection, and by the last (third; clean: tenth)",
@@ -214,8 +266,12 @@ def main(arguments: list[str] | None = None) -> None:
         cells = [cell(name, dtype, lora=lora, way=way, seeds=seeds) for dtype, lora in dtypes.values()]
         lines.append(f"{name:<32}{way:<9}" + "".join(f"{one:>17}" for one in cells))
         print("\n".join(lines[-1:] if len(lines) > 5 else lines), flush=True)
-    if options.out is not None:
-        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _keep(lines, options.out)
+
+
+def _keep(lines: list[str], out: Path | None) -> None:
+    if out is not None:
+        out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

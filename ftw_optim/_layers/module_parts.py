@@ -14,6 +14,9 @@ from ftw_optim._layers.randomness import RandomState
 
 def device_of(module: nn.Module) -> torch.device:
     """The device of a module's first parameter; the CPU where it has none."""
+    for parameter in module._parameters.values():  # of its own, which come first: a search below costs much more
+        if parameter is not None:
+            return parameter.device
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 

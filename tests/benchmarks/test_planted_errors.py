@@ -64,3 +64,14 @@ def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     ]
     assert {cell for row in rows[:2] for cell in row[2:]} == {"1.00"}
     assert {cell for row in rows[2:] for cell in row[2:]} == {"0.00"}
+
+
+def test_the_cost(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    point = {"layers": 1, "width": 16, "t": 8, "n": 4, "k": 1, "m": 1}
+    monkeypatch.setattr(self_check, "COSTS", {"a small one": ("factors", point)})
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    self_check.main(["--cost", "--quick", "--out", str(tmp_path / "cost.txt")])
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "cost.txt").read_text()
+    assert printed.splitlines()[-1].split()[:4] == ["a", "small", "one", "factors"]
+    assert printed.splitlines()[-1].endswith(" %")
