@@ -14,7 +14,6 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
@@ -25,7 +24,6 @@ REENTRANT = "CheckpointFunctionBackward"
 """The node of the graph that a reentrant checkpoint leaves."""
 
 _CAST = "ToCopyBackward0"
-_HOOKED = "BackwardHookFunctionBackward"  # of modules with backward hooks; it passes gradients on
 
 
 def node_number() -> int:
@@ -40,8 +38,6 @@ class Graph:
 
     def __init__(self, losses: Tensor) -> None:
         self.reentrant = False
-        self.custom = False
-        """Whether a function of somebody's own is in the graph, whose backward may do anything."""
         self.dtypes: set[torch.dtype] = set()
         """The floating-point dtypes of what was computed on the way, outside of reentrant checkpoints."""
         self.leaves: list[Tensor] = []
@@ -58,7 +54,6 @@ class Graph:
                 continue
             seen.add(node)
             self.reentrant |= type(node).__name__ == REENTRANT
-            self.custom |= isinstance(node, BackwardCFunction) and type(node).__name__ != _HOOKED
             self.dtypes.update(one.dtype for one in node._input_metadata if one.dtype.is_floating_point)
             for below, _ in node.next_functions:
                 if below is None:
@@ -181,7 +176,7 @@ def parameter_gradients(
     """
     found: tuple[Tensor | None, ...]
     if not graph.reentrant:
-        with nothing_nested(graph, model):
+        with nothing_nested(model):
             found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, retain_graph=keep_graph)
     else:
         with gradients_set_aside([*graph.leaves, *model.parameters(), *parameters.values()]):
@@ -192,24 +187,21 @@ def parameter_gradients(
 
 
 @contextmanager
-def nothing_nested(graph: Graph, model: nn.Module) -> Iterator[None]:
+def nothing_nested(model: nn.Module) -> Iterator[None]:
     """A block of backward passes to given tensors, in which no parameter of the model may get a ``.grad``.
 
-    One does where a function of the graph runs layers and a backward of its own inside of its backward, as reversible
-    layers do. That stays unseen: the graph has none of these layers.
+    One does where a function of the graph, or a hook, runs layers and a backward of its own inside of the backward, as
+    reversible layers do. That stays unseen: the graph has none of these layers.
 
     Raises:
         NotImplementedError: a parameter got a gradient; those from before are as they were.
     """
-    if not graph.custom:
-        yield
-        return
     with gradients_set_aside(model.parameters()):
         yield
         names = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     if names:
         raise NotImplementedError(
-            f"Expected one backward pass, but a function of the model ran another one inside of its own, from which "
+            f"Expected one backward pass, but a function or hook of the model ran another one inside of it, from which "
             f"{', '.join(names[:5])} got gradients (reversible layers do that): whose candidates' they are is not "
             f"known. {WAYS_OUT}"
         )

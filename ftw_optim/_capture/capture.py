@@ -132,7 +132,7 @@ class Capture:
             doubtful = checks is not None and bool(self._unproven(losses))
         else:
             self.resume()
-            with nothing_nested(graph, self._model):
+            with nothing_nested(self._model):
                 proof = self._proof(losses, scale, checks, generator)
                 by_edges(total, self._recorder.uses, keep_graph=keep_graph or self._is_due(checks, self._recorder.uses))
             if proof is not None:
@@ -177,7 +177,7 @@ class Capture:
                 take(name, whole.pop(name))
             return
         self.resume()
-        with nothing_nested(graph, self._model):
+        with nothing_nested(self._model):
             proof = self._proof(losses, scale, checks, generator)
         check: PassCheck | None = None
         if self._is_due(checks, self._recorder.uses) and bool(losses.isfinite().all()):
@@ -210,7 +210,7 @@ class Capture:
                 if waiting[name] == 0:
                     hand_over(name)
 
-        with nothing_nested(graph, self._model):
+        with nothing_nested(self._model):
             as_they_come(total, graph, self._recorder.uses, arrived)
         for use in self._recorder.uses:
             if use.reached and not use.released:

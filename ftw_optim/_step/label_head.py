@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ftw_optim._capture.armed_hooks import passing_without_trace
-from ftw_optim._capture.chosen import Chosen, running_on
+from ftw_optim._capture.chosen import Chosen, chosen_now, running_on
 from ftw_optim._layers.randomness import RandomState
+from ftw_optim._step.output_layer import follows_number_by_number, output_layer, runs_again_later, why_not_chosen
 
 IGNORED = -100
 """The label of positions that do not count, as everywhere in PyTorch and Transformers."""
@@ -28,8 +28,10 @@ HEADS = ("auto", "labels", "all")
 Run = Callable[[], Any]
 """Runs the model and returns its logits."""
 
-_allowed: WeakKeyDictionary[nn.Module, dict[bool, str | None]] = WeakKeyDictionary()
-"""Why a model's output layer has to run on all positions, by the model's mode; None where it need not."""
+_allowed: WeakSet[nn.Module] = WeakSet()
+"""Models whose output layer has run on some positions."""
+_refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""Why a model's output layer has to run on all positions, once that is known."""
 
 
 @final
@@ -69,14 +71,16 @@ class LabelLogits:
 def label_logits(model: nn.Module, run: Run, targets: Tensor, head: str = "auto") -> LabelLogits:
     """The logits of a causal language model at the positions that have a target, or at all.
 
-    Before a model's output layer is run on some positions for the first time, two passes without gradients show if it
-    gives each position the same logits whichever others are run.
+    A model allows the former where its output layer is linear and runs once, on all positions, and where what follows
+    treats each number by itself; the graph shows that at every call. Where it does not, the model runs again, on all
+    positions, and from then on always does.
 
     Args:
         model: the model; its output layer is what ``get_output_embeddings()`` returns.
         run: runs the model, and returns its logits.
         targets: shape ``(n, t)``, the token that each position should predict, -100 for none.
         head: ``"labels"``: the positions with a target; ``"all"``; ``"auto"``: those with a target where that is right.
+            Without gradients all of them are ``"all"``: there is no graph to show it.
 
     Raises:
         ValueError: ``head`` is none of these, or ``"labels"`` where the model does not allow it.
@@ -85,19 +89,27 @@ def label_logits(model: nn.Module, run: Run, targets: Tensor, head: str = "auto"
         raise ValueError(f"head must be one of {', '.join(map(repr, HEADS))}, got {head!r}.")
     index = _worth_choosing(targets, head)
     if index is not None:
-        reason = _reason(model, run, targets, index)
+        reason = _refused.get(model) or why_not_chosen(model)
         if reason is None:
-            with _running_on(_output_layer(model), Chosen(index=index, grid=_pair(targets))):
-                logits = run()
-            return LabelLogits(logits=logits, targets=targets.flatten()[index][None], grid=targets.shape, index=index)
+            before = None if model in _allowed else RandomState.now(model.parameters())
+            found = _on_chosen(model, run, targets, index)
+            if isinstance(found, LabelLogits):
+                _allowed.add(model)
+                return found
+            reason = found
+            if before is not None:
+                before.restore()
         if head == "labels":
             raise ValueError(f'head="labels" needs another model: {reason}. Use head="auto" or head="all".')
+        logits = run()  # if this fails too, it is not the choice of positions that the model cannot take
+        _refused[model] = reason
+        return LabelLogits(logits=logits, targets=targets, grid=targets.shape)
     return LabelLogits(logits=run(), targets=targets, grid=targets.shape)
 
 
 def _worth_choosing(targets: Tensor, head: str) -> Tensor | None:
     """The numbers of the positions with a target, ``(r,)``; None where the output layer had better run on all."""
-    if head == "all":
+    if head == "all" or not torch.is_grad_enabled():
         return None
     try:
         index = (targets.flatten() != IGNORED).nonzero().flatten()
@@ -105,69 +117,60 @@ def _worth_choosing(targets: Tensor, head: str) -> Tensor | None:
         if head == "labels":
             raise
         return None  # under a transformation such as vmap, the number of labels cannot be known
-    # One position alone shows nothing, and where nearly all have labels there is nothing to save.
-    return index if len(index) > 1 and (head == "labels" or len(index) < 0.9 * targets.numel()) else None
+    # Where nearly all have labels there is nothing to save.
+    return index if len(index) and (head == "labels" or len(index) < 0.9 * targets.numel()) else None
 
 
-def _reason(model: nn.Module, run: Run, targets: Tensor, index: Tensor) -> str | None:
-    """Why the output layer has to run on all positions; None where it need not."""
-    if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
-        return "a compiled model runs its output layer inside of one graph"
-    known = _allowed.setdefault(model, {})
-    if model.training not in known:
-        known[model.training] = _looked_into(model, run, targets, index)
-    return known[model.training]
-
-
-def _looked_into(model: nn.Module, run: Run, targets: Tensor, index: Tensor) -> str | None:
-    layer = _output_layer(model)
-    if layer is None:
-        return "it has no get_output_embeddings() that returns its output layer"
-    state, grid = RandomState.now(model.parameters()), _pair(targets)
-    fewer = index.flip(0)[: (len(index) + 1) // 2]
-    found = []
-    for rows in (index, fewer):
-        with passing_without_trace(model), _running_on(layer, Chosen(index=rows, grid=grid)) as calls:
-            try:
-                logits = run()
-            except torch.OutOfMemoryError:
-                raise  # which says nothing of the model
-            except (RuntimeError, ValueError, IndexError) as error:
-                return f"it cannot run on some positions ({type(error).__name__})"
-            finally:
-                state.restore()
-        if calls != [True] or not isinstance(logits, Tensor) or logits.shape[:-1] != (1, len(rows)):
-            return "its output layer does not run once on all positions, or its logits are not what that returns"
-        found.append(logits[0].to(torch.promote_types(logits.dtype, torch.float32)))
-    same = found[0].flip(0)[: len(fewer)]
-    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps)
-    if not torch.linalg.vector_norm(same - found[1]) <= 16 * eps * torch.linalg.vector_norm(same):
-        return "its logits at one position depend on which others are run"
-    return None
+def _on_chosen(model: nn.Module, run: Run, targets: Tensor, index: Tensor) -> LabelLogits | str:
+    """The logits of the chosen positions, or why the model does not give them."""
+    layer = output_layer(model)
+    assert layer is not None
+    with _running_on(layer, Chosen(index=index, grid=_pair(targets))) as calls:
+        try:
+            logits = run()
+        except torch.OutOfMemoryError:
+            raise  # which says nothing of the model
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            return f"it cannot run on some positions ({type(error).__name__})"
+    if len(calls) != 1 or calls[0] is None:
+        return "its output layer does not run once, on all positions"
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != (1, len(index)):
+        return "its logits are not what its output layer returns"
+    if not follows_number_by_number(logits, calls[0]):
+        return "something follows its output layer that may mix positions"
+    return LabelLogits(logits=logits, targets=targets.flatten()[index][None], grid=targets.shape, index=index)
 
 
 @contextmanager
-def _running_on(layer: nn.Module | None, chosen: Chosen) -> Iterator[list[bool]]:
-    """A block in which a layer runs on the chosen positions only; yields, for each call, whether it could choose."""
-    assert layer is not None
-    calls: list[bool] = []
+def _running_on(layer: nn.Module, chosen: Chosen) -> Iterator[list[Tensor | None]]:
+    """A block in which a layer runs on the chosen positions only.
+
+    Yields, for each call, what the layer returned; None where it was not called on the whole grid, or within a
+    checkpoint, which would run it again without us.
+    """
+    calls: list[Tensor | None] = []
     around = ExitStack()
 
     def choose(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         fits = bool(args) and isinstance(args[0], Tensor) and args[0].shape[:2] == chosen.grid
-        calls.append(fits)
-        if not fits:
+        if not fits or runs_again_later():
+            calls.append(None)
             return None
         hidden = args[0].flatten(0, 1).index_select(0, chosen.index.to(args[0].device))[None]
         around.enter_context(running_on(chosen))
         return (hidden, *args[1:]), kwargs
 
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if chosen_now() is chosen:
+            calls.append(output if isinstance(output, Tensor) else None)
+
     def done(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         around.close()
 
-    # First of all, so that other hooks see what the layer sees; and done after they have.
+    # First of all, so that other hooks see what the layer sees, and change what was noted; and done after they have.
     handles = [
         layer.register_forward_pre_hook(choose, prepend=True, with_kwargs=True),
+        layer.register_forward_hook(note, prepend=True),
         layer.register_forward_hook(done, always_call=True),
     ]
     try:
@@ -176,17 +179,6 @@ def _running_on(layer: nn.Module | None, chosen: Chosen) -> Iterator[list[bool]]
         around.close()
         for handle in handles:
             handle.remove()
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
-    find = getattr(model, "get_output_embeddings", None)
-    try:
-        layer = None if find is None else find()
-    except (NotImplementedError, AttributeError):
-        return None
-    return layer if isinstance(layer, nn.Module) else None
 
 
 def _pair(targets: Tensor) -> tuple[int, int]:

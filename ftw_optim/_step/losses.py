@@ -41,9 +41,9 @@ def token_losses(
             those of this micro-batch; None: the rows of this batch.
         head: positions that the output layer runs on: ``"labels"``: those that predict a label, which saves time, and
             most of the memory of a large vocabulary; ``"all"``; ``"auto"``: ``"labels"`` where the model allows it and
-            a tenth of the positions has none. Two passes without gradients show that at the first call; labels that
-            lie on a device are waited for at every call. A model allows it where ``get_output_embeddings()`` is called
-            once on all positions, and what follows treats each position by itself.
+            a tenth of the positions has none. Labels that lie on a device are waited for. A model allows it where
+            ``get_output_embeddings()`` is a linear layer that is called once, on all positions, and what follows
+            treats each number alike; the graph shows that at every call. Without gradients: ``"all"``.
 
     Returns:
         Losses in nats, float32 or the model's dtype if wider. A row without labels has loss and gradient zero.

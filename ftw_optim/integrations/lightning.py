@@ -43,7 +43,9 @@ class SelectiveModuleMixin(LightningModule):
     - The closure of ``optimizer_step`` runs the selection: learning rates that are set before it count.
     - Hooks for the transfer of batches are called for the target's batches too.
 
-    A run resumed from a checkpoint goes on exactly, to the last bit. Only one device is supported.
+    A run resumed from a checkpoint goes on exactly, to the last bit; with ``select_from="batch"``, as in plain
+    Lightning, from one at the end of a window. Only one device is supported. What ``candidate_losses`` logs, it logs
+    for target batches too, unless ``target_losses`` is defined.
 
     Attributes:
         accumulate_grad_batches: number of batches in a window, after which the optimizer steps; the last window of an

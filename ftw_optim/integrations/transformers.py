@@ -120,8 +120,9 @@ class SelectiveTrainerMixin(_Base):
         self.selective_optimizer: SelectiveOptimizer | None = None
         self._micro_batches: list[Mapping[str, Any]] = []
         self._metrics_of_selection = Metrics(selection_log)  # TRL has a _metrics of its own
+        self._own_step = type(self).training_step is not SelectiveTrainerMixin.training_step
         self._loss_comparison = LossComparison(
-            self._options.get("self_check", 100), again=not of_framework(type(self).compute_loss)
+            self._options.get("self_check", 100), again=self._own_step or not of_framework(type(self).compute_loss)
         )
         self._selected = False  # since the last step
         self.add_callback(_AroundStep(self._check_selected, self._metrics_of_selection.record))
@@ -143,9 +144,16 @@ class SelectiveTrainerMixin(_Base):
         batches = [self._prepare_inputs(dict(batch)) for batch in self._micro_batches]
         self._micro_batches = []
         self._selected = True
-        assert self.selective_optimizer is not None
+        if self.selective_optimizer is None:
+            raise RuntimeError(
+                f"Expected {type(self).create_optimizer.__qualname__} to call super().create_optimizer, which wraps "
+                "the optimizer: pass one of your own as optimizers=(optimizer, scheduler), or set self.optimizer and "
+                "then call it."
+            )
         model.train()
         self.selective_optimizer.train()
+        if self._loss_comparison.due():
+            self._compare_losses(model, batches, num_items_in_batch)
         loss = self._select(self.selective_optimizer, model, batches)
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
@@ -153,17 +161,6 @@ class SelectiveTrainerMixin(_Base):
         return loss.to(self.args.device)
 
     def _select(self, optimizer: SelectiveOptimizer, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
-        if self._loss_comparison.due():
-            self._loss_comparison.compare(
-                model,
-                MicroBatch.of(batches[0], shifts=bool(self._loss_shifts_labels)),
-                own=lambda inputs, labels: self._trainers_loss(
-                    model, inputs, labels if self.model_accepts_loss_kwargs else None
-                ),
-                positions=lambda inputs, labels: self.position_losses(model, inputs)[0].sum() / labels,
-                low_precision=self.accelerator.mixed_precision != "no"
-                or any(p.is_floating_point() and p.itemsize < 4 for p in model.parameters()),
-            )
         window = self._window(model, batches, joined=optimizer.combine == "rerun", passed=self._note_batch)
         if not window.batches:
             return torch.zeros(())
@@ -228,6 +225,26 @@ class SelectiveTrainerMixin(_Base):
 
     def _note_batch(self) -> None:
         """Called when the candidates of a micro-batch have passed through the model."""
+
+    def _compare_losses(self, model: nn.Module, batches: Sequence[Mapping[str, Any]], given: Any) -> None:
+        """Compare what is selected on with what the trainer would train on: the losses, and the number of labels.
+
+        Raises:
+            RuntimeError: they are not the same.
+        """
+        parts = [MicroBatch.of(batch, shifts=bool(self._loss_shifts_labels)) for batch in batches]
+        divides = bool(self.model_accepts_loss_kwargs)
+        if divides and self._own_step:
+            self._loss_comparison.compare_number(given, sum(int(part.counted.sum()) for part in parts))
+        self._loss_comparison.compare(
+            model,
+            parts[0],
+            own=lambda inputs, labels: self._trainers_loss(model, inputs, labels if divides else None),
+            positions=lambda inputs, labels: self.position_losses(model, inputs)[0].sum() / labels,
+            divides=divides,
+            low_precision=self.accelerator.mixed_precision != "no"
+            or any(p.is_floating_point() and p.itemsize < 4 for p in model.parameters()),
+        )
 
     def _trainers_loss(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | None) -> Tensor:
         """The trainer's own loss of one batch; nothing is added to the trainer's metrics."""

@@ -227,10 +227,43 @@ def test_a_backward_inside_of_a_backward_is_refused_and_leaves_no_gradient(
             metric="euclidean",
             self_check=self_check,
         )
-        with pytest.raises(NotImplementedError, match=r"another one inside of its own, from which middle\.weight"):
+        with pytest.raises(NotImplementedError, match=r"another one inside of it, from which middle\.weight"):
             optimizer.backward(lambda rows=slice(None): squares(model, x[rows]))
         assert model.middle.weight.grad is before
         assert all(p.grad is None for p in (model.first.weight, model.middle.bias, model.last.weight))
+
+
+class Hooked(Reversible):
+    """A backward of a loss of its own in a hook."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        if hidden.requires_grad:
+            hidden.register_hook(self._penalise(hidden.detach()))
+        scores: Tensor = self.last(hidden.tanh())
+        return scores
+
+    def _penalise(self, hidden: Tensor) -> Any:
+        @torch.enable_grad()
+        def hook(gradient: Tensor) -> None:
+            self.middle(hidden).square().sum().backward()
+
+        return hook
+
+
+@pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
+def test_a_backward_in_a_hook_is_refused_and_leaves_no_gradient(combine: str) -> None:
+    model, x = seeded(Hooked).double(), drawn(4, 5, 3)
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        lambda: squares(model, x[:2]),
+        combine=combine,
+        metric="euclidean",
+    )
+    with pytest.raises(NotImplementedError, match=r"another one inside of it, from which middle\.weight"):
+        optimizer.backward(lambda rows=slice(None): squares(model, x[rows]))
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("combine", ["graph", "rerun"])

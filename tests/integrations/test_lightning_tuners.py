@@ -217,3 +217,15 @@ def test_a_module_can_be_fitted_again(options: dict[str, Any], same_trainer: boo
         trainer.fit(module)
         found.append((trainer.global_step, parameters(module)))
     torch.testing.assert_close(found[1], found[0], **CLOSE)
+
+
+def test_a_module_without_selection_can_be_fitted_by_the_same_trainer_afterwards(options: dict[str, Any]) -> None:
+    found = []
+    for kind in (Plain, Everyone):
+        trainer = trainer_of(**options)
+        trainer.fit(kind())
+        trainer.fit_loop.max_epochs = 6
+        module = Plain()
+        trainer.fit(module)
+        found.append((trainer.global_step, parameters(module)))
+    torch.testing.assert_close(found[1], found[0], **SAME)

@@ -98,6 +98,60 @@ def test_a_training_step_that_only_mentions_the_selective_one_is_noticed_before_
         assert torch.equal(value, before[name]), name
 
 
+def _without_a_name(step: Any) -> Any:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return step(self, *args, **kwargs)
+
+    return wrapper
+
+
+def test_a_training_step_that_goes_on_by_a_detour_is_taken(tmp_path: Path) -> None:
+    class Decorated(SelectiveTrainer):
+        @_without_a_name
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return super().training_step(*args, **kwargs)
+
+    class Delegating(SelectiveTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return self._go(*args, **kwargs)
+
+        def _go(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return super().training_step(*args, **kwargs)
+
+    _, watch = run(Trainer, tmp_path)
+    for kind in (Decorated, Delegating):
+        _, seen = run(kind, tmp_path)
+        torch.testing.assert_close(seen.parameters, watch.parameters, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("change", ["left out", "doubled", "labels masked"])
+def test_a_training_step_that_changes_what_is_counted(change: str, tmp_path: Path) -> None:
+    class Ours(SelectiveTrainer):
+        def training_step(self, model: nn.Module, inputs: dict[str, Any], number: Any = None) -> torch.Tensor:
+            if change == "left out":
+                return super().training_step(model, inputs)
+            if change == "doubled":
+                return super().training_step(model, inputs, 2 * number)
+            labels = inputs["labels"].clone()
+            labels[:, :3] = -100
+            return super().training_step(model, {**inputs, "labels": labels}, number)
+
+    with pytest.raises(RuntimeError, match="to be called with num_items_in_batch="):
+        run(Ours, tmp_path)
+
+
+def test_an_optimizer_that_the_trainer_never_wraps(tmp_path: Path) -> None:
+    class Ours(SelectiveTrainer):
+        def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+            assert self.model is not None
+            if self.optimizer is None:
+                self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+            return self.optimizer
+
+    with pytest.raises(RuntimeError, match=r"Ours\.create_optimizer to call super\(\)\.create_optimizer"):
+        run(Ours, tmp_path)
+
+
 def test_other_trainers_of_the_framework_are_taken() -> None:
     type("Ours", (SelectiveTrainerMixin, Seq2SeqTrainer), {})
 
@@ -138,6 +192,31 @@ def test_a_term_that_the_model_adds_in_training(tmp_path: Path) -> None:
         run(SelectiveTrainer, tmp_path, net)
 
 
+def test_a_loss_that_does_not_hand_on_the_number_of_labels(tmp_path: Path) -> None:
+    """The trainer's own step is then that of the means of micro-batches, and not that of all tokens."""
+
+    class Ours(SelectiveTrainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(model, inputs)
+
+    with pytest.raises(RuntimeError, match="to divide by num_items_in_batch"):
+        run(Ours, tmp_path)
+
+
+def test_a_term_that_is_nothing_at_first(tmp_path: Path) -> None:
+    """A distance from where the model began: by default it is seen at the second window."""
+
+    class Anchored(SelectiveTrainer):
+        def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            weight = model.get_input_embeddings().weight  # type: ignore[operator]
+            if not hasattr(self, "start"):
+                self.start = weight.detach().clone()
+            return super().compute_loss(model, *args, **kwargs) + 10 * (weight - self.start).square().sum()
+
+    with pytest.raises(RuntimeError, match="as their mean"):
+        run(Anchored, tmp_path)
+
+
 def test_a_term_that_comes_in_mid_run(tmp_path: Path) -> None:
     """By the same rhythm as the self-check; without a loss of one's own nothing is compared again."""
     late = _adding(0.01, when=lambda trainer, model: trainer.state.global_step >= 3)
@@ -151,8 +230,10 @@ def test_a_term_that_comes_in_mid_run(tmp_path: Path) -> None:
 def test_how_often_a_loss_of_ones_own_is_compared(check: int | str, tmp_path: Path) -> None:
     kind = _adding(0.0, when=lambda trainer, model: False)
     trainer, watch = run(kind, tmp_path, selective={**ALL, "self_check": check})
-    compared = {"first": 1, 2: -(-len(watch.parameters) // 2), False: 0}[check]
-    assert trainer.calls == 2 * compared  # type: ignore[attr-defined]
+    assert len(watch.parameters) == 6
+    # At the first window; the second, third and fifth: by doubling, and by every second.
+    compared = {"first": 1, 2: 4, False: 0}[check]
+    assert trainer.calls == 4 * compared  # type: ignore[attr-defined]  # both modes, and whether the number counts
 
 
 def test_dropout_and_counters_do_not_disturb_the_comparison(tmp_path: Path) -> None:

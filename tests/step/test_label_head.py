@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ftw_optim import KeepAll, NonNegativeLeastSquares, SelectiveOptimizer, token_losses
 from ftw_optim._step.label_head import label_logits
@@ -144,19 +145,220 @@ def test_a_model_that_does_more_with_positions_keeps_all(kind: str) -> None:
         token_losses(model, batch, head="labels")
 
 
-def test_dropout_draws_the_same_with_and_without_the_look_before() -> None:
+def test_dropout_draws_the_same_whether_or_not_positions_are_chosen() -> None:
     class Dropping(Model):
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
             logits: Tensor = self.head(nn.functional.dropout(self.embed(input_ids), 0.5))
+            return logits if self.after is None else self.after(logits)
+
+    for after in (None, lambda x: x - x.mean(1, keepdim=True)):
+        found = []
+        model = seeded(lambda: Dropping(after))  # noqa: B023
+        for head in ("all", "auto", "auto"):
+            torch.manual_seed(3)
+            found.append(token_losses(model, batch_of(), head=head))
+        torch.testing.assert_close(found[0], found[1])
+        torch.testing.assert_close(found[0], found[2])
+
+
+class Flat(nn.Module):
+    """A trained layer behind the output layer, which runs on all positions of all rows in one axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(40, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x.flatten(0, 1))
+        return y.view(*x.shape[:2], 40)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class Shifted(Model):
+    """Positions that the whole model owns, before the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.linspace(-1, 1, 180).view(30, 6))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embed(input_ids).cumsum(1) + self.shift[: input_ids.shape[1]])
+        return logits
+
+
+class Around(nn.Module):
+    """A bias around the output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder, self.bias = nn.Linear(6, 40, bias=False), nn.Parameter(torch.linspace(-1, 1, 40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.decoder(x)
+        return y + self.bias
+
+
+class Biased(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Around()  # type: ignore[assignment]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head.decoder  # type: ignore[return-value]
+
+
+class Gated(Model):
+    """A mixture of positions that is nothing at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.embed(input_ids).cumsum(1))
+        return logits + self.gate * logits.cumsum(1)
+
+
+class Inside(Model):
+    """The output layer in a checkpoint."""
+
+    def __init__(self, *, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            logits: Tensor = self.head(x.cumsum(1).tanh())
             return logits
 
-    found = []
-    model = seeded(Dropping)
-    for head in ("all", "auto", "auto"):
-        torch.manual_seed(3)
-        found.append(token_losses(model, batch_of(), head=head))
-    torch.testing.assert_close(found[0], found[1])
-    torch.testing.assert_close(found[0], found[2])
+        logits: Tensor = checkpoint(run, self.embed(input_ids), use_reentrant=self.reentrant)
+        return logits
+
+
+KEEP_ALL: Mapping[str, Callable[[], Model]] = {
+    "a layer on flattened positions": lambda: Model(Flat()),
+    "a norm": lambda: Model(nn.LayerNorm(40)),
+    "a scale": lambda: Model(Scaled()),
+    "a parameter of the whole model": Shifted,
+    "a module around": Biased,
+    "a gate that is shut": Gated,
+    "a checkpoint": lambda: Inside(reentrant=False),
+    "a reentrant checkpoint": lambda: Inside(reentrant=True),
+    "a hook before": lambda: _hooked(before=True),
+    "a hook behind": lambda: _hooked(before=False),
+}
+
+
+def _hooked(*, before: bool) -> Model:
+    model = Model()
+    if before:
+        model.head.register_forward_pre_hook(lambda module, args: (args[0] - args[0].mean(1, keepdim=True),))
+    else:
+        model.head.register_forward_hook(lambda module, args, output: output - output.mean(1, keepdim=True))
+    return model
+
+
+@pytest.mark.parametrize("combine", ["factors", "graph"])
+@pytest.mark.parametrize("kind", KEEP_ALL)
+def test_training_is_the_same_where_only_the_graph_shows_that_positions_matter(kind: str, combine: str) -> None:
+    """Steps with equal numbers of labels first, and then with others."""
+    runs = []
+    for head in ("all", "auto"):
+        model = seeded(KEEP_ALL[kind]).double()
+        optimizer = SelectiveOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            model,
+            lambda head=head, model=model: token_losses(model, labelled([2, 3], seed=9), head=head),
+            metric="euclidean",
+            filter=KeepAll(),
+            combine=combine,
+        )
+        grams = []
+        for counts in ([2, 2, 2, 2], [1, 3, 2, 2], [5, 1, 1, 1]):
+            batch = labelled(counts, seed=counts[0])
+            optimizer.step(lambda head=head, model=model, batch=batch: token_losses(model, batch, head=head))
+            assert optimizer.selection is not None
+            grams.append(optimizer.selection.gram)
+        runs.append((grams, dict(model.named_parameters())))
+    torch.testing.assert_close(runs[0], runs[1], rtol=1e-9, atol=1e-12)
+
+
+def labelled(counts: list[int], *, seed: int) -> dict[str, Tensor]:
+    """Rows with so many labels, at their ends."""
+    ids = torch.randint(40, (len(counts), 9), generator=torch.Generator().manual_seed(seed))
+    late = torch.arange(9) >= 9 - torch.tensor(counts)[:, None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.where(late, torch.tensor(-100))}
+
+
+class Varying(Model):
+    """What it does with positions depends on its inputs."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        hidden = self.embed(input_ids).cumsum(1)
+        if "keep" in options:
+            hidden = hidden[:, -options["keep"] :]
+        if "chunk" in options:
+            return torch.cat([self.head(one) for one in hidden.split(options["chunk"], dim=1)], dim=1)
+        logits: Tensor = self.head(hidden)
+        if "bias" in options:
+            logits = logits + options["bias"]
+        return logits / options["heat"][:, None, None] if "heat" in options else logits
+
+
+@pytest.mark.parametrize("options", ["chunk", "bias", "heat"])
+def test_a_later_batch_may_show_that_positions_matter(options: str) -> None:
+    """As many labels as positions, so that a bias for each position would fit both."""
+    model, batch = seeded(Varying), labelled([4, 2, 1, 2], seed=0)
+    token_losses(model, batch)
+    more = {"chunk": 4, "bias": torch.arange(9.0)[:, None], "heat": torch.tensor([0.5, 1.0, 2.0, 4.0])}[options]
+    found = token_losses(model, {**batch, options: more})
+    torch.testing.assert_close(found, token_losses(model, {**batch, options: more}, head="all"))
+    torch.testing.assert_close(token_losses(model, batch), token_losses(model, batch, head="all"))
+
+
+def test_logits_of_fewer_positions_than_labels_are_refused_as_without() -> None:
+    model, batch = seeded(Varying), labelled([4], seed=0)
+    token_losses(model, batch)
+    for head in ("all", "auto"):
+        with pytest.raises(ValueError, match="Expected logits"):
+            token_losses(model, {**batch, "keep": 4}, head=head)
+
+
+def test_a_batch_that_fails_says_nothing_of_the_model() -> None:
+    model, batch = seeded(Model), labelled([4, 2, 1, 2], seed=0)
+    for head in ("auto", "labels"):
+        with pytest.raises((IndexError, ValueError)):
+            token_losses(model, {**batch, "input_ids": batch["input_ids"] + 40}, head=head)
+    sizes = Sizes(model)
+    token_losses(model, batch, head="labels")
+    assert sizes.seen == [9]
+
+
+def test_an_output_layer_that_is_exchanged_is_looked_at_anew() -> None:
+    class Mixing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.cumsum(1))
+
+    model, batch = seeded(Model), labelled([4, 2, 1, 2], seed=0)
+    token_losses(model, batch)
+    model.head = Mixing(6, 40)
+    torch.testing.assert_close(token_losses(model, batch), token_losses(model, batch, head="all"))
+
+
+def test_without_gradients_all_positions_are_run() -> None:
+    model, batch = seeded(Model), labelled([4, 2, 1, 2], seed=0)
+    sizes = Sizes(model)
+    with torch.no_grad():
+        token_losses(model, batch)
+    assert sizes.seen == [36]
 
 
 def test_rows_packed_from_several_candidates_keep_theirs() -> None:

@@ -71,7 +71,7 @@ class Selecting(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what selection does not support, before the fit starts, and apply the module's settings."""
-        if stage != "fit":
+        if stage != "fit" or not hasattr(pl_module, "_selecting"):  # another module, after a fit of the mixin's
             return
         refuse_replaced_hooks(pl_module)
         refuse_settings(pl_module, trainer)
@@ -82,6 +82,8 @@ class Selecting(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wrap the optimizer, before a checkpoint is loaded into it."""
+        if self._settings is None:
+            return
         (inner,) = trainer.optimizers  # Lightning refuses several
         selective = inner if isinstance(inner, SelectiveOptimizer) else self._wrapped(trainer, pl_module, inner)
         self._halves = Halves(selective)

@@ -48,9 +48,14 @@ def refuse_overrides(kind: type, mixin: type) -> None:
 
 
 def _goes_on(step: Any) -> bool:
-    """Whether the function may call the training step that it hides: by ``super()`` or by name."""
+    """Whether the function may call the training step that it hides: it has no backward of its own, or ``super()``.
+
+    A decorated one, or one that delegates, may; before the first step it is seen whether it did.
+    """
     code = getattr(inspect.unwrap(getattr(step, "__func__", step)), "__code__", None)
-    return code is None or "__class__" in code.co_freevars or "training_step" in code.co_names
+    if code is None or "__class__" in code.co_freevars or "training_step" in code.co_names:
+        return True
+    return "backward" not in code.co_names
 
 
 def _base(kind: type, mixin: type) -> str:
