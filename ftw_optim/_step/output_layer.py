@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -39,16 +40,39 @@ def why_not_chosen(model: nn.Module) -> str | None:
     if not all(map(_is_position_by_position, layer.modules())):
         return "its output layer is not a linear layer, or has hooks before it"
     model = _unwrapped(model)
-    name = next((name for name, module in model.named_modules() if module is layer), None)
-    if name is None:
+    around = _above(model, layer)
+    if not around:
         return "its output layer is not one of its modules"
-    around = model
-    for part in name.split("."):
-        # Such a module is run again for its own parameters, and its output would be one row for all.
-        if any(parameter.requires_grad for parameter in own_parameters(around).values()):
-            return "a module around its output layer has parameters of its own"
-        around = getattr(around, part)
+    # Such a module is run again for its own parameters, and its output would be one row for all.
+    if any(parameter.requires_grad for module in around for parameter in own_parameters(module).values()):
+        return "a module around its output layer has parameters of its own"
     return None
+
+
+_name: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+"""The name of each model's output layer, which a search takes a millisecond for."""
+
+
+def _above(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """The modules from the model down to the one that holds the layer; none where the model does not hold it."""
+    path = _on_the_way(model, _name.get(model, ""))
+    if path[-1] is not layer:
+        name = next((name for name, module in model.named_modules() if module is layer), None)
+        if name is None:
+            return []
+        _name[model] = name
+        path = _on_the_way(model, name)
+    return path[:-1]
+
+
+def _on_the_way(model: nn.Module, name: str) -> list[nn.Module]:
+    path = [model]
+    for part in name.split(".") if name else ():
+        below = path[-1]._modules.get(part)
+        if below is None:
+            break
+        path.append(below)
+    return path
 
 
 def _is_position_by_position(module: nn.Module) -> bool:
