@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.chosen import Chosen, chosen_now, running_on
 from ftw_optim._layers.randomness import RandomState
 from ftw_optim._step.output_layer import follows_number_by_number, output_layer, runs_again_later, why_not_chosen
@@ -97,6 +98,7 @@ def label_logits(model: nn.Module, run: Run, targets: Tensor, head: str = "auto"
                 _allowed.add(model)
                 return found
             reason = found
+            ArmedHooks(model).disarm()  # no backward follows this pass
             if before is not None:
                 before.restore()
         if head == "labels":

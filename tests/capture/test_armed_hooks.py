@@ -123,6 +123,25 @@ def test_the_adapters_are_active_from_their_invocation_on() -> None:
     assert not torch.allclose(losses, token_losses(model, moved))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_pass_that_is_given_up_leaves_no_hook(reentrant: bool) -> None:
+    """Where what follows the output layer mixes positions, the losses run the model once more, on all."""
+    grads = []
+    for head in ("all", "auto"):
+        model = adapted(reentrant=reentrant)
+        layer = model.get_output_embeddings()
+        layer.register_forward_hook(lambda module, args, output: output - output.mean(1, keepdim=True))
+        before, batch = hooks_of(model), rows(4, 0, 2)
+        batch["labels"] = batch["labels"].masked_fill(torch.arange(9) < 4, -100)
+        inner = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        target = rows(2, 1, 3)
+        optimizer = SelectiveOptimizer(inner, model, lambda model=model, target=target: token_losses(model, target))
+        optimizer.backward(lambda model=model, batch=batch, head=head: token_losses(model, batch, head=head))
+        assert hooks_of(model) == before
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-12)
+
+
 def test_an_error_in_the_closure_leaves_no_hook() -> None:
     model = adapted(reentrant=False)
     before = hooks_of(model)
