@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 
 from ftw_optim.integrations.lightning import SelectiveModuleMixin
+from tests.support.grids import slow
 from tests.support.lightning_runs import EVERYONE, QUIET, trainer_of
 
 pytestmark = QUIET
@@ -113,8 +114,8 @@ def test_the_learning_rate_finder_finds_what_it_finds_without(
         assert all(one > 0 for one in results[1][1])
 
 
-@pytest.mark.parametrize("kind", [Everyone, Greedy])
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", [slow(Everyone), Greedy])
+@pytest.mark.parametrize("steps", [1, slow(3)])
 @pytest.mark.parametrize("how", ["tuner", "callback"])
 def test_a_fit_after_the_learning_rate_finder_is_the_fit_without_it(
     options: dict[str, Any], how: str, steps: int, kind: type[Everyone]
@@ -164,7 +165,7 @@ def test_a_finder_in_the_midst_of_a_fit_leaves_the_targets_where_they_were(optio
 
 
 @pytest.mark.parametrize(
-    ("how", "most", "mode"), [("tuner", 9, "power"), ("callback", 9, "binsearch"), ("callback", 28, "power")]
+    ("how", "most", "mode"), [slow("tuner", 9, "power"), slow("callback", 9, "binsearch"), ("callback", 28, "power")]
 )
 def test_the_batch_size_finder_finds_what_it_finds_without(
     options: dict[str, Any], how: str, most: int, mode: str
