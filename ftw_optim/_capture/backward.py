@@ -196,9 +196,12 @@ def nothing_nested(model: nn.Module) -> Iterator[None]:
     Raises:
         NotImplementedError: a parameter got a gradient; those from before are as they were.
     """
-    with gradients_set_aside(model.parameters()):
+    names: list[str] = []
+    parameters = list(model.parameters())  # a search that is made once
+    with gradients_set_aside(parameters):
         yield
-        names = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+        if any(parameter.grad is not None for parameter in parameters):
+            names = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     if names:
         raise NotImplementedError(
             f"Expected one backward pass, but a function or hook of the model ran another one inside of it, from which "
