@@ -132,8 +132,8 @@ class Capture:
             doubtful = checks is not None and bool(self._unproven(losses))
         else:
             self.resume()
+            proof = self._proof(losses, scale, checks, generator)
             with nothing_nested(self._model):
-                proof = self._proof(losses, scale, checks, generator)
                 by_edges(total, self._recorder.uses, keep_graph=keep_graph or self._is_due(checks, self._recorder.uses))
             if proof is not None:
                 for use in self._recorder.uses:
@@ -177,8 +177,7 @@ class Capture:
                 take(name, whole.pop(name))
             return
         self.resume()
-        with nothing_nested(self._model):
-            proof = self._proof(losses, scale, checks, generator)
+        proof = self._proof(losses, scale, checks, generator)
         check: PassCheck | None = None
         if self._is_due(checks, self._recorder.uses) and bool(losses.isfinite().all()):
             check = self._check(losses, graph, scale, generator, keep_graph=True)
@@ -254,7 +253,8 @@ class Capture:
         uses = [] if checks is None else self._unproven(losses)
         if not uses:
             return None
-        return Membership(uses, losses, check_weights(len(losses), generator, self.computed_in), scale)
+        with nothing_nested(self._model):
+            return Membership(uses, losses, check_weights(len(losses), generator, self.computed_in), scale)
 
     def _is_due(self, checks: SelfChecks | None, uses: Iterable[Use]) -> bool:
         """Whether a layer was read in a way that the self-check has not vouched for."""
