@@ -35,6 +35,7 @@ class ArmedHooks:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._entries: _Entries = []
+        self._blocks: list[nn.Module] | None = None  # those that PEFT arms, once the forward pass has run
 
     def __enter__(self) -> ArmedHooks:
         return self
@@ -65,8 +66,10 @@ class ArmedHooks:
     def _handles(self) -> list[RemovableHandle]:
         """The handles that PEFT holds now, which it then holds no longer."""
         taken: list[RemovableHandle] = []
-        for module in self._model.modules():
-            if handles := module.__dict__.get(ARMED):
+        if self._blocks is None:
+            self._blocks = [module for module in self._model.modules() if ARMED in module.__dict__]
+        for block in self._blocks:
+            if handles := block.__dict__.get(ARMED):
                 taken += handles
                 handles.clear()
         return taken
