@@ -8,11 +8,12 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ftw_optim._factors.buckets import Bucket
 from ftw_optim._factors.factors import Factors
 from ftw_optim._gram.inner_products import Products
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.spec import MATERIALISED, TOKENS, GramSpec
-from ftw_optim._gram.ways import add_parameter
+from ftw_optim._gram.ways import add_bucket, add_parameter
 
 
 @final
@@ -48,6 +49,20 @@ class GramSums:
             lambda reference: spec.preconditioner(name, block, reference),
             self._mean,
             way=spec.way,
+        )
+
+    @torch.no_grad()
+    def add_all(self, bucket: Bucket) -> None:
+        """Add the shares of all parameters of a bucket."""
+        spec = self._spec
+        add_bucket(
+            self._sums,
+            bucket,
+            [spec.target.get(name) for name in bucket.names],
+            lambda references: spec.preconditioner_of_all(bucket, references),
+            self._mean,
+            scale=spec.scale,
+            buffer=spec.buffer,
         )
 
     def products(self) -> dict[Metric, Products]:

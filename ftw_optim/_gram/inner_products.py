@@ -46,18 +46,21 @@ class Products:
             self.gram += inner(left, right).to(self.gram)
             self.add_cross(left, target)
 
-    def add_square(self, rows: Tensor, n: int) -> None:
+    def add_square(self, rows: Tensor, n: int, *, energy: bool) -> None:
         """Add the products of the candidates' rows with each other, and with the target's row if there is one.
 
         Args:
             rows: shape ``(n, d)``, or ``(n + 1, d)`` with the target's row as the last.
             n: number of candidates.
+            energy: whether to add the product of the target's row with itself, too.
         """
         with profiled("products"):
             both = inner(rows, rows).to(self.gram)
             self.gram += both[:n, :n]
             if len(rows) > n:
                 self.cross_gram += both[:n, n]
+                if energy:
+                    self.target_energy += both[n, n]
 
     def add_cross(self, rows: Tensor, target: Tensor | None) -> None:
         """Add the products of the candidates' ``rows`` (n, d) with ``target`` (d,), if there is one."""

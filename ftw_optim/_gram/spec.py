@@ -9,10 +9,11 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ftw_optim._factors.buckets import Bucket
 from ftw_optim._factors.factors import Factors
 from ftw_optim._gram.blocks import Block, Buffer
 from ftw_optim._gram.metric import Metric
-from ftw_optim._preconditioners.maps import Preconditioner
+from ftw_optim._preconditioners.maps import Diagonal, Preconditioner, Scalar
 
 DEFAULT_MEMORY_LIMIT = 256 * 2**20
 """Bytes of multiplied-out gradients that may exist at a time, unless the user sets a limit."""
@@ -33,6 +34,7 @@ class GramSpec:
         shapes: the shapes of the scored parameters, by name.
         target: the target gradients, by name; no entry where the target does not depend on the parameter.
         precondition: ``(name, reference) -> P``.
+        precondition_all: ``(names, references) -> P`` of parameters that share a bucket, all stacked.
         metrics: the metrics in which products are summed.
         dtype: the dtype of the sums.
         device: the device of the sums.
@@ -54,6 +56,7 @@ class GramSpec:
     buffer: Buffer = field(default_factory=Buffer)
     way: str | None = None
     observe: Observe | None = None
+    precondition_all: Callable[[Sequence[str], Tensor], Scalar | Diagonal] | None = None
 
     def block(self, name: str, uses: Sequence[Factors]) -> Block:
         """The candidates' gradients of one parameter, not multiplied out yet."""
@@ -65,6 +68,16 @@ class GramSpec:
         if self.observe is not None:
             self.observe(name, block, reference, preconditioner)
         return preconditioner
+
+    def preconditioner_of_all(self, bucket: Bucket, references: Tensor) -> Scalar | Diagonal:
+        """``P`` of all parameters of a bucket, stacked, at their references ``(B, *shape)``."""
+        assert self.precondition_all is not None
+        found = self.precondition_all(bucket.names, references)
+        if self.observe is not None:
+            for number, (name, reference) in enumerate(zip(bucket.names, references, strict=True)):
+                own = Diagonal(found.values[number]) if isinstance(found, Diagonal) else found
+                self.observe(name, self.block(name, [bucket.use(number)]), reference, own)
+        return found
 
     def refuse_other_ways(self, *known: str) -> None:
         """Refuse a :attr:`way` that these sums do not have.

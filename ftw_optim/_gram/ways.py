@@ -9,16 +9,19 @@ positions, so it serves short contexts in wide layers. A ``P`` with structure is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from ftw_optim._factors.buckets import Bucket
 from ftw_optim._gram.blocks import Block, Buffer, parts
 from ftw_optim._gram.inner_products import Products, inner
 from ftw_optim._gram.metric import Metric, most_applied
+from ftw_optim._gram.profiling import profiled
 from ftw_optim._gram.spec import MATERIALISED, TOKENS
-from ftw_optim._preconditioners.maps import Preconditioner
+from ftw_optim._preconditioners.maps import Diagonal, Preconditioner, Scalar
 
 BYTE = 10.0
 """The cost of moving a byte, in multiplications: memory limits the speed for a large layer's gradients."""
@@ -69,10 +72,11 @@ def add_parameter(
         else:
             _add_general(sums, block, target, preconditioner)
         return MATERIALISED
-    if target is not None:
+    tokens = preconditioner.folds and _takes_tokens(block, len(sums), way)
+    if target is not None and (tokens or touched is not None):  # else it is among the products
         for metric, summed in sums.items():
             summed.add_energy(*metric.sides(_applied(preconditioner, target, most_applied(sums))))
-    if preconditioner.folds and _takes_tokens(block, len(sums), way):
+    if tokens:
         _add_tokens(sums, block, target, preconditioner)
         return TOKENS
     matrix = None if target is None else target.reshape(block.rows, block.columns)
@@ -85,8 +89,44 @@ def add_parameter(
         beside = None if matrix is None else matrix[start:stop]
         rows = first if first is not None else some.out(start, stop, beside=beside)
         part = factor[start:stop] if isinstance(factor, Tensor) and factor.ndim else factor
-        _add_elementwise(sums, rows, block.count, part)
+        _add_elementwise(sums, rows, block.count, part, whole=touched is None)
     return MATERIALISED
+
+
+def add_bucket(
+    sums: Mapping[Metric, Products],
+    bucket: Bucket,
+    targets: Sequence[Tensor | None],
+    precondition: Callable[[Tensor], Scalar | Diagonal],
+    mean: Tensor,
+    *,
+    scale: float,
+    buffer: Buffer,
+) -> None:
+    """Add the shares of all parameters of a bucket to the products; their gradients are multiplied out together.
+
+    Args:
+        sums: the products to add to, by metric.
+        bucket: the candidates' factors, multiplied by ``scale``.
+        targets: the target gradient of each parameter; all None where they have none.
+        precondition: ``mean candidate gradients (B, *shape) -> P``.
+        mean: the candidates' weights in that mean, shape ``(n,)``.
+        scale: the factor by which the losses were multiplied, which is divided out.
+        buffer: memory for the gradients.
+    """
+    n, dtype = bucket.count, bucket.dtype
+    given = [target for target in targets if target is not None]
+    rows = buffer.of((n + 1) * bucket.numel, dtype, bucket.left.device)[: (n + 1) * bucket.numel].view(n + 1, -1)
+    with profiled("materialise"):
+        bucket.materialise(rows[:n])
+        if scale != 1.0:
+            rows[:n].div_(scale)
+    if given:
+        torch.stack([target.to(dtype) for target in given], out=rows[n].view(len(given), *bucket.shape))
+    references = (mean.to(rows) @ rows[:n]).view(len(targets), *bucket.shape)
+    factor = precondition(references.nan_to_num_(0.0, 0.0, 0.0)).factor
+    factor = factor.to(dtype).flatten() if isinstance(factor, Tensor) else factor
+    _add_elementwise(sums, rows if given else rows[:n], n, factor, whole=True)
 
 
 def _takes_tokens(block: Block, metrics: int, way: str | None) -> bool:
@@ -106,11 +146,13 @@ def tokens_are_cheaper(block: Block, metrics: int) -> bool:
     return product * (1 + metrics) + metrics * pairs * (2.0 * (rows + columns) + 2 * BYTE * size) < out
 
 
-def _add_elementwise(sums: Mapping[Metric, Products], rows: Tensor, n: int, factor: Tensor | float) -> None:
+def _add_elementwise(
+    sums: Mapping[Metric, Products], rows: Tensor, n: int, factor: Tensor | float, *, whole: bool
+) -> None:
     """Add the products of ``n`` candidates, and of the target where ``rows`` holds it as the last entry.
 
     ``rows``, ``(n, some, columns)`` or ``(n + 1, some, columns)``, is overwritten: it is first ``g``, then ``R g``,
-    then ``P g``, where ``P = R R``.
+    then ``P g``, where ``P = R R``. ``whole`` says whether the ranges of rows cover the target, and so its energy.
     """
     root = factor.sqrt() if isinstance(factor, Tensor) else factor**0.5
     power = 0.0
@@ -118,7 +160,7 @@ def _add_elementwise(sums: Mapping[Metric, Products], rows: Tensor, n: int, fact
         while power < metric.power:
             rows.mul_(root)
             power += 0.5
-        sums[metric].add_square(rows.flatten(1), n)
+        sums[metric].add_square(rows.flatten(1), n, energy=whole)
 
 
 def _add_tokens(

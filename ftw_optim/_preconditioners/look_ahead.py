@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ NOISE = 64.0
 
 def expected_gradient(param: Tensor, group: dict[str, Any], reference: Tensor) -> Tensor:
     """The reference as it enters the second moment: negated under ``maximize``, with coupled decay, and floored."""
-    return floored(_with_decay(param, group, reference))
+    return floored(_with_decay(param, group, reference), axes=_own_axes(group, reference))
 
 
 def _with_decay(param: Tensor, group: dict[str, Any], reference: Tensor) -> Tensor:
@@ -38,20 +39,38 @@ def undecayed_gradient(param: Tensor, group: dict[str, Any], reference: Tensor |
     return expected_gradient(param, {**group, "weight_decay": 0.0}, reference.to(dtype))
 
 
-def floored(values: Tensor, floor: float = FLOOR) -> Tensor:
-    """``values`` with small entries raised in size to ``floor`` times the root mean square of the non-zero ones."""
-    size = _floored_size(values, floor)
+def floored(values: Tensor, floor: float = FLOOR, *, axes: Sequence[int] | None = None) -> Tensor:
+    """``values`` with small entries raised in size to ``floor`` times the root mean square of the non-zero ones.
+
+    Args:
+        values: any tensor.
+        floor: the smallest size, relative to that mean.
+        axes: the axes of one parameter, where several are stacked; None: all.
+    """
+    size = _floored_size(values, floor, axes=axes)
     return torch.where(values < 0, -size, size)
 
 
-def _floored_size(values: Tensor, floor: float = FLOOR) -> Tensor:
+STACKED = "stacked"
+"""The key that a group has where parameters are stacked: see :func:`register_preconditioner`."""
+
+
+def _own_axes(group: dict[str, Any], values: Tensor) -> Sequence[int] | None:
+    """The axes of one parameter in ``values``; None for all of them."""
+    return range(1, values.ndim) if group.get(STACKED) else None
+
+
+def _floored_size(values: Tensor, floor: float = FLOOR, *, axes: Sequence[int] | None) -> Tensor:
     """The absolute values of :func:`floored`; in place where possible, since fresh memory takes most of the time."""
     size = values.abs()
     if not size.numel():
         return size
     # The rest of a cancelled sum counts as zero: whether it is exactly zero is chance (a key's bias).
-    count = (size > NOISE * torch.finfo(values.dtype).eps * size.amax()).count_nonzero().clamp(min=1)
-    return size.clamp_(min=floor * torch.linalg.vector_norm(values) / count.to(values.dtype).sqrt())
+    keep, dims = axes is not None, tuple(axes or ())
+    counted = size > size.amax(dims, keepdim=keep).mul_(NOISE * torch.finfo(values.dtype).eps)
+    count = counted.sum(dims, keepdim=True) if keep else counted.count_nonzero()  # which is faster
+    norm = torch.linalg.vector_norm(values, dim=dims or None, keepdim=keep)
+    return size.clamp_(min=norm.mul_(floor).div_(count.clamp_(min=1).to(values.dtype).sqrt_()))
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:
@@ -76,7 +95,8 @@ def second_moment(
     moment = torch.zeros_like(param, dtype=dtype) if stored is None else dequantised(stored, dtype) * decay
     if reference is None:
         return moment
-    size = _floored_size(_with_decay(param, group, reference.to(dtype)))
+    reference = _with_decay(param, group, reference.to(dtype))
+    size = _floored_size(reference, axes=_own_axes(group, reference))
     return moment.addcmul_(size, size, value=fresh)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, NamedTuple, cast, final
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ftw_optim._preconditioners.maps import Preconditioner, Scalar
+from ftw_optim._preconditioners.look_ahead import STACKED
+from ftw_optim._preconditioners.maps import Diagonal, Preconditioner, Scalar
 from ftw_optim._preconditioners.probing.probe import (
     NotElementwise,
     agrees_with_trial,
@@ -22,6 +24,7 @@ from ftw_optim._preconditioners.probing.probe import (
 )
 from ftw_optim._preconditioners.registry import registered_rule
 from ftw_optim._preconditioners.rules.adam import adam
+from ftw_optim._preconditioners.stacking import Numbers, StackedState, numbers_of, together
 
 LOOK_EVERY = 16
 """Steps between two probes of an optimizer that no rule knows."""
@@ -47,6 +50,15 @@ class _Looks:
         key = 2 * id(param) + with_history
         count = self.count[key] = self.count.get(key, 0) + 1
         return count & (count - 1) == 0 or count % LOOK_EVERY == 0
+
+
+class Kind(NamedTuple):
+    """What parameters have in common that one map, stacked, can serve."""
+
+    group: int
+    dtype: torch.dtype
+    state: tuple[str, ...]
+    numbers: Numbers
 
 
 _looks: WeakKeyDictionary[Optimizer, _Looks] = WeakKeyDictionary()
@@ -82,13 +94,11 @@ class Preconditioners:
             raise NotImplementedError(
                 "Expected real parameters, got a complex one. Hold its real and imaginary parts (torch.view_as_real)."
             )
-        if self._learning_rate_is_zero:
-            group = {**group, "lr": 1.0}
         state = self._optimizer.state.get(param, {})
         with torch.no_grad():
             if self._known is not None:
-                own = {name: getattr(self._optimizer, name) for name in self._known.attributes}
-                return self._known.rule(param, {**group, **own} if own else group, state, reference)
+                return self._known.rule(param, self._settings(group), state, reference)
+            group = self._settings(group)
             if _is_zero(group.get("lr")):
                 return Scalar(0.0)  # whatever the optimizer does, the coming gradient moves nothing
             try:
@@ -99,6 +109,47 @@ class Preconditioners:
                 return self._tried(param, group, reference, due=due)
             except Exception as error:  # whatever an optimizer that is tried on a copy may raise
                 return self._unknown(group, error)
+
+    def _settings(self, group: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """The group as rules get it: with the optimizer's own attributes, and a learning rate that is not zero."""
+        own = {} if self._known is None else {name: getattr(self._optimizer, name) for name in self._known.attributes}
+        if self._learning_rate_is_zero:
+            own["lr"] = 1.0
+        return {**group, **own, **more} if own or more else group
+
+    def kinds(self, params: Mapping[str, Tensor], groups: Mapping[str, dict[str, Any]]) -> dict[str, Kind]:
+        """What each parameter has in common with those that :meth:`stacked` takes beside it; those alone are left out.
+
+        Args:
+            params: the parameters, by name.
+            groups: the group of each.
+        """
+        if self._known is None or not self._known.stacks:
+            return {}
+        some = {name: param for name, param in params.items() if param.numel() > 1 and not param.is_complex()}
+        numbers = numbers_of(
+            [self._optimizer.state.get(param, {}) for param in some.values()],
+            [param.shape for param in some.values()],
+        )
+        return {
+            name: Kind(id(groups[name]), param.dtype, tuple(self._optimizer.state.get(param, {})), own)
+            for (name, param), own in zip(some.items(), numbers, strict=True)
+            if own is not None
+        }
+
+    def stacked(self, params: Sequence[Tensor], group: dict[str, Any], reference: Tensor) -> Scalar | Diagonal:
+        """One map for parameters of one shape and one of the :meth:`kinds`, at their references ``(B, *shape)``."""
+        assert self._known is not None
+        state = StackedState([self._optimizer.state.get(param, {}) for param in params])
+        with torch.no_grad():
+            settings = self._settings(group, **{STACKED: True})
+            found = self._known.rule(together(params, group), settings, cast(dict[str, Any], state), reference)
+        if not isinstance(found, Scalar | Diagonal):
+            raise TypeError(
+                f"The rule of {type(self._optimizer).__name__} is registered with stacks=True: expected a Scalar or a "
+                f"Diagonal for {len(params)} stacked parameters, got {type(found).__name__}."
+            )
+        return found
 
     def _with_its_decay(
         self, param: Tensor, group: dict[str, Any], reference: Tensor | None, *, due: bool

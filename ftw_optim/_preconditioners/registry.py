@@ -20,18 +20,22 @@ Rule = TypeVar("Rule", bound=PreconditionerRule)
 @final
 @dataclass(frozen=True)
 class Registered:
-    """A registered rule, with the optimizer's attributes to add to the group for it, and a note for users."""
+    """A registered rule, with the optimizer's attributes to add to the group for it, and a note for users.
+
+    ``stacks`` says whether it also takes equal parameters stacked, see :func:`register_preconditioner`.
+    """
 
     rule: PreconditionerRule
     attributes: tuple[str, ...] = ()
     note: str | None = None
+    stacks: bool = False
 
 
 _RULES: dict[str, Registered] = {}
 
 
 def register_preconditioner(
-    cls: type[Optimizer] | str, *, attributes: tuple[str, ...] = (), note: str | None = None
+    cls: type[Optimizer] | str, *, attributes: tuple[str, ...] = (), note: str | None = None, stacks: bool = False
 ) -> Callable[[Rule], Rule]:
     """Register the rule that reads an optimizer's preconditioner out of its state.
 
@@ -45,6 +49,10 @@ def register_preconditioner(
         cls: the class, or its full dotted name, so that its package need not be imported.
         attributes: settings that the optimizer keeps as attributes of its own; the rule finds them in the group.
         note: what users should know about this preconditioner; a warning says it when such an optimizer is wrapped.
+        stacks: whether the rule may be given several parameters of one shape at once, which saves time where they are
+            small: parameter, reference and the state's tensors of that shape then have a further first axis, and
+            everything else is the same for all. It must return a :class:`Scalar` or a :class:`Diagonal` of that shape,
+            and treat every entry by itself.
 
     Returns:
         A decorator that returns the rule unchanged.
@@ -52,7 +60,7 @@ def register_preconditioner(
     key = cls if isinstance(cls, str) else torch.typename(cls)
 
     def register(rule: Rule) -> Rule:
-        _RULES[key] = Registered(rule, attributes, note)
+        _RULES[key] = Registered(rule, attributes, note, stacks)
         return rule
 
     return register

@@ -14,7 +14,7 @@ from ftw_optim._preconditioners.registry import register_preconditioner
 State = dict[str, Any]
 
 
-@register_preconditioner(torch.optim.Adagrad)
+@register_preconditioner(torch.optim.Adagrad, stacks=True)
 def adagrad(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """``lr / (1 + (t - 1) lr_decay) / (sqrt(sum + reference^2) + eps)``."""
     total = second_moment(param, group, state.get("sum"), reference, decay=1.0, fresh=1.0)
@@ -24,7 +24,7 @@ def adagrad(param: Tensor, group: State, state: State, reference: Tensor | None)
     return Diagonal(rate / (total.sqrt() + group["eps"]))
 
 
-@register_preconditioner(torch.optim.Adadelta)
+@register_preconditioner(torch.optim.Adadelta, stacks=True)
 def adadelta(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """``lr sqrt(past updates + eps) / sqrt(v' + eps)``, with eps inside of both roots."""
     rho = number(group["rho"])
@@ -33,7 +33,7 @@ def adadelta(param: Tensor, group: State, state: State, reference: Tensor | None
     return Diagonal(number(group["lr"]) * ((updates + group["eps"]) / (moment + group["eps"])).sqrt())
 
 
-@register_preconditioner(torch.optim.RMSprop)
+@register_preconditioner(torch.optim.RMSprop, stacks=True)
 def rmsprop(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """``lr / (sqrt(v') + eps)`` without bias correction; with ``centered``, ``v'`` is the variance, not the square."""
     alpha = number(group["alpha"])

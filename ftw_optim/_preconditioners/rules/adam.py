@@ -30,8 +30,8 @@ def _moment(param: Tensor, group: State, state: State, reference: Tensor | None)
     return second_moment(param, group, state.get("exp_avg_sq"), reference, decay=beta2, fresh=1 - beta2)
 
 
-@register_preconditioner(torch.optim.Adam)
-@register_preconditioner(torch.optim.AdamW)
+@register_preconditioner(torch.optim.Adam, stacks=True)
+@register_preconditioner(torch.optim.AdamW, stacks=True)
 def adam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """``lr (1 - b1) / (1 - b1^t) / (sqrt(v' / (1 - b2^t)) + eps)`` with ``v' = b2 v + (1 - b2) reference^2``."""
     beta1, beta2 = _betas(group)
@@ -44,7 +44,7 @@ def adam(param: Tensor, group: State, state: State, reference: Tensor | None) ->
     return Diagonal(root.reciprocal_().mul_(share))
 
 
-@register_preconditioner("schedulefree.adamw_schedulefree.AdamWScheduleFree")
+@register_preconditioner("schedulefree.adamw_schedulefree.AdamWScheduleFree", stacks=True)
 def schedule_free_adamw(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """``lr (1 - b1 (1 - c)) / (sqrt(v' / (1 - b2^t)) + eps)`` at the point the model trains at.
 
@@ -62,7 +62,7 @@ def schedule_free_adamw(param: Tensor, group: State, state: State, reference: Te
     return Diagonal(rate * (1 - beta1 * (1 - average)) / root)
 
 
-@register_preconditioner(torch.optim.NAdam)
+@register_preconditioner(torch.optim.NAdam, stacks=True)
 def nadam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """Adam with Nesterov momentum: the fresh gradient counts in this step and in the look-ahead to the next one."""
     beta1, beta2 = _betas(group)
@@ -76,7 +76,7 @@ def nadam(param: Tensor, group: State, state: State, reference: Tensor | None) -
     return Diagonal(number(group["lr"]) * share / ((moment / (1 - beta2**step)).sqrt() + group["eps"]))
 
 
-@register_preconditioner(torch.optim.RAdam)
+@register_preconditioner(torch.optim.RAdam, stacks=True)
 def radam(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal | Scalar:
     """A scalar in the first steps; then rectified Adam, with eps added before the second moment is corrected."""
     beta1, beta2 = _betas(group)
@@ -91,7 +91,7 @@ def radam(param: Tensor, group: State, state: State, reference: Tensor | None) -
     return Diagonal(share * rectified * math.sqrt(1 - beta2**step) / (moment.sqrt() + group["eps"]))
 
 
-@register_preconditioner(torch.optim.Adamax)
+@register_preconditioner(torch.optim.Adamax, stacks=True)
 def adamax(param: Tensor, group: State, state: State, reference: Tensor | None) -> Diagonal:
     """``lr (1 - b1) / (1 - b1^t) / max(b2 u, |reference| + eps)``, with ``u`` the decayed maximum of past gradients."""
     beta1, beta2 = _betas(group)

@@ -12,7 +12,7 @@ from ftw_optim._preconditioners.maps import Scalar
 from ftw_optim._preconditioners.registry import register_preconditioner
 
 
-@register_preconditioner(torch.optim.SGD)
+@register_preconditioner(torch.optim.SGD, stacks=True)
 def sgd(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None) -> Scalar:
     """``lr`` times the share of the fresh gradient in the coming step; the first step has no dampening."""
     momentum = number(group["momentum"])
@@ -24,7 +24,7 @@ def sgd(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: 
     return Scalar(number(group["lr"]) * share)
 
 
-@register_preconditioner(torch.optim.ASGD)
+@register_preconditioner(torch.optim.ASGD, stacks=True)
 def averaged_sgd(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None) -> Scalar:
     """The step size ``eta`` that the last step left in the state; it includes the learning rate.
 
