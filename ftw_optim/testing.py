@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ftw_optim._capture.capture import Capture
 from ftw_optim._capture.coverage import Coverage, coverage
 from ftw_optim._capture.plan import plan
+from ftw_optim._capture.structure import Structure
 from ftw_optim._factors.factors import Factors, weighted_sum
 from ftw_optim._gram.blocks import Block
 from ftw_optim._gram.blocks import Buffer as Buffer
@@ -71,7 +72,8 @@ def check_layer(
     if first is None or not len(first):
         raise ValueError("Expected inputs with a tensor whose first axis is the candidate's, of length one at least.")
     n = len(first)
-    plan(module, {name for name, p in module.named_parameters() if p.requires_grad})  # says what cannot be captured
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    plan(Structure(module), trained)  # says what cannot be captured
     module = copy.deepcopy(module).double()
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not parameters:
@@ -93,7 +95,7 @@ def check_layer(
         return _losses(rows, n if row is None else 1, seed)
 
     table = coverage(module)
-    with Capture(module, plan(module, parameters)) as capture:
+    with Capture(plan(Structure(module), parameters)) as capture:
         found = capture.differentiate(
             losses(None), scale=1.0, keep_graph=False, checks=None, generator=torch.Generator().manual_seed(seed)
         )

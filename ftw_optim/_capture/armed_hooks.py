@@ -8,7 +8,7 @@ outputs of layers, and with several over one graph; all of which selection makes
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, final
@@ -29,11 +29,11 @@ class ArmedHooks:
     """A context that decides in PEFT's place how long the hooks of its forward pass stay armed.
 
     Args:
-        model: the whole model.
+        modules: all modules of the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = modules
         self._entries: _Entries = []
         self._blocks: list[nn.Module] | None = None  # those that PEFT arms, once the forward pass has run
 
@@ -67,7 +67,7 @@ class ArmedHooks:
         """The handles that PEFT holds now, which it then holds no longer."""
         taken: list[RemovableHandle] = []
         if self._blocks is None:
-            self._blocks = [module for module in self._model.modules() if ARMED in module.__dict__]
+            self._blocks = [module for module in self._modules if ARMED in module.__dict__]
         for block in self._blocks:
             if handles := block.__dict__.get(ARMED):
                 taken += handles
@@ -79,7 +79,7 @@ class ArmedHooks:
 def passing_without_trace(model: nn.Module) -> Iterator[None]:
     """A block for one forward pass without gradients, which leaves no hook, and the buffers as they were."""
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad(), ArmedHooks(model), warnings.catch_warnings():
+    with torch.no_grad(), ArmedHooks(model.modules()), warnings.catch_warnings():
         # What reentrant checkpoints say of every such pass.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
         try:

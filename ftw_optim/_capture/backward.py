@@ -13,12 +13,13 @@ from functools import partial
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from ftw_optim._capture.layer_use import Returned, Use
 from ftw_optim._capture.self_check import WAYS_OUT, Link
+from ftw_optim._capture.structure import Structure
 
 REENTRANT = "CheckpointFunctionBackward"
 """The node of the graph that a reentrant checkpoint leaves."""
@@ -163,7 +164,7 @@ def take_from_node(one: Returned, then: Callable[[], None] | None = None) -> Rem
 
 
 def parameter_gradients(
-    total: Tensor, parameters: Mapping[str, Tensor], graph: Graph, model: nn.Module, *, keep_graph: bool = False
+    total: Tensor, parameters: Mapping[str, Tensor], graph: Graph, structure: Structure, *, keep_graph: bool = False
 ) -> dict[str, Tensor]:
     """Autograd's gradients of ``total`` with respect to the parameters it reaches; no ``.grad`` is changed.
 
@@ -171,15 +172,15 @@ def parameter_gradients(
         total: a scalar.
         parameters: the parameters, by name.
         graph: the graph below ``total``. Where it holds reentrant checkpoints, only a plain backward works.
-        model: the model; a plain backward gives its other parameters a gradient too, which is set aside.
+        structure: the model; a plain backward gives its other parameters a gradient too, which is set aside.
         keep_graph: leave the graph for another pass.
     """
     found: tuple[Tensor | None, ...]
     if not graph.reentrant:
-        with nothing_nested(model):
+        with nothing_nested(structure):
             found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True, retain_graph=keep_graph)
     else:
-        with gradients_set_aside([*graph.leaves, *model.parameters(), *parameters.values()]):
+        with gradients_set_aside([*graph.leaves, *structure.parameters.values(), *parameters.values()]):
             total.backward(retain_graph=keep_graph)  # type: ignore[no-untyped-call]
             found = tuple(parameter.grad for parameter in parameters.values())
     pairs = zip(parameters, found, strict=True)
@@ -187,7 +188,7 @@ def parameter_gradients(
 
 
 @contextmanager
-def nothing_nested(model: nn.Module) -> Iterator[None]:
+def nothing_nested(structure: Structure) -> Iterator[None]:
     """A block of backward passes to given tensors, in which no parameter of the model may get a ``.grad``.
 
     One does where a function of the graph, or a hook, runs layers and a backward of its own inside of the backward, as
@@ -197,11 +198,10 @@ def nothing_nested(model: nn.Module) -> Iterator[None]:
         NotImplementedError: a parameter got a gradient; those from before are as they were.
     """
     names: list[str] = []
-    parameters = list(model.parameters())  # a search that is made once
-    with gradients_set_aside(parameters):
+    with gradients_set_aside(structure.parameters.values()):
         yield
-        if any(parameter.grad is not None for parameter in parameters):
-            names = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+        if any(parameter.grad is not None for parameter in structure.parameters.values()):
+            names = [name for name, parameter in structure.parameters.items() if parameter.grad is not None]
     if names:
         raise NotImplementedError(
             f"Expected one backward pass, but a function or hook of the model ran another one inside of it, from which "

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.assembly import Assembly
@@ -43,17 +43,17 @@ class Capture:
     """The context in which the closure runs; afterwards :meth:`differentiate` gives the factors.
 
     Args:
-        model: the whole model; its inputs tell the number of candidates.
-        plan: what to capture.
+        plan: what to capture. The inputs of the whole model tell the number of candidates.
         sample_ids: the candidate of each position, or of each row of some layers; see :class:`SampleIds`.
     """
 
-    def __init__(self, model: nn.Module, plan: CapturePlan, *, sample_ids: GivenIds | None = None) -> None:
-        self._model, self._plan = model, plan
-        self._ids = None if sample_ids is None else SampleIds(sample_ids, model)
-        self._recorder = Recorder(model, plan, self._ids)
-        self._armed = ArmedHooks(model)
-        self._modes = hash(tuple(module.training for module in model.modules()))
+    def __init__(self, plan: CapturePlan, *, sample_ids: GivenIds | None = None) -> None:
+        self._plan = plan
+        modules = plan.structure.modules.values()
+        self._ids = None if sample_ids is None else SampleIds(sample_ids, plan.structure.model)
+        self._recorder = Recorder(plan, self._ids)
+        self._armed = ArmedHooks(modules)
+        self._modes = hash(tuple([module.training for module in modules]))
         self._count, self._share_rows = 0, False
         self._passed_through: set[torch.dtype] = set()
         self._stance = ExitStack()
@@ -133,7 +133,7 @@ class Capture:
         else:
             self.resume()
             proof = self._proof(losses, scale, checks, generator)
-            with nothing_nested(self._model):
+            with nothing_nested(self._plan.structure):
                 by_edges(total, self._recorder.uses, keep_graph=keep_graph or self._is_due(checks, self._recorder.uses))
             if proof is not None:
                 for use in self._recorder.uses:
@@ -209,7 +209,7 @@ class Capture:
                 if waiting[name] == 0:
                     hand_over(name)
 
-        with nothing_nested(self._model):
+        with nothing_nested(self._plan.structure):
             as_they_come(total, graph, self._recorder.uses, arrived)
         for use in self._recorder.uses:
             if use.reached and not use.released:
@@ -235,7 +235,7 @@ class Capture:
             checks.notice(graph.links)
         self._passed_through |= graph.dtypes
         if graph.reentrant:  # which hides what was computed inside
-            self._passed_through |= {p.dtype for p in self._model.parameters() if p.is_floating_point()}
+            self._passed_through |= {p.dtype for p in self._plan.structure.parameters.values() if p.is_floating_point()}
         outside = [
             name for name, p in self._plan.parameters.items() if graph.used_outside(p, self._recorder.uses_of[name])
         ]
@@ -253,7 +253,7 @@ class Capture:
         uses = [] if checks is None else self._unproven(losses)
         if not uses:
             return None
-        with nothing_nested(self._model):
+        with nothing_nested(self._plan.structure):
             return Membership(uses, losses, check_weights(len(losses), generator, self.computed_in), scale)
 
     def _is_due(self, checks: SelfChecks | None, uses: Iterable[Use]) -> bool:
@@ -266,12 +266,15 @@ class Capture:
         """The check that compares captured factors with autograd's gradients; None where these are not finite."""
         weights = check_weights(len(losses), generator, self.computed_in)
         total = (weights.to(losses) * losses * scale).sum()
-        gradients = parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
+        gradients = self._gradients(total, graph, keep_graph=keep_graph)
         if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):  # the scaled sum may overflow
             return None
         layers = {name: [use.owner.name for use in uses] for name, uses in self._recorder.uses_of.items()}
         computed_in = self._recorder.computed_in | (self._passed_through & {torch.float16})
         return PassCheck(weights, gradients, layers, computed_in)
+
+    def _gradients(self, total: Tensor, graph: Graph, *, keep_graph: bool) -> dict[str, Tensor]:
+        return parameter_gradients(total, self._plan.parameters, graph, self._plan.structure, keep_graph=keep_graph)
 
     def _note_passed(
         self, checks: SelfChecks | None, check: PassCheck, vouched: Iterable[tuple[Owner, tuple[object, ...], bool]]
@@ -295,7 +298,7 @@ class Capture:
     ) -> dict[str, list[Factors]]:
         """Factors by a plain backward; its weight gradients show uses that are hidden inside of checkpoints."""
         with self._recorder.during_plain_backward():
-            gradients = parameter_gradients(total, self._plan.parameters, graph, self._model, keep_graph=keep_graph)
+            gradients = self._gradients(total, graph, keep_graph=keep_graph)
         found = self._assembled(len(finite))
         weights = finite.to("cpu", torch.float64)
         verify_projection(found, gradients, weights, generator, self.computed_in)

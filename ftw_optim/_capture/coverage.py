@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import final
 
-import torch
 from torch import nn
 
-from ftw_optim._capture.owners import Owner, owners
+from ftw_optim._capture.owners import owners
+from ftw_optim._capture.structure import Structure, has_hooks
 from ftw_optim._factors.micro_batches import Footprint
 from ftw_optim._layers.registry import LayerRule
 
@@ -144,11 +144,17 @@ def coverage(model: nn.Module) -> Coverage:
     Returns:
         One row for each entry of ``model.named_parameters()`` that requires a gradient. ``print`` it.
     """
-    return table(owners(model), dict(model.named_parameters()))
+    return table(Structure(model))
 
 
-def table(found: Sequence[Owner], parameters: Mapping[str, torch.Tensor]) -> Coverage:
-    """The coverage of the ``parameters`` that require a gradient."""
+def refused(structure: Structure) -> Sequence[Covered]:
+    """The rows of the parameters that are not captured."""
+    return structure.once("refused", lambda: [row for row in table(structure) if not row.exact])
+
+
+def table(structure: Structure) -> Coverage:
+    """The coverage of a model's parameters that require a gradient."""
+    found, parameters = owners(structure), structure.parameters
     rules: dict[str, list[str]] = {}
     again: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
@@ -163,7 +169,7 @@ def table(found: Sequence[Owner], parameters: Mapping[str, torch.Tensor]) -> Cov
                 rules.setdefault(name, []).append("fallback")
                 again.setdefault(name, []).append(type(owner.module).__name__)
     for name, parameter in parameters.items():
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        if has_hooks(parameter):
             reasons.setdefault(name, "a hook on the parameter changes or reads its gradient, which capture bypasses")
     return Coverage(
         tuple(

@@ -41,8 +41,7 @@ class Recorder:
     """The hooks of one capture, and the uses of layers that they have recorded.
 
     Args:
-        model: the whole model; its inputs tell the number of candidates.
-        plan: what to capture.
+        plan: what to capture. The inputs of the whole model tell the number of candidates.
         sample_ids: the candidates of rows and positions; None where the rows of the model's input are the candidates.
 
     Attributes:
@@ -55,8 +54,8 @@ class Recorder:
         expanded: layers whose output had one row for all candidates, which was made one for each.
     """
 
-    def __init__(self, model: nn.Module, plan: CapturePlan, sample_ids: SampleIds | None) -> None:
-        self._model, self._plan = model, plan
+    def __init__(self, plan: CapturePlan, sample_ids: SampleIds | None) -> None:
+        self._plan = plan
         finds_candidates = any(isinstance(o.rule, LayerRule) and o.rule.own_layout for o in plan.owners)
         self._handles: list[RemovableHandle] = []
         self.phase = Phase.REST
@@ -70,7 +69,7 @@ class Recorder:
     def open(self) -> None:
         """Hook the layers, for the forward pass that is to come."""
         self.phase = Phase.FORWARD
-        self._handles.append(self._model.register_forward_pre_hook(self._read_grid, with_kwargs=True))
+        self._handles.append(self._plan.structure.model.register_forward_pre_hook(self._read_grid, with_kwargs=True))
         for owner in self._plan.owners:
             before, after = self._hooks(owner)
             self._handles.append(owner.module.register_forward_pre_hook(before, with_kwargs=True))

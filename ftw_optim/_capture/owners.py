@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ftw_optim._capture.structure import Structure
 from ftw_optim._layers.module_parts import own_parameters, place
 from ftw_optim._layers.registry import LayerRule, rule_for
 from ftw_optim._layers.special import cannot_run_again, reader_of
@@ -34,10 +35,14 @@ class Owner:
     parameters: Mapping[str, str]
 
 
-def owners(model: nn.Module) -> list[Owner]:
+def owners(structure: Structure) -> Sequence[Owner]:
     """All modules that own trainable parameters, in the model's order; tied parameters under their first name."""
+    return structure.once("owners", lambda: _owners(structure))
+
+
+def _owners(structure: Structure) -> list[Owner]:
     found: list[Owner] = []
-    for name, module, own in _owning(model):
+    for name, module, own in _owning(structure):
         rule = _rule(module)
         if not isinstance(rule, LayerRule):
             found.append(Owner(name=name, module=module, rule=rule or cannot_run_again(module), parameters=own))
@@ -51,12 +56,9 @@ def owners(model: nn.Module) -> list[Owner]:
     return _each_use_once(found)
 
 
-def _owning(model: nn.Module) -> list[tuple[str, nn.Module, dict[str, str]]]:
+def _owning(structure: Structure) -> list[tuple[str, nn.Module, dict[str, str]]]:
     """Name and module of each module that is called, with the trainable parameters it and containers below it hold."""
-    first_name: dict[int, str] = {}
-    for name, parameter in model.named_parameters():
-        first_name.setdefault(id(parameter), name)
-    modules = dict(model.named_modules())
+    modules, first_name = structure.modules, structure.names
     own: dict[str, dict[str, str]] = {}
     for name, module in modules.items():
         caller = reader_of(name, modules)

@@ -129,7 +129,7 @@ class CandidatePass:
         return _together(batches)
 
     def _begun(self, batch: int) -> Capture:
-        capture = Capture(self._setup.model, self._setup.plan, sample_ids=self._ids(batch))
+        capture = Capture(self._setup.plan, sample_ids=self._ids(batch))
         return self._captures.enter_context(capture)
 
     def _differentiated(self, capture: Capture, value: Any, taker: Taker | None) -> Candidates:

@@ -82,8 +82,11 @@ def _from_factors(
     weights, updated = selection.spread_weights(), setup.parameters.updated
     gradients = {
         name: weighted_sum(uses, weights, updated[name].shape).to(updated[name].dtype)
-        for name, uses in factors.found.items()
+        for name, uses in factors.alone.items()
     }
+    for bucket in factors.buckets:
+        together = bucket.weighted_sum(weights).to(updated[bucket.names[0]].dtype)
+        gradients.update(zip(bucket.names, together, strict=True))
     # Gradients in the Gram matrix are known to be finite, unless they are too large for the parameter's dtype.
     unseen = [g for name, g in gradients.items() if name not in setup.parameters.scored or g.dtype == torch.float16]
     return gradients, not unseen or all(told([all_finite(unseen)]))
@@ -132,7 +135,7 @@ def _losses_again(setup: StepSetup, selection: Selection, candidate_pass: Candid
         done += len(losses)
         if done > len(kept):
             break
-        with ArmedHooks(setup.model) as armed:
+        with ArmedHooks(setup.structure.modules.values()) as armed:
             armed.take_over()
             yield (share.to(losses) * losses).sum()
     if done != len(kept):
@@ -142,7 +145,7 @@ def _losses_again(setup: StepSetup, selection: Selection, candidate_pass: Candid
 def _ordinary_backward(setup: StepSetup, totals: Iterable[Tensor]) -> dict[str, Tensor]:
     """The gradients that ``(scale * total).backward()`` forms for the updated parameters, summed over the totals."""
     updated = setup.parameters.updated
-    with gradients_set_aside(setup.model.parameters()):
+    with gradients_set_aside(setup.structure.parameters.values()):
         for total in totals:
             # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect, and the
             # only one that reentrant checkpointing takes.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
+from ftw_optim._factors.buckets import Bucket, buckets_of
 from ftw_optim._factors.factors import Factors
 from ftw_optim._factors.finiteness import finite_candidates
 from ftw_optim._gram.exact import GramSums
@@ -60,14 +61,22 @@ class KeptFactors:
 
     def __init__(self, setup: StepSetup, candidates: Candidates, target: TargetNow) -> None:
         self._setup, self._target = setup, target
-        self.candidates = candidates
-        self.found = candidates.found
+        self.candidates = replace(candidates, found={})  # so that those here are the only ones
+        self.found = dict(candidates.found)
         """Factors by parameter; zero for rejected candidates."""
+        self.buckets: Sequence[Bucket] = ()
+        """The factors of parameters that are alike, once they have been measured."""
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
+
+    @property
+    def alone(self) -> dict[str, list[Factors]]:
+        """The factors of the parameters that are in no bucket."""
+        together = {name for bucket in self.buckets for name in bucket.names}
+        return {name: uses for name, uses in self.found.items() if name not in together}
 
     def keep_only(self, accepted: Tensor) -> None:
         """Go on with the ``accepted`` candidates, bool (n,)."""
-        self.accepted = accepted
+        self.accepted, self.buckets = accepted, ()
         self.found = {name: [use.without(~accepted) for use in uses] for name, uses in self.found.items()}
 
     def measured(self) -> Measured:
@@ -76,9 +85,17 @@ class KeptFactors:
         scored = {name: uses for name, uses in self.found.items() if name in setup.parameters.scored}
         unseen = {name: uses for name, uses in self.found.items() if name not in scored}
         with full_precision(losses), setup.clock.phase("gram"):
-            sums = sums_of(setup, self.accepted, self._target, losses.device)
+            preconditioners = preconditioners_of(setup)
+            self._share_buckets(preconditioners)
+            sums = sums_of(setup, self.accepted, self._target, losses.device, preconditioners)
+            for bucket in self.buckets:
+                if bucket.names[0] in scored:
+                    assert isinstance(sums, GramSums)
+                    sums.add_all(bucket)
+            alone = self.alone
             for name, uses in scored.items():
-                sums.add(name, uses)
+                if name in alone:
+                    sums.add(name, uses)
         detached = losses.detach()
         with setup.clock.phase("solve"):
             problem, (values, finite, clean, flags) = on_host(
@@ -89,6 +106,18 @@ class KeptFactors:
                 self._target.finite,
             )
         return Measured(problem=problem, losses=values, finite=finite, clean=clean, target=flags)
+
+    def _share_buckets(self, preconditioners: Preconditioners) -> None:
+        """Put the factors of parameters that are alike into buckets, whose memory they share from then on."""
+        parameters = self._setup.parameters
+        kinds: dict[str, Hashable] = {}
+        if self._setup.sketch is None:  # whose hashes belong to single parameters
+            some = {name: parameters.scored[name] for name in self.found if name in parameters.scored}
+            kinds.update(preconditioners.kinds(some, parameters.groups))
+        kinds.update({name: "combined alone" for name in self.found if name not in parameters.scored})
+        self.buckets = buckets_of(self.found, {name: parameters.updated[name].shape for name in kinds}, kinds)
+        for bucket in self.buckets:
+            self.found.update({name: [bucket.use(number)] for number, name in enumerate(bucket.names)})
 
     def clean(self, measured: Measured) -> Tensor:
         """Mask of the candidates whose loss and factors are all finite: bool (n,)."""
@@ -117,7 +146,8 @@ class _Stream:
             self._sums.more(len(losses))
         else:
             everyone = torch.ones(len(losses), dtype=torch.bool)
-            self._sums = sums_of(self._setup, everyone, self._target, losses.device)
+            preconditioners = preconditioners_of(self._setup)
+            self._sums = sums_of(self._setup, everyone, self._target, losses.device, preconditioners)
         return self._take
 
     def _take(self, name: str, uses: list[Factors]) -> None:
@@ -160,6 +190,8 @@ class StreamedFactors:
         self.candidates = candidates
         self.measures_alone = setup.sketch is not None  # under the target as reference, in place of the mean
         self.found: Mapping[str, list[Factors]] = {}
+        self.buckets: Sequence[Bucket] = ()
+        self.alone = self.found
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
         self._rows = torch.arange(len(candidates.losses))
         self._losses: Tensor | None = None  # of all candidates, on the CPU
@@ -218,9 +250,15 @@ def gather(setup: StepSetup, candidate_pass: CandidatePass, target: TargetNow) -
     return StreamedFactors(setup, candidate_pass, target, candidates, stream)
 
 
-def sums_of(setup: StepSetup, accepted: Tensor, target: TargetNow, device: torch.device) -> MatchingSums:
+def preconditioners_of(setup: StepSetup) -> Preconditioners:
+    """The maps of the inner optimizer's coming step."""
+    return Preconditioners(setup.inner, unknown_as_identity=setup.metric is Metric.EUCLIDEAN)
+
+
+def sums_of(
+    setup: StepSetup, accepted: Tensor, target: TargetNow, device: torch.device, preconditioners: Preconditioners
+) -> MatchingSums:
     """The sums of this step's Gram matrix, before anything is added."""
-    preconditioners = Preconditioners(setup.inner, unknown_as_identity=setup.metric is Metric.EUCLIDEAN)
     parameters, groups = setup.parameters.scored, setup.parameters.groups
     dtype = torch.float32
     for parameter in parameters.values():
@@ -236,6 +274,9 @@ def sums_of(setup: StepSetup, accepted: Tensor, target: TargetNow, device: torch
         memory_limit=DEFAULT_MEMORY_LIMIT if setup.memory_limit is None else setup.memory_limit,
         buffer=setup.buffer,
         observe=setup.observe,
+        precondition_all=lambda names, references: preconditioners.stacked(
+            [parameters[name] for name in names], groups[names[0]], references
+        ),
     )
     if setup.sketch is None:
         return GramSums(spec, accepted)

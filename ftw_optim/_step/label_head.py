@@ -98,7 +98,7 @@ def label_logits(model: nn.Module, run: Run, targets: Tensor, head: str = "auto"
                 _allowed.add(model)
                 return found
             reason = found
-            ArmedHooks(model).disarm()  # no backward follows this pass
+            ArmedHooks(model.modules()).disarm()  # no backward follows this pass
             if before is not None:
                 before.restore()
         if head == "labels":

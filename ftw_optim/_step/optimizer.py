@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ftw_optim._capture.coverage import Coverage, coverage
-from ftw_optim._capture.owners import owners
 from ftw_optim._capture.plan import plan
 from ftw_optim._capture.sample_ids import GivenIds
 from ftw_optim._capture.self_check import SelfChecks
+from ftw_optim._capture.structure import KnownStructure
 from ftw_optim._factors.micro_batches import Footprint
 from ftw_optim._gram.blocks import Buffer
 from ftw_optim._gram.metric import Metric
@@ -108,9 +108,10 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._pending: bool | None = None  # since the last step: None no backward, False all skipped, True one applied
         self._checks = SelfChecks()
         self._buffer = Buffer()
+        self._structure = KnownStructure()
         self._last_capture: tuple[frozenset[str], Mapping[str, Footprint]] | None = None
         self._warned_own_backward = False
-        parameters_of(self.model, self.param_groups, self.scored)  # says now what a step would say
+        parameters_of(self._structure.of(model), self.param_groups, self.scored)  # says now what a step would say
         if registered is not None and registered.note is not None:
             warnings.warn(f"{type(optimizer).__name__}: {registered.note}", stacklevel=2)
 
@@ -286,19 +287,19 @@ class SelectiveOptimizer(OptimizerWrapper):
         refuse_more_than_one_process()
         if not isinstance(self.self_check, str) and self.self_check and self._backwards % self.self_check == 0:
             self._checks.forget()
-        parameters = parameters_of(self.model, self.param_groups, self.scored)
+        structure = self._structure.of(self.model)
+        parameters = parameters_of(structure, self.param_groups, self.scored)
         closure = CandidateClosure(function, parameters.updated, may_be_plain=may_be_plain)
-        layers = owners(self.model)
-        way = way_of(self.combine, self.model, parameters, layers)
+        way = way_of(self.combine, structure, parameters)
         if way.needs_rows and not closure.takes_rows:
             raise TypeError(
                 f'combine="{way.name}" needs a closure that accepts rows: closure(rows=kept) -> losses (k,).'
             )
         setup = StepSetup(
             inner=self.optimizer,
-            model=self.model,
+            structure=structure,
             parameters=parameters,
-            plan=plan(self.model, parameters.updated if way.captures_all else parameters.scored, layers),
+            plan=plan(structure, parameters.updated if way.captures_all else parameters.scored),
             way=way,
             target=self.target,
             kept_target=self._kept_target,

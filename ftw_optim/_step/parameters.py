@@ -8,6 +8,8 @@ from typing import Any, final
 
 from torch import nn
 
+from ftw_optim._capture.structure import Structure
+
 Scored = Callable[[str, nn.Parameter], bool]
 
 
@@ -29,13 +31,13 @@ class StepParameters:
     others_train: bool
 
 
-def parameters_of(model: nn.Module, groups: Sequence[dict[str, Any]], scored: Scored | None) -> StepParameters:
+def parameters_of(structure: Structure, groups: Sequence[dict[str, Any]], scored: Scored | None) -> StepParameters:
     """The parameters in ``groups``, by the names the model gives them.
 
     Raises:
         ValueError: a parameter is not the model's, none requires a gradient, or ``scored`` accepts none.
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = structure.names
     updated: dict[str, nn.Parameter] = {}
     group_of: dict[str, dict[str, Any]] = {}
     for number, group in enumerate(groups):
@@ -55,5 +57,5 @@ def parameters_of(model: nn.Module, groups: Sequence[dict[str, Any]], scored: Sc
         raise ValueError(
             f"scored={scored!r} accepts none of the {len(updated)} updated parameters; expected one or more."
         )
-    trained = sum(parameter.requires_grad for parameter in model.parameters())
+    trained = structure.once("trained", lambda: sum(p.requires_grad for p in structure.parameters.values()))
     return StepParameters(updated=updated, groups=group_of, scored=counted, others_train=trained > len(updated))

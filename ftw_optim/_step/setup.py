@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ftw_optim._capture.plan import CapturePlan
 from ftw_optim._capture.sample_ids import GivenIds
 from ftw_optim._capture.self_check import SelfChecks
+from ftw_optim._capture.structure import Structure
 from ftw_optim._gram.blocks import Buffer
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import Sketch
@@ -32,7 +33,7 @@ class StepSetup:
 
     Attributes:
         inner: the inner optimizer, from whose state the preconditioner is read.
-        model: the module that the closures call.
+        structure: the module that the closures call, and all in it.
         parameters: the updated and the scored parameters.
         plan: the captured parameters and their layers.
         way: the way to the combined gradient.
@@ -54,7 +55,7 @@ class StepSetup:
     """
 
     inner: Optimizer
-    model: nn.Module
+    structure: Structure
     parameters: StepParameters
     plan: CapturePlan
     way: Way
@@ -95,7 +96,7 @@ class StepSetup:
             return self.target.gradients(
                 self.parameters.scored,
                 self.kept_target,
-                self.model,
+                self.structure,
                 backwards=self.backwards,
                 scale=self.scale,
                 seed=self.seed_of("target"),

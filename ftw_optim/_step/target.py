@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.backward import Graph, parameter_gradients
+from ftw_optim._capture.structure import Structure
 from ftw_optim._factors.finiteness import all_finite
 from ftw_optim._layers.randomness import own_randomness
 
@@ -54,7 +55,7 @@ class TargetGradient:
         self,
         parameters: Mapping[str, Tensor],
         previous: Mapping[str, Tensor] | None,
-        model: nn.Module,
+        structure: Structure,
         *,
         backwards: int,
         scale: float,
@@ -65,7 +66,7 @@ class TargetGradient:
         Args:
             parameters: the scored parameters, by name.
             previous: the gradient of the step before, or None.
-            model: the model; its ``.grad`` are set aside where only a plain backward works.
+            structure: the model; its ``.grad`` are set aside where only a plain backward works.
             backwards: number of selections before this one.
             scale: multiplies the losses for the pass; the gradient is divided by it.
             seed: seed of the random state the closure runs under.
@@ -88,12 +89,13 @@ class TargetGradient:
                 before=previous,
                 remembered=True,
             )
-        with own_randomness(model.parameters(), seed), torch.enable_grad(), ArmedHooks(model) as armed:
+        everywhere, modules = structure.parameters.values(), structure.modules.values()
+        with own_randomness(everywhere, seed), torch.enable_grad(), ArmedHooks(modules) as armed:
             losses: Any = self.closure()
             armed.take_over()
             _check(losses)
             graph = Graph(losses)
-            found = parameter_gradients(losses.mean() * scale, parameters, graph, model)
+            found = parameter_gradients(losses.mean() * scale, parameters, graph, structure)
         new = {
             name: found[name].to(torch.promote_types(parameter.dtype, torch.float32)) / scale
             if name in found

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
-from torch import nn
-
-from ftw_optim._capture.owners import Owner
+from ftw_optim._capture.owners import owners
 from ftw_optim._capture.plan import uncovered
+from ftw_optim._capture.structure import Structure
 from ftw_optim._step.parameters import StepParameters
 
 
@@ -45,7 +43,7 @@ COMBINES = ("auto", *WAYS)
 """The values of the option ``combine``."""
 
 
-def way_of(combine: str, model: nn.Module, parameters: StepParameters, layers: Sequence[Owner]) -> Way:
+def way_of(combine: str, structure: Structure, parameters: StepParameters) -> Way:
     """The way of a step with this option.
 
     ``"auto"`` is the cheapest: with a rule for every updated parameter the factors cost less than a second backward,
@@ -53,6 +51,11 @@ def way_of(combine: str, model: nn.Module, parameters: StepParameters, layers: S
     """
     if combine != "auto":
         return WAYS[combine]
-    again = {name for owner in layers if owner.rule is None for name in owner.parameters.values()}
-    costly = again & (parameters.updated.keys() - parameters.scored.keys())
-    return WAYS["graph" if costly or uncovered(layers, parameters.updated, model) else "factors"]
+    costly = _run_again(structure) & (parameters.updated.keys() - parameters.scored.keys())
+    return WAYS["graph" if costly or uncovered(structure, parameters.updated) else "factors"]
+
+
+def _run_again(structure: Structure) -> frozenset[str]:
+    """The parameters for which a module is run again."""
+    layers = [owner for owner in owners(structure) if owner.rule is None]
+    return structure.once("run again", lambda: frozenset(n for owner in layers for n in owner.parameters.values()))

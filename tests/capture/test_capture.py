@@ -15,6 +15,7 @@ from ftw_optim import SelectiveOptimizer, coverage
 from ftw_optim._capture.capture import Capture
 from ftw_optim._capture.plan import plan
 from ftw_optim._capture.self_check import SelfChecks
+from ftw_optim._capture.structure import Structure
 from tests.support.capturing import captured, check_every_candidate, rows_of
 from tests.support.layers import OneMinus, Scaled, TiedByHand
 from tests.support.models import Gain, SmallGPT, drawn, language_model, seeded
@@ -257,8 +258,8 @@ def test_nothing_stays_behind_whatever_happens(keep_graph: bool) -> None:
 def test_uncovered_parameters_are_named_before_anything_runs() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     with pytest.raises(NotImplementedError, match=r"1\.weight: BatchNorm1d mixes the candidates.*combine=\"graph\""):
-        plan(model, {"0.weight", "1.weight"})
-    plan(model, {"0.weight", "0.bias"})
+        plan(Structure(model), {"0.weight", "1.weight"})
+    plan(Structure(model), {"0.weight", "0.bias"})
 
 
 @pytest.mark.parametrize("options", [{"sparse": True}, {"scale_grad_by_freq": True}], ids=str)
@@ -266,7 +267,7 @@ def test_embeddings_whose_gradients_are_not_plain_are_refused_with_the_reason(
     options: dict[str, Any],
 ) -> None:
     with pytest.raises(NotImplementedError, match=next(iter(options))):
-        plan(nn.Sequential(nn.Embedding(3, 2, **options)), {"0.weight"})
+        plan(Structure(nn.Sequential(nn.Embedding(3, 2, **options))), {"0.weight"})
 
 
 INPLACE = {
@@ -312,7 +313,7 @@ def test_a_change_of_mode_is_checked_again() -> None:
     checks = SelfChecks()
 
     def differentiate() -> None:
-        with Capture(model, plan(model, dict(model.named_parameters()))) as capture:
+        with Capture(plan(Structure(model), dict(model.named_parameters()))) as capture:
             losses = model(x).square().sum((1, 2)) * torch.tensor([1.0, 3.0, 0.2, 2.0], dtype=torch.float64)
             generator = torch.Generator().manual_seed(0)
             capture.differentiate(losses, scale=1.0, keep_graph=False, checks=checks, generator=generator)
@@ -330,8 +331,8 @@ def test_parameters_with_hooks_of_their_own_are_not_captured(register: str) -> N
     model = nn.Sequential(nn.Linear(3, 2))
     getattr(model[0].weight, register)(lambda *args: None)
     with pytest.raises(NotImplementedError, match=r"0\.weight: a hook on the parameter"):
-        plan(model, {"0.weight"})
-    plan(model, {"0.bias"})
+        plan(Structure(model), {"0.weight"})
+    plan(Structure(model), {"0.bias"})
 
 
 @pytest.mark.parametrize(
@@ -379,7 +380,7 @@ def test_a_weight_that_a_hook_makes_before_the_call_is_refused_with_the_way_out(
         warnings.simplefilter("ignore", FutureWarning)  # weight_norm's old form
         model = nn.utils.weight_norm(nn.Linear(3, 2))
     with pytest.raises(NotImplementedError, match=r"weight_g: .*torch\.nn\.utils\.parametrizations\.weight_norm"):
-        plan(model, {"weight_g", "weight_v", "bias"})
+        plan(Structure(model), {"weight_g", "weight_v", "bias"})
 
 
 @pytest.mark.parametrize("combine", ["factors", "rerun"])

@@ -12,6 +12,7 @@ from ftw_optim import Factors
 from ftw_optim._capture.capture import Capture
 from ftw_optim._capture.plan import plan
 from ftw_optim._capture.self_check import SelfChecks
+from ftw_optim._capture.structure import Structure
 from ftw_optim._factors.factors import weighted_sum
 
 Losses = Callable[[Tensor | None], Tensor]
@@ -27,7 +28,7 @@ def captured(
     sample_ids: Tensor | None = None,
 ) -> dict[str, list[Factors]]:
     names = {name for name, p in model.named_parameters() if p.requires_grad} if names is None else names
-    with Capture(model, plan(model, names), sample_ids=sample_ids) as capture:
+    with Capture(plan(Structure(model), names), sample_ids=sample_ids) as capture:
         return capture.differentiate(
             losses(),
             scale=1.0,
