@@ -6,6 +6,7 @@
 - ``points``: what is measured, the floor of each point, and the goals.
 - ``arms``: the model of a point, its batches, a plain step and a selective one.
 - ``measure``: interleaved times and memory, in this process or in a fresh one; ``phases``: where the time goes.
+- ``launches``: how many operations and Python calls a step makes, and its time where they are small.
 - ``grams``: the error of the Gram matrix, and the other ways to the same one.
 - ``goals``, ``report``, ``charts``: what the results come to, as verdicts, tables and pictures.
 

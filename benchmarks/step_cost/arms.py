@@ -86,10 +86,10 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def plain_arm(point: Point, device: str) -> tuple[Step, torch.optim.Optimizer]:
+def plain_arm(point: Point, device: str, *, foreach: bool | None = None) -> tuple[Step, torch.optim.Optimizer]:
     """One step of AdamW on all candidates."""
     model = build_model(point, device)
-    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-4)
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-4, foreach=foreach)
 
     def step(number: int, t: int | None = None) -> None:
         optimizer.zero_grad()
@@ -99,11 +99,13 @@ def plain_arm(point: Point, device: str) -> tuple[Step, torch.optim.Optimizer]:
     return step, optimizer
 
 
-def selective_arm(point: Point, way: str, device: str) -> tuple[Step, SelectiveOptimizer]:
+def selective_arm(
+    point: Point, way: str, device: str, *, foreach: bool | None = None
+) -> tuple[Step, SelectiveOptimizer]:
     """One selective step, with this value of ``combine``."""
     model = build_model(point, device)
     optimizer = SelectiveOptimizer(
-        torch.optim.AdamW(trained(model).values(), lr=1e-4),
+        torch.optim.AdamW(trained(model).values(), lr=1e-4, foreach=foreach),
         model,
         TargetGradient(
             lambda: losses_of(point, model, batch(point, point.m, TARGET_SEED, device), device), refresh_every=point.r

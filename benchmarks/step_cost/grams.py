@@ -52,7 +52,8 @@ class Problem:
             self.model,
             # Short, and one candidate kept: of the step nothing is left but the Gram matrix.
             TargetGradient(
-                lambda: losses_of(point, self.model, batch(point, 1, TARGET_SEED, device, TARGET_TOKENS), device)
+                lambda: losses_of(point, self.model, batch(point, 1, TARGET_SEED, device, TARGET_TOKENS), device),
+                refresh_every=point.r,
             ),
             filter=GreedyFilter(keep=1),
             combine="factors",

@@ -208,6 +208,24 @@ LARGE = [
 ]
 """For an accelerator; measured only where ``--only`` names the shape."""
 
+
+def launch_point(layers: int, width: int, t: int, lora: int) -> Point:
+    """A point of ``--launches``: the target gradient is formed once and kept, and both ways of scoring are measured."""
+    name = f"{layers} layers, width {width}, t {t}, {f'LoRA {lora}' if lora else 'full'}"
+    return Point(name, width=width, layers=layers, t=t, n=8, k=2, m=4, r=10**6, lora=lora, ways=("factors", "graph"))
+
+
+LAUNCH_GRID = [
+    launch_point(layers, width, t, lora)
+    for layers in (4, 12, 30)
+    for width in (64, 192, 576)
+    for t in (16, 128, 512)
+    for lora in (8, 0)
+]
+LAUNCHES = [point for point in LAUNCH_GRID if point.width < 576 and point.t < 512]
+"""Where small operations are most of the time; the rest of the grid is measured when asked for."""
+QUICK_LAUNCHES = [launch_point(2, 64, 16, lora) for lora in (8, 0)]
+
 _SMALL = Point("quick", width=64, layers=2, t=32, n=4, k=1, m=1)
 QUICK = [
     replace(

@@ -30,7 +30,7 @@ class Assembly:
         self.found: dict[str, list[Factors]] = {}
 
     def add(self, use: Use) -> None:
-        """Add the factors of one use, which a gradient has reached, to those of its parameters.
+        """Add the factors of one use, which a gradient has reached, to those of its parameters; without gradients.
 
         Raises:
             RuntimeError: the rules of layers that share a parameter disagree about its shape. Everything that

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from ftw_optim._capture.layer_use import Use, versions_of
@@ -21,7 +19,8 @@ from ftw_optim._layers.registry import LayerRule
 def factors_of(use: Use, parameters: Mapping[str, nn.Parameter], count: int) -> list[tuple[str, Factors]]:
     """The factors that one use of a layer gives its parameters, each with the parameter's name in the model.
 
-    A gradient must have reached the use. A parameter that the layer has in several places comes once for each place.
+    A gradient must have reached the use, and the caller must have disabled gradients. A parameter that the layer has in
+    several places comes once for each place.
 
     Raises:
         NotImplementedError: the candidates of the layer cannot be told apart, or the module cannot be run again.
@@ -87,7 +86,9 @@ def _by_rule(use: Use) -> Mapping[str, Factors | Tensor]:
     else:
         by_index = {one.index: one.gradient for one in use.returned}
         grads = tuple(by_index.get(index) for index in range(use.several))
-    with torch.no_grad(), call.replayed() if rule.replays else nullcontext():
+    if not rule.replays:
+        return rule.function(call.module, call.inputs(), grads)
+    with call.replayed():
         return rule.function(call.module, call.inputs(), grads)
 
 

@@ -7,6 +7,7 @@ instead, with ``.grad`` set aside, and hooks on the nodes of the graph take the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +26,10 @@ REENTRANT = "CheckpointFunctionBackward"
 """The node of the graph that a reentrant checkpoint leaves."""
 
 _CAST = "ToCopyBackward0"
+_COPIES = {_CAST, "CopyBackwards", "CopySlices"}
+_BUILT_IN = re.compile(r"\w+Backward\d+")
+
+AccumulateGrad: type = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 
 
 def node_number() -> int:
@@ -38,44 +43,64 @@ class Graph:
     """The graph below some losses, searched once on construction: milliseconds for thousands of nodes."""
 
     def __init__(self, losses: Tensor) -> None:
-        self.reentrant = False
-        self.dtypes: set[torch.dtype] = set()
+        self.dtypes: set[torch.dtype] = {losses.dtype}
         """The floating-point dtypes of what was computed on the way, outside of reentrant checkpoints."""
         self.leaves: list[Tensor] = []
         """The tensors that a plain backward would give a ``.grad``, outside of reentrant checkpoints."""
         self.links: set[Link] = set()
         """The links between operations, each once."""
-        self._above: dict[Node, list[Node]] = {}
+        self._first: dict[Node, Node] = {}
+        """Of each node, but for the losses' own, one that reads what it made."""
+        self._further: dict[Node, list[Node]] = {}
+        """The others, of the nodes that have several."""
         self._readers: dict[int, list[Node]] = {}
-        seen: set[Node] = set()
-        waiting = [] if losses.grad_fn is None else [losses.grad_fn]
+        if losses.grad_fn is not None:
+            self._search(losses.grad_fn)
+        kinds = {kind for link in self.links for kind in link} | {type(losses.grad_fn)}
+        self.reentrant = any(kind.__name__ == REENTRANT for kind in kinds)
+
+    def _search(self, root: Node) -> None:
+        first, further, readers = self._first, self._further, self._readers
+        changes: dict[type, bool] = {}
+        waiting = [root]
         while waiting:
             node = waiting.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            self.reentrant |= type(node).__name__ == REENTRANT
-            self.dtypes.update(one.dtype for one in node._input_metadata if one.dtype.is_floating_point)
+            kind = type(node)
+            if kind not in changes:
+                changes[kind] = _may_change_dtype(kind)
+            if changes[kind]:
+                for at in (node, *(below for below, _ in node.next_functions if below is not None)):
+                    self.dtypes.update(one.dtype for one in at._input_metadata if one.dtype.is_floating_point)
             for below, _ in node.next_functions:
                 if below is None:
                     continue
-                self.links.add((type(node), type(below)))
-                leaf = getattr(below, "variable", None)  # of the nodes that accumulate into a leaf
-                if leaf is None:
-                    self._above.setdefault(below, []).append(node)
-                    waiting.append(below)
-                elif id(leaf) in self._readers:
-                    self._readers[id(leaf)].append(node)
+                self.links.add((kind, type(below)))
+                if type(below) is AccumulateGrad:
+                    end: Any = below
+                    leaf = end.variable
+                    if id(leaf) not in readers:
+                        readers[id(leaf)] = []
+                        self.leaves.append(leaf)
+                        self.dtypes.add(leaf.dtype)
+                    readers[id(leaf)].append(node)
+                elif below in first:
+                    further.setdefault(below, []).append(node)
                 else:
-                    self._readers[id(leaf)] = [node]
-                    self.leaves.append(leaf)
+                    first[below] = node
+                    waiting.append(below)
+
+    def _above(self, node: Node) -> Sequence[Node]:
+        """The nodes that read what a node made."""
+        if node not in self._first:
+            return ()
+        return self._first[node], *self._further.get(node, ())
 
     def above(self, nodes: set[Node]) -> set[Node]:
         """All nodes between the losses and any of these ``nodes``."""
         found: set[Node] = set()
         waiting = list(nodes)
         while waiting:
-            for node in self._above.get(waiting.pop(), []):
+            for node in self._above(waiting.pop()):
                 if node not in found:
                     found.add(node)
                     waiting.append(node)
@@ -86,7 +111,7 @@ class Graph:
         waiting = []
         for node in self._readers.get(id(parameter), []):
             # Autocast keeps the casts of a whole region: what reads the parameter is what reads its cast.
-            for reader in self._above[node] if type(node).__name__ == _CAST else [node]:
+            for reader in self._above(node) if type(node).__name__ == _CAST else (node,):
                 use = _made_in(reader, uses)
                 if use is None:
                     return True
@@ -94,20 +119,28 @@ class Graph:
         seen: set[Node] = set()
         while waiting:
             node, use = waiting.pop()
-            if node in seen or any(node is one.edge.node for one in use.returned):
+            if node in seen or node in [one.edge.node for one in use.returned]:
                 continue
             seen.add(node)
-            for above in self._above.get(node, []):
+            for above in self._above(node):
                 if _made_in(above, [use]) is None:
                     return True
                 waiting.append((above, use))
         return False
 
 
+def _may_change_dtype(kind: type) -> bool:
+    """Whether an operation may round to another dtype: a copy, or one that is not PyTorch's own."""
+    return kind.__name__ in _COPIES or not _BUILT_IN.fullmatch(kind.__name__)
+
+
 def _made_in(node: Node, uses: Sequence[Use]) -> Use | None:
     """The use during which autograd made a node; None if it was made in none of them."""
     number = node._sequence_nr()
-    return next((use for use in uses if use.span[0] <= number < use.span[1]), None)
+    for use in uses:
+        if use.span[0] <= number < use.span[1]:
+            return use
+    return None
 
 
 def by_edges(total: Tensor, uses: Sequence[Use], *, keep_graph: bool) -> None:

@@ -197,7 +197,7 @@ class Capture:
         def arrived(use: Use, *, last: bool = False) -> None:
             if use.owner.rule is None and not last:
                 return  # it is run again when no backward pass is under way
-            with self._recorder.at_rest():
+            with self._recorder.at_rest(), torch.no_grad():
                 assembly.add(use)
             if check is not None:
                 vouched.append((use.owner, self._key(use), use.has_gradient()))
@@ -310,7 +310,7 @@ class Capture:
     def _assembled(self, count: int) -> dict[str, list[Factors]]:
         """The factors of all uses that a gradient reached, by parameter name."""
         assembly = self._assembly(count)
-        with self._recorder.at_rest():
+        with self._recorder.at_rest(), torch.no_grad():
             for use in self._recorder.uses:
                 if use.reached:
                     assembly.add(use)

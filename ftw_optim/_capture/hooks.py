@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum, auto
 from typing import Any, final
@@ -58,6 +58,7 @@ class Recorder:
         self._plan = plan
         finds_candidates = any(isinstance(o.rule, LayerRule) and o.rule.own_layout for o in plan.owners)
         self._handles: list[RemovableHandle] = []
+        self._watched: dict[int, list[_Watched]] = {}
         self.phase = Phase.REST
         self.inputs = ModelInputs(sample_ids, bags=finds_candidates)
         self.grid = self.inputs.grid()
@@ -70,19 +71,21 @@ class Recorder:
         """Hook the layers, for the forward pass that is to come."""
         self.phase = Phase.FORWARD
         self._handles.append(self._plan.structure.model.register_forward_pre_hook(self._read_grid, with_kwargs=True))
+        before, after = self._before, self._after  # one of each for all layers
         for owner in self._plan.owners:
-            before, after = self._hooks(owner)
-            self._handles.append(owner.module.register_forward_pre_hook(before, with_kwargs=True))
+            self._watched.setdefault(id(owner.module), []).append(_Watched(owner, self._plan.parameters))
+        for module in {id(owner.module): owner.module for owner in self._plan.owners}.values():
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             # First of the forward hooks: it must see the output before any other hook changes it.
-            self._handles.append(
-                owner.module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True)
-            )
+            self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True))
 
     def close(self) -> None:
         """Remove every hook, and free the graph and the factors."""
         self.phase = Phase.REST
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
+        self._watched.clear()
         self.uses.clear()
         self.uses_of.clear()
 
@@ -130,54 +133,75 @@ class Recorder:
         for use in self.uses:
             use.read_again(self.grid)
 
-    def _hooks(self, owner: Owner) -> tuple[Any, Any]:
-        again = owner.rule is None
-        replays = again or (isinstance(owner.rule, LayerRule) and owner.rule.replays)
-        started: list[tuple[int, Any, list[int | None]]] = []
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.phase is Phase.REST:
+            return
+        for watched in self._watched[id(module)]:
+            watched.refuse_stand_ins()
+            state = RandomState.now(module.parameters()) if watched.replays else None
+            versions = list(map(version_of, tensors_of(args, kwargs))) if watched.again else []
+            watched.started.append((node_number(), state, versions))
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.phase is Phase.REST:
-                return
-            for local, name in owner.parameters.items():
-                if parameter_at(module, local) is not self._plan.parameters[name]:
-                    raise NotImplementedError(
-                        f"Expected {name} in layer {owner.name!r} when it is called, but something stands in its "
-                        f"place (torch.func.functional_call does that). {WAYS_OUT}"
-                    )
-            state = RandomState.now(module.parameters()) if replays else None
-            versions = list(map(version_of, tensors_of(args, kwargs))) if again else []
-            started.append((node_number(), state, versions))
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.phase is Phase.REST:
+            return None
+        changed = None
+        for watched in self._watched[id(module)]:
+            if watched.started:
+                found = self._finished(watched, args, kwargs, output if changed is None else changed)
+                changed = changed if found is None else found
+        return changed
 
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if self.phase is Phase.REST or not started:
-                return None
-            number, state, versions = started.pop()
-            if output is None or not torch.is_grad_enabled():
-                return None
-            given = tensors_of(args, kwargs)
-            inputs, named = detached(args, kwargs)
-            call = Call(
-                module=module,
-                args=inputs,
-                kwargs=named,
-                random=state,
-                drew=state is not None and state != RandomState.now(module.parameters()),
-                autocast=autocast_dtype(module),
-            )
-            in_place = again and versions != list(map(version_of, given))
-            use, changed = record(owner, call, [] if in_place else given, output, self.grid)
-            if use is None or self.phase is Phase.RECOMPUTE:
-                return changed
-            use.in_place = in_place
-            self.uses.append(use)
-            self.computed_in.add(use.computed_in)
-            if use.expands:
-                self.expanded.add(owner.name)
-            if self.phase is Phase.BACKWARD:
-                self._handles += map(take_from_node, use.returned)
-            use.span = (number, node_number())
-            for name in owner.parameters.values():
-                self.uses_of[name].append(use)
+    def _finished(self, watched: _Watched, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Record a call that has ended; returns what the layer is to return in its output's place, None for that."""
+        number, state, versions = watched.started.pop()
+        if output is None or not torch.is_grad_enabled():
+            return None
+        owner, given = watched.owner, tensors_of(args, kwargs)
+        inputs, named = detached(args, kwargs)
+        call = Call(
+            module=owner.module,
+            args=inputs,
+            kwargs=named,
+            random=state,
+            drew=state is not None and state != RandomState.now(owner.module.parameters()),
+            autocast=autocast_dtype(owner.device),
+        )
+        in_place = watched.again and versions != list(map(version_of, given))
+        use, changed = record(owner, call, [] if in_place else given, output, self.grid)
+        if use is None or self.phase is Phase.RECOMPUTE:
             return changed
+        use.in_place = in_place
+        self.uses.append(use)
+        self.computed_in.add(use.computed_in)
+        if use.expands:
+            self.expanded.add(owner.name)
+        if self.phase is Phase.BACKWARD:
+            self._handles += map(take_from_node, use.returned)
+        use.span = (number, node_number())
+        for name in owner.parameters.values():
+            self.uses_of[name].append(use)
+        return changed
 
-        return before, after
+
+@final
+class _Watched:
+    """A layer whose calls are recorded: what is known of it before, and of the calls that have begun."""
+
+    __slots__ = ("again", "owner", "parameters", "replays", "started")
+
+    def __init__(self, owner: Owner, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.owner = owner
+        self.again = owner.rule is None
+        self.replays = self.again or (isinstance(owner.rule, LayerRule) and owner.rule.replays)
+        self.parameters = [(local, parameters[name]) for local, name in owner.parameters.items()]
+        self.started: list[tuple[int, RandomState | None, list[int | None]]] = []
+
+    def refuse_stand_ins(self) -> None:
+        """Refuse a call in which other tensors stand in the places of the captured parameters."""
+        for local, parameter in self.parameters:
+            if parameter_at(self.owner.module, local) is not parameter:
+                raise NotImplementedError(
+                    f"Expected {self.owner.parameters[local]} in layer {self.owner.name!r} when it is called, but "
+                    f"something stands in its place (torch.func.functional_call does that). {WAYS_OUT}"
+                )

@@ -111,6 +111,8 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
     The output is replaced where all candidates share one row, so that each gets a row of its own from here on, and
     where its gradient edge would not last or would not belong to the layer alone.
     """
+    if type(output) is Tensor and isinstance(owner.rule, LayerRule):
+        return _record_one(owner, call, given, output, grid)
     leaves, structure = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
     passed = {id(tensor) for tensor in given}  # what comes out as it went in has nothing of the layer
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -167,6 +169,37 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
     if structure is None:
         return use, replaced[id(output)]
     return use, tree_unflatten([replaced.get(id(leaf), leaf) for leaf in leaves], structure)
+
+
+def _record_one(
+    owner: Owner, call: Call, given: Sequence[Tensor], output: Tensor, grid: Grid
+) -> tuple[Use | None, Tensor | None]:
+    """What :func:`record` returns of a layer that has a rule and returned one tensor: nearly all of a model's."""
+    if not output.requires_grad:
+        return None, None
+    for one in given:
+        if one is output:
+            return None, None
+    layout, _, call = _layout(owner, call, output, grid, given)
+    value = output if layout.expand is None else _expanded(output, layout.expand, front=layout.reading == POSITIONS)
+    expands = value.shape != output.shape
+    edge, value = _edge(value)
+    if layout.expand is not None:
+        call = _with_rows(call, layout)
+    use = Use(
+        owner=owner,
+        call=call,
+        layout=layout,
+        versions=versions_of(call),
+        returned=[Returned(index=0, shape=value.shape, value=None, version=None, edge=edge)],
+        several=None,
+        computed_in=call.autocast or value.dtype,
+        expands=expands,
+        chooses=not value.is_floating_point(),
+        shared=False,
+        made_by=given[0].grad_fn if given else None,
+    )
+    return use, None if value is output else value
 
 
 def _detached(value: Any) -> Any:

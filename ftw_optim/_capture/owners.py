@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import final
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from ftw_optim._capture.structure import Structure
-from ftw_optim._layers.module_parts import own_parameters, place
+from ftw_optim._layers.module_parts import device_of, own_parameters, place
 from ftw_optim._layers.registry import LayerRule, rule_for
 from ftw_optim._layers.special import cannot_run_again, reader_of
 
@@ -27,12 +28,14 @@ class Owner:
         module: the module.
         rule: the module's rule; None where it is run again; a string with the reason where neither is possible.
         parameters: names in the module, mapped to names in the model.
+        device: the kind of device that the module's first parameter is on.
     """
 
     name: str
     module: nn.Module
     rule: LayerRule | str | None
     parameters: Mapping[str, str]
+    device: str
 
 
 def owners(structure: Structure) -> Sequence[Owner]:
@@ -44,15 +47,16 @@ def _owners(structure: Structure) -> list[Owner]:
     found: list[Owner] = []
     for name, module, own in _owning(structure):
         rule = _rule(module)
+        owner = partial(Owner, name=name, module=module, device=device_of(module).type)
         if not isinstance(rule, LayerRule):
-            found.append(Owner(name=name, module=module, rule=rule or cannot_run_again(module), parameters=own))
+            found.append(owner(rule=rule or cannot_run_again(module), parameters=own))
             continue
         known = own if rule.parameters is None else {key: own[key] for key in own if key in rule.parameters}
         rest = {key: value for key, value in own.items() if key not in known}
         if known:
-            found.append(Owner(name=name, module=module, rule=rule, parameters=known))
+            found.append(owner(rule=rule, parameters=known))
         if rest:
-            found.append(Owner(name=name, module=module, rule=cannot_run_again(module), parameters=rest))
+            found.append(owner(rule=cannot_run_again(module), parameters=rest))
     return _each_use_once(found)
 
 
@@ -129,6 +133,8 @@ def _is_patched(module: nn.Module) -> bool:
 
 def parameter_at(module: nn.Module, local: str) -> nn.Parameter | None:
     """The parameter of this dotted name in a module, or what stands in for it."""
-    parameters, key = place(module, local)
-    found: nn.Parameter | None = parameters[key]
+    found: nn.Parameter | None = module._parameters.get(local)
+    if found is None and "." in local:
+        parameters, key = place(module, local)
+        found = parameters[key]
     return found

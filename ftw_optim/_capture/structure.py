@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from operator import is_
 from typing import Any, TypeVar, final
 
@@ -31,14 +31,12 @@ class Structure:
         self.modules: Mapping[str, nn.Module] = dict(model.named_modules())
         self.parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
         self.names: Mapping[int, str] = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._noticed = _noticed(model)
+        self._noticed = _Noticed(self.modules.values())
         self._found: dict[Hashable, Any] = {}
 
     def holds(self) -> bool:
-        """Whether the model is still made of the same: a walk that reads everything the plan of a step depends on."""
-        (objects, values), (now, values_now) = self._noticed, _noticed(self.model)
-        # Objects by identity: tensors do not compare as wholes. The old ones are held, so that no address comes again.
-        return values == values_now and len(objects) == len(now) and all(map(is_, objects, now))
+        """Whether the model is still made of the same. What it was made of is held, so no identity comes again."""
+        return self._noticed.holds()
 
     def once(self, what: Hashable, find: Callable[[], Found]) -> Found:
         """What ``find`` returned when first asked for ``what``; it may depend on the structure and that alone."""
@@ -71,38 +69,52 @@ def has_hooks(parameter: nn.Parameter) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
-def _noticed(model: nn.Module) -> tuple[Sequence[object], Sequence[object]]:
-    """All that tells one structure from another: objects that are the same if identical, and values that may be equal.
+@final
+class _Noticed:
+    """What tells the structure of a model from another: what the plan of a step depends on, and may change.
 
     Of each module: its class, its mode, a ``forward`` of its own with what Accelerate's hooks keep beside it, the hooks
     before its call, its children and parameters by name. Of each parameter: whether it trains, its dtype, device and
     shape, which ``module.to`` changes in place, and whether it has hooks.
     """
-    objects: list[object] = []
-    values: list[object] = []
-    seen: set[int] = set()
-    waiting: list[nn.Module | None] = [model]
-    while waiting:
-        module = waiting.pop()
-        objects.append(module)
-        if module is None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        held = module.__dict__
-        objects.append(type(module))
-        values.append(module.training)
-        if "forward" in held:
-            objects += (held["forward"], held.get("_old_forward"), held.get("_hf_hook"))
-        if module._forward_pre_hooks:
-            objects += module._forward_pre_hooks.values()
-        if module._modules:
-            values += module._modules.keys()
-            waiting += module._modules.values()
-        for name, parameter in module._parameters.items():
-            values.append(name)
-            objects.append(parameter)
-            if parameter is not None:
-                values += (parameter.requires_grad, parameter.dtype, parameter.device)
-                values.append(None if is_lazy(parameter) else parameter.shape)
-                values.append(has_hooks(parameter))
-    return objects, values
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = [
+            (module, type(module), module.training, dict(module._modules), dict(module._parameters), _around(module))
+            for module in modules
+        ]
+        parameters = {id(p): p for _, _, _, _, own, _ in self._modules for p in own.values() if p is not None}
+        self._parameters = [(parameter, _form(parameter)) for parameter in parameters.values()]
+
+    def holds(self) -> bool:
+        """Whether all of this is as it was."""
+        for module, kind, training, children, parameters, around in self._modules:
+            held = module.__dict__
+            if type(module) is not kind or module.training is not training or module._modules != children:
+                return False
+            if (parameters or module._parameters) and not _same(module._parameters, parameters):
+                return False
+            if (around or "forward" in held or module._forward_pre_hooks) and not _all_is(_around(module), around):
+                return False
+        return all(_form(parameter) == form for parameter, form in self._parameters)
+
+
+def _around(module: nn.Module) -> list[object]:
+    """What decides, beside its class, what a call of the module runs."""
+    held = module.__dict__
+    forward = [held["forward"], held.get("_old_forward"), held.get("_hf_hook")] if "forward" in held else []
+    return [*forward, *module._forward_pre_hooks.values()]
+
+
+def _form(parameter: nn.Parameter) -> tuple[object, ...]:
+    shape = None if is_lazy(parameter) else parameter.shape
+    return parameter.requires_grad, parameter.dtype, parameter.device, shape, has_hooks(parameter)
+
+
+def _same(now: Mapping[str, object], before: Mapping[str, object]) -> bool:
+    """Whether two dictionaries hold the same objects under the same names."""
+    return list(now) == list(before) and _all_is(now.values(), before.values())
+
+
+def _all_is(now: Collection[object], before: Collection[object]) -> bool:
+    return len(now) == len(before) and all(map(is_, now, before))

@@ -6,6 +6,7 @@ machine by itself, and a copy of its factors would cost more than is saved: it s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -128,11 +129,13 @@ def buckets_of(
     for names in alike.values():
         first = found[names[0]][0]
         size = first.dtype().itemsize * (first.count + 1) * first.rows * first.columns + first.bytes()
-        at_once = LARGEST // max(1, size)
-        for start in range(0, len(names) if size <= SMALL else 0, at_once):
+        if size > SMALL or len(names) < 2:
+            continue
+        parts = math.ceil(len(names) * size / LARGEST)
+        at_once = math.ceil(len(names) / parts)  # in equal parts
+        for start in range(0, len(names), at_once):
             some = names[start : start + at_once]
-            if len(some) > 1:
-                buckets.append(Bucket.of(some, [found[name][0] for name in some], shapes[some[0]]))
+            buckets.append(Bucket.of(some, [found[name][0] for name in some], shapes[some[0]]))
     return buckets
 
 

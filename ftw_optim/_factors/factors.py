@@ -70,8 +70,9 @@ class Factors:
 
     def __post_init__(self) -> None:
         indexed = not self.left.is_floating_point()
-        object.__setattr__(self, "left", _one_axis(self.left, behind=0 if indexed else 1))
-        if self.right is not None:
+        if self.left.ndim != 3 - indexed:
+            object.__setattr__(self, "left", _one_axis(self.left, behind=0 if indexed else 1))
+        if self.right is not None and self.right.ndim != 3:
             object.__setattr__(self, "right", _one_axis(self.right, behind=1))
         if self.left.ndim != (2 if indexed else 3) or (indexed and (self.right is None or self.rows < 1)):
             raise ValueError(
@@ -125,20 +126,20 @@ class Factors:
 
     def dtype(self) -> torch.dtype:
         """The dtype of the arithmetic: that of the factors, float32 at least."""
-        parts = [part.dtype for part in (self.left, self.right) if part is not None and part.is_floating_point()]
         dtype = torch.float32
-        for part in parts:
-            dtype = torch.promote_types(dtype, part)
+        for part in (self.left, self.right):
+            if part is not None and part.dtype != dtype and part.is_floating_point():
+                dtype = torch.promote_types(dtype, part.dtype)
         return dtype
 
     def bytes(self) -> int:
         """The memory of the factors, in bytes."""
-        parts = (self.right,) if self.whole else (self.left, self.right)
-        return sum(part.numel() * part.itemsize for part in parts if part is not None)
+        left = 0 if self.whole else self.left.nbytes
+        return left if self.right is None else left + self.right.nbytes
 
     def multiplications(self) -> int:
         """The number of multiplications that multiply out one candidate's gradient."""
-        return 0 if self.indexed or self.right is None else self.left[0].numel() * self.columns
+        return 0 if self.indexed or self.right is None else self.left.shape[1:].numel() * self.columns
 
     def by_row(self) -> Factors:
         """The factors with one row of positions for each candidate, padded with zeros."""

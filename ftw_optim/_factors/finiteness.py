@@ -11,10 +11,10 @@ from torch import Tensor
 from ftw_optim._factors.factors import Factors
 
 
-def finite_candidates(found: Mapping[str, Sequence[Factors]], losses: Tensor) -> Tensor:
-    """Mask of the candidates whose loss and factors are all finite: bool ``(n,)``."""
+def finite_candidates(found: Mapping[str, Sequence[Factors]], losses: Tensor, *others: Tensor) -> Tensor:
+    """Mask of the candidates whose loss and factors are all finite, in ``others`` too: bool ``(n,)``."""
     loss = losses.detach().isfinite()
-    masks = [use.finite().to(loss.device) for uses in found.values() for use in uses]
+    masks = [mask.to(loss.device) for mask in (*others, *(use.finite() for uses in found.values() for use in uses))]
     return torch.stack([loss, *masks]).all(dim=0)
 
 

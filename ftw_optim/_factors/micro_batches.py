@@ -32,8 +32,8 @@ class Footprint:
         """The footprint of all uses of one parameter."""
         return cls(
             uses=len(uses),
-            multiplications=sum(use.multiplications() for use in uses),
-            bytes=sum(use.bytes() for use in uses),
+            multiplications=sum([use.multiplications() for use in uses]),
+            bytes=sum([use.bytes() for use in uses]),
         )
 
 

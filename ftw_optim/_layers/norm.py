@@ -110,12 +110,18 @@ def scale_norm(module: nn.Module) -> LayerRule | None:
                 return None
             zero, one = _at(module, (x,), 0.0), _at(module, (x,), 1.0)
             torch.testing.assert_close(output, zero + other * (one - zero), rtol=1e-2, atol=1e-4)
+            offset = bool(zero.any())  # where a random input gives exactly zero, a is zero
     except PROBE_ERRORS:  # it does something else, or takes other inputs
         return None
-    return LayerRule(name="scale norm", function=_scale_norm)
+    return LayerRule(name="scale norm", function=_offset_scale_norm if offset else _scale_norm)
 
 
 def _scale_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
+    """``dy / dweight`` of ``y = b weight * f(x)``, from a run at weight one."""
+    return {"weight": _summed(output_grad * _at(module, inputs, 1.0), own_parameters(module)["weight"].shape)}
+
+
+def _offset_scale_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> dict[str, Factors]:
     """``dy / dweight`` from the difference of two runs: exact, since the output is linear in the weight."""
     slope = _at(module, inputs, 1.0) - _at(module, inputs, 0.0)
     return {"weight": _summed(output_grad * slope, own_parameters(module)["weight"].shape)}

@@ -62,28 +62,27 @@ class KeptFactors:
     def __init__(self, setup: StepSetup, candidates: Candidates, target: TargetNow) -> None:
         self._setup, self._target = setup, target
         self.candidates = replace(candidates, found={})  # so that those here are the only ones
-        self.found = dict(candidates.found)
-        """Factors by parameter; zero for rejected candidates."""
+        self.alone = dict(candidates.found)
+        """Factors of the parameters that are in no bucket; zero for rejected candidates."""
         self.buckets: Sequence[Bucket] = ()
-        """The factors of parameters that are alike, once they have been measured."""
+        """Factors of parameters that are alike, once they have been measured."""
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
 
     @property
-    def alone(self) -> dict[str, list[Factors]]:
-        """The factors of the parameters that are in no bucket."""
-        together = {name for bucket in self.buckets for name in bucket.names}
-        return {name: uses for name, uses in self.found.items() if name not in together}
+    def found(self) -> dict[str, list[Factors]]:
+        """Factors by parameter; zero for rejected candidates."""
+        shared = {name: [bucket.use(at)] for bucket in self.buckets for at, name in enumerate(bucket.names)}
+        return {**self.alone, **shared}
 
     def keep_only(self, accepted: Tensor) -> None:
         """Go on with the ``accepted`` candidates, bool (n,)."""
+        self.alone = {name: [use.without(~accepted) for use in uses] for name, uses in self.found.items()}
         self.accepted, self.buckets = accepted, ()
-        self.found = {name: [use.without(~accepted) for use in uses] for name, uses in self.found.items()}
 
     def measured(self) -> Measured:
         """The products of the accepted candidates, which may turn out not to be finite."""
         setup, losses = self._setup, self.candidates.losses
-        scored = {name: uses for name, uses in self.found.items() if name in setup.parameters.scored}
-        unseen = {name: uses for name, uses in self.found.items() if name not in scored}
+        scored = setup.parameters.scored
         with full_precision(losses), setup.clock.phase("gram"):
             preconditioners = preconditioners_of(setup)
             self._share_buckets(preconditioners)
@@ -92,32 +91,40 @@ class KeptFactors:
                 if bucket.names[0] in scored:
                     assert isinstance(sums, GramSums)
                     sums.add_all(bucket)
-            alone = self.alone
-            for name, uses in scored.items():
-                if name in alone:
+            for name, uses in self.alone.items():
+                if name in scored:
                     sums.add(name, uses)
+        unseen = {name: uses for name, uses in self.alone.items() if name not in scored}
+        masks = [bucket.finite() for bucket in self.buckets if bucket.names[0] not in scored]
         detached = losses.detach()
         with setup.clock.phase("solve"):
             problem, (values, finite, clean, flags) = on_host(
-                sums.products() if scored else {},
+                sums.products() if self._any_scored() else {},
                 detached,
                 detached.isfinite(),
-                finite_candidates(unseen, losses),
+                finite_candidates(unseen, losses, *masks),
                 self._target.finite,
             )
         return Measured(problem=problem, losses=values, finite=finite, clean=clean, target=flags)
 
+    def _any_scored(self) -> bool:
+        names = [*self.alone, *(bucket.names[0] for bucket in self.buckets)]
+        return any(name in self._setup.parameters.scored for name in names)
+
     def _share_buckets(self, preconditioners: Preconditioners) -> None:
-        """Put the factors of parameters that are alike into buckets, whose memory they share from then on."""
-        parameters = self._setup.parameters
+        """Put the factors of parameters that are alike into buckets; their own copies are freed."""
+        if self.buckets:
+            return
+        parameters, found = self._setup.parameters, self.alone
         kinds: dict[str, Hashable] = {}
         if self._setup.sketch is None:  # whose hashes belong to single parameters
-            some = {name: parameters.scored[name] for name in self.found if name in parameters.scored}
+            some = {name: parameters.scored[name] for name in found if name in parameters.scored}
             kinds.update(preconditioners.kinds(some, parameters.groups))
-        kinds.update({name: "combined alone" for name in self.found if name not in parameters.scored})
-        self.buckets = buckets_of(self.found, {name: parameters.updated[name].shape for name in kinds}, kinds)
+        kinds.update({name: "combined alone" for name in found if name not in parameters.scored})
+        self.buckets = buckets_of(found, {name: parameters.updated[name].shape for name in kinds}, kinds)
         for bucket in self.buckets:
-            self.found.update({name: [bucket.use(number)] for number, name in enumerate(bucket.names)})
+            for name in bucket.names:
+                del found[name]
 
     def clean(self, measured: Measured) -> Tensor:
         """Mask of the candidates whose loss and factors are all finite: bool (n,)."""
