@@ -50,7 +50,7 @@ class Graph:
         self.links: set[Link] = set()
         """The links between operations, each once."""
         self._first: dict[Node, Node] = {}
-        """Of each node, but for the losses' own, one that reads what it made."""
+        """A node that reads what another made, by that other; of all but the losses' own."""
         self._further: dict[Node, list[Node]] = {}
         """The others, of the nodes that have several."""
         self._readers: dict[int, list[Node]] = {}

@@ -111,7 +111,11 @@ class Bucket:
 
 
 def buckets_of(
-    found: Mapping[str, Sequence[Factors]], shapes: Mapping[str, torch.Size], kinds: Mapping[str, Hashable]
+    found: Mapping[str, Sequence[Factors]],
+    shapes: Mapping[str, torch.Size],
+    kinds: Mapping[str, Hashable],
+    *,
+    limit: int,
 ) -> list[Bucket]:
     """The parameters that share buckets with others.
 
@@ -119,6 +123,7 @@ def buckets_of(
         found: the uses of each parameter.
         shapes: the shape of each parameter.
         kinds: what else parameters must have in common to share a bucket; none does that has no entry.
+        limit: bytes of a bucket, if less than :data:`LARGEST`.
     """
     alike: dict[Hashable, list[str]] = {}
     for name, kind in kinds.items():
@@ -129,10 +134,10 @@ def buckets_of(
     for names in alike.values():
         first = found[names[0]][0]
         size = first.dtype().itemsize * (first.count + 1) * first.rows * first.columns + first.bytes()
-        if size > SMALL or len(names) < 2:
+        most = min(LARGEST, limit) // max(1, size)
+        if size > SMALL or len(names) < 2 or not most:
             continue
-        parts = math.ceil(len(names) * size / LARGEST)
-        at_once = math.ceil(len(names) / parts)  # in equal parts
+        at_once = math.ceil(len(names) / math.ceil(len(names) / most))  # in equal parts
         for start in range(0, len(names), at_once):
             some = names[start : start + at_once]
             buckets.append(Bucket.of(some, [found[name][0] for name in some], shapes[some[0]]))

@@ -121,7 +121,8 @@ class KeptFactors:
             some = {name: parameters.scored[name] for name in found if name in parameters.scored}
             kinds.update(preconditioners.kinds(some, parameters.groups))
         kinds.update({name: "combined alone" for name in found if name not in parameters.scored})
-        self.buckets = buckets_of(found, {name: parameters.updated[name].shape for name in kinds}, kinds)
+        shapes = {name: parameters.updated[name].shape for name in kinds}
+        self.buckets = buckets_of(found, shapes, kinds, limit=memory_limit_of(self._setup))
         for bucket in self.buckets:
             for name in bucket.names:
                 del found[name]
@@ -257,6 +258,11 @@ def gather(setup: StepSetup, candidate_pass: CandidatePass, target: TargetNow) -
     return StreamedFactors(setup, candidate_pass, target, candidates, stream)
 
 
+def memory_limit_of(setup: StepSetup) -> int:
+    """Bytes of multiplied-out gradients that may exist at a time."""
+    return DEFAULT_MEMORY_LIMIT if setup.memory_limit is None else setup.memory_limit
+
+
 def preconditioners_of(setup: StepSetup) -> Preconditioners:
     """The maps of the inner optimizer's coming step."""
     return Preconditioners(setup.inner, unknown_as_identity=setup.metric is Metric.EUCLIDEAN)
@@ -278,7 +284,7 @@ def sums_of(
         dtype=dtype,
         device=device,
         scale=setup.scale,
-        memory_limit=DEFAULT_MEMORY_LIMIT if setup.memory_limit is None else setup.memory_limit,
+        memory_limit=memory_limit_of(setup),
         buffer=setup.buffer,
         observe=setup.observe,
         precondition_all=lambda names, references: preconditioners.stacked(
