@@ -25,6 +25,7 @@ from ftw_optim._capture.layer_use import Use
 from ftw_optim._capture.membership import Membership, unproven
 from ftw_optim._capture.owners import Owner
 from ftw_optim._capture.plan import CapturePlan
+from ftw_optim._capture.projections import verify_projection
 from ftw_optim._capture.sample_ids import GivenIds, SampleIds
 from ftw_optim._capture.self_check import (
     PassCheck,
@@ -32,7 +33,6 @@ from ftw_optim._capture.self_check import (
     check_weights,
     coarsest,
     refuse_uses_outside,
-    verify_projection,
 )
 from ftw_optim._factors.factors import Factors
 from ftw_optim._factors.finiteness import finite_candidates

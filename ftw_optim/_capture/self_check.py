@@ -9,8 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from ftw_optim._factors.factors import Factors, projection, weighted_sum
-from ftw_optim._factors.finiteness import told
+from ftw_optim._factors.factors import Factors, weighted_sum
 
 Link = tuple[type, type]
 """The types of two operations of a graph, of which the first reads what the second returned."""
@@ -165,63 +164,6 @@ class PassCheck:
         refuse_uses_outside(list(self._waiting))
 
 
-def verify_projection(
-    found: Mapping[str, list[Factors]],
-    gradients: Mapping[str, Tensor],
-    weights: Tensor,
-    generator: torch.Generator,
-    computed_in: Iterable[torch.dtype] = (),
-    *,
-    more: Sequence[Tensor] = (),
-) -> list[bool]:
-    """Check autograd's gradients against the weighted factors by one random projection for each parameter.
-
-    Args:
-        found: captured factors, by parameter name.
-        gradients: what a backward of the weighted losses formed, for the same parameters.
-        weights: the weights of the losses, shape ``(n,)``, divided by the scale of the factors.
-        generator: draws the random projections.
-        computed_in: the dtypes the layers computed in.
-        more: further flags to copy from the device in the same transfer.
-
-    Returns:
-        ``more``, as Python bools.
-
-    Raises:
-        RuntimeError: a gradient differs from its factors, or a parameter has none: it was used outside its layers.
-    """
-    _refuse_different([name for name in gradients if name not in found])
-    errors, bounds, sizes = [], [], []
-    for name, gradient in gradients.items():
-        uses, device = found[name], gradient.device
-        dtype = uses[0].dtype()
-        matrix = gradient.to(dtype).reshape(uses[0].rows, uses[0].columns)
-        left, right = (torch.randn(size, generator=generator).to(device, dtype) for size in matrix.shape)
-        expected, size = projection(uses, weights, left, right)
-        # Of few positions the projections may all be small by chance, but not what is projected of their rounding.
-        size = torch.maximum(size, torch.linalg.vector_norm(matrix))
-        dtypes = [gradient.dtype, *computed_in]
-        floor = torch.stack([use.rounding(weights, coarsest(dtypes)).to(size) for use in uses]).sum()
-        errors.append((left @ matrix @ right - expected).abs())
-        bounds.append(tolerance(dtypes) * torch.maximum(size, expected.abs()) + floor)
-        sizes.append(size)
-    least = noise(sizes)
-    # The error of a single number may exceed that of the norm: four times the tolerance (seen: one, in bfloat16).
-    misses = [error > 4 * (bound + least.to(bound)) for error, bound in zip(errors, bounds, strict=True)]
-    seen = told([*misses, *more])
-    _refuse_different([name for name, miss in zip(gradients, seen[: len(gradients)], strict=True) if miss])
-    return seen[len(gradients) :]
-
-
-def _refuse_different(names: Sequence[str]) -> None:
-    if names:
-        raise RuntimeError(
-            f"The captured gradients of {', '.join(names[:5])} differ from those autograd formed: expected these "
-            "parameters to be used only by calling the layers that own them (a weight read directly, as in "
-            "F.linear(x, layer.weight), is not captured). Call the layer as a module. " + WAYS_OUT
-        )
-
-
 def tolerance(dtypes: Iterable[torch.dtype]) -> float:
     """The largest relative difference that counts as rounding in the coarsest of some dtypes.
 
@@ -247,7 +189,7 @@ def noise(sizes: Sequence[Tensor]) -> Tensor:
     that of float32, in which kernels compute what cancels, whatever the dtype of what they return.
 
     Args:
-        sizes: of the gradients of all parameters, scalars.
+        sizes: of the gradients of all parameters, scalars or several in one tensor.
     """
     largest = [size.to(sizes[0]) for size in sizes]
     return coarsest([]) * torch.stack(largest).max() if largest else torch.zeros(())

@@ -109,6 +109,19 @@ class Bucket:
             total = torch.bmm(left.flatten(1, 2).mT, (right * share).flatten(1, 2))
         return total.view(len(self.names), *self.shape)
 
+    def projection(self, weights: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """The projection of each parameter's weighted sum and the size of its rounding, see :func:`projection`.
+
+        Args:
+            weights: shape ``(n,)``.
+            left: shape ``(B, rows)``.
+            right: shape ``(B, columns)``.
+        """
+        terms = (self.left.to(left) @ left[..., None])[..., 0]  # (n, B, t)
+        columns = right if self.right is None else (self.right.to(right) @ right[..., None])[..., 0]
+        terms = terms * columns * weights.to(terms)[:, None, None]
+        return terms.sum(dim=(0, 2)), torch.linalg.vector_norm(terms, dim=(0, 2))
+
 
 def buckets_of(
     found: Mapping[str, Sequence[Factors]],

@@ -325,12 +325,13 @@ def projection(uses: Sequence[Factors], weights: Tensor, left: Tensor, right: Te
         Two scalars: the projection; and the root of the sum of its squared terms, below which a sum with heavy
         cancellation carries no information.
     """
-    total = torch.zeros((), dtype=left.dtype, device=left.device)
-    square = torch.zeros_like(total)
+    totals, squares = [], []
     for use in uses:
         rows = left[use.left] if use.indexed else use.left.to(left.dtype) @ left
         columns = right[0] if use.right is None else use.right.to(left.dtype) @ right
         terms = rows * columns * use.spread(weights.to(left))
-        total = total + terms.sum()
-        square = square + terms.square().sum()
-    return total, square.sqrt()
+        totals.append(terms.sum())
+        squares.append(torch.linalg.vector_norm(terms))
+    if len(uses) == 1:
+        return totals[0], squares[0]
+    return torch.stack(totals).sum(), torch.linalg.vector_norm(torch.stack(squares))

@@ -25,8 +25,8 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def told(flags: Sequence[Tensor]) -> list[bool]:
-    """The values of some flags, each a bool scalar, copied from the device at once."""
+    """The values of some flags, bool of any shape, one after another, copied from the device at once."""
     if not flags:
         return []
-    answers: list[bool] = torch.stack([flag.to(flags[0].device) for flag in flags]).cpu().tolist()
+    answers: list[bool] = torch.cat([flag.to(flags[0].device).reshape(-1) for flag in flags]).cpu().tolist()
     return answers

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ftw_optim._matching.active_set import ActiveSet
 from ftw_optim._matching.problem import Matching
+from ftw_optim._matching.scaled_system import ScaledSystem
 
 
 class FilterStage(ABC):
@@ -62,8 +63,8 @@ class GreedyFilter(FilterStage):
     def __call__(self, matching: Matching, *more: Matching) -> Tensor:
         """See :class:`FilterStage`; equal gains go to the larger slack, then to the lower index."""
         count = _count(self.keep, matching)
-        active = ActiveSet(matching.gram, matching.cross_gram, target_energy=matching.target_energy)
-        return torch.tensor(active.grow(count), dtype=torch.int64)
+        system = ScaledSystem(matching.gram, matching.cross_gram, target_energy=matching.target_energy)
+        return torch.tensor(ActiveSet.to_grow(system).grow(count), dtype=torch.int64)
 
 
 @final

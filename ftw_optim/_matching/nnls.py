@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ftw_optim._matching.active_set import ActiveSet
+from ftw_optim._matching.scaled_system import ScaledSystem
 from ftw_optim._matching.solution import WeightSolution
 
 
@@ -38,7 +39,7 @@ def solve_nnls(gram: Tensor, cross_gram: Tensor, *, tol: float = 1e-10) -> Weigh
 
     Source: Lawson and Hanson (1974), algorithm 23.10, in the Gram form of Bro and De Jong (1997).
     """
-    active = ActiveSet(gram, cross_gram, tol=tol)
+    active = ActiveSet.to_fit(ScaledSystem(gram, cross_gram, tol=tol))
     active.admit_all()
     return active.solution()
 

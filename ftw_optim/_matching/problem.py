@@ -53,7 +53,8 @@ class Matching:
         """This problem restricted to the candidates in ``kept`` (int64, shape ``(k,)``), in that order."""
         return replace(
             self,
-            gram=self.gram[kept][:, kept],
-            cross_gram=self.cross_gram[kept],
-            losses=self.losses[kept],
+            # Not by brackets: they take twice as long for a small problem.
+            gram=self.gram.index_select(0, kept).index_select(1, kept),
+            cross_gram=self.cross_gram.index_select(0, kept),
+            losses=self.losses.index_select(0, kept),
         )

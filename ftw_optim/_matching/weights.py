@@ -12,6 +12,7 @@ import torch
 from ftw_optim._matching.active_set import ActiveSet
 from ftw_optim._matching.nnls import damped
 from ftw_optim._matching.problem import Matching
+from ftw_optim._matching.scaled_system import ScaledSystem
 from ftw_optim._matching.solution import WeightSolution
 
 Normalization = Literal["sum", "norm"] | None
@@ -85,7 +86,8 @@ class NonNegativeLeastSquares(WeightStage):
         gram, cross_gram = damped(matching.gram, matching.cross_gram, ridge=self.ridge, anchor=self.anchor)
         # Damping is formed in float64, yet what it is added to has no more digits than before.
         eps = torch.finfo(matching.gram.dtype).eps
-        active = ActiveSet(gram, cross_gram, tol=self.tol, eps=eps, target_energy=matching.target_energy)
+        system = ScaledSystem(gram, cross_gram, tol=self.tol, eps=eps, target_energy=matching.target_energy)
+        active = ActiveSet.to_fit(system)
         active.admit_all()
         return active.solution()
 

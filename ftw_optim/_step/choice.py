@@ -75,102 +75,89 @@ def selection_from(
         TypeError: the filter stage did not return int64 indices of shape (k,).
         ValueError: the indices are not distinct or out of range, or the weights are not ``k`` finite numbers >= 0.
     """
-    rows = accepted.nonzero()[:, 0]
-
-    def matching(metric: Metric) -> Matching:
-        one = products[metric]
-        return Matching(
-            gram=one.gram[rows][:, rows],
-            cross_gram=one.cross_gram[rows],
-            target_energy=float(one.target_energy),
-            losses=losses[rows],
+    flags = accepted.tolist()
+    rows = torch.tensor([row for row, flag in enumerate(flags) if flag], dtype=torch.int64)
+    problems = {
+        one: Matching(
+            gram=found.gram,
+            cross_gram=found.cross_gram,
+            target_energy=float(found.target_energy),
+            losses=losses,
             generator=generator,
-            offered=len(losses),
         )
+        for one, found in products.items()
+    }
+
+    def among(candidates: Tensor, stage: Filter | Weight) -> list[Matching]:
+        return [problems[one].restrict(candidates) for one in (metric, *metrics_of(stage))]
 
     kept = torch.empty(0, dtype=torch.int64)
-    fitted = torch.empty(0, dtype=torch.float64)
+    fitted: list[float] = []
     converged = True
     if len(rows):
-        kept = _checked_kept(filter_stage(matching(metric), *map(matching, metrics_of(filter_stage))), len(rows))
+        kept = rows.index_select(0, _checked_kept(filter_stage(*among(rows, filter_stage)), len(rows)))
     if len(kept):
-        solution = weight_stage(
-            matching(metric).restrict(kept),
-            *(matching(further).restrict(kept) for further in metrics_of(weight_stage)),
-        )
-        fitted = _checked_weights(solution.weights, len(kept))
-        converged = solution.converged
-    kept = rows[kept]
-    total = float(fitted.sum())
+        solution = weight_stage(*among(kept, weight_stage))
+        fitted, converged = _checked_weights(solution.weights, len(kept)), solution.converged
+    total = math.fsum(fitted)
     skipped = total <= 0.0
-    weights = torch.zeros_like(fitted)
-    if not skipped:
-        weights = _normalised(
-            fitted / total,
-            total,
-            products[Metric.PRECONDITIONED],
-            kept,
-            rows,
-            getattr(weight_stage, "normalize", "sum"),
-        )
-    share = weights / weights.sum() if not skipped else weights
-    energy, square, inner = _squares(products[metric], kept, weights)
+    shares = [0.0 if skipped else weight / total for weight in fitted]
+    # Of the shares, which sum to one: the applied weights are these times the scale.
+    squares = {one: _squares(problems[one], kept, shares) for one in {metric, Metric.PRECONDITIONED}}
+    curvature, slope = squares[Metric.PRECONDITIONED]
+    scale = 1.0
+    normalize = getattr(weight_stage, "normalize", "sum")
+    if normalize is None:
+        scale = total
+    elif normalize == "norm" and curvature > 0.0:
+        reference, _ = _squares(problems[Metric.PRECONDITIONED], rows, [1.0 / len(rows)] * len(rows))
+        scale = math.sqrt(reference / curvature)
+    energy = problems[metric].target_energy
+    square, inner = squares[metric]
     lengths = (square * energy) ** 0.5
     cosine = max(-1.0, min(1.0, inner / lengths)) if lengths > 0.0 else 0.0
-    _, curvature, slope = _squares(products[Metric.PRECONDITIONED], kept, weights)
     return Selection(
         losses=losses,
         kept=kept,
-        weights=weights,
+        weights=torch.tensor([share * scale for share in shares], dtype=torch.float64),
         fitted_scale=total,
         gram=products[metric].gram,
         cross_gram=products[metric].cross_gram,
         target_energy=energy,
         cosine=cosine,
         residual=1.0 - max(0.0, cosine) ** 2,
-        predicted_decrease=0.0 if learning_rate_is_zero else slope - curvature / 2,
-        effective_size=0.0 if skipped else float(1.0 / share.square().sum()),
-        rejected=(~accepted).nonzero()[:, 0],
+        predicted_decrease=0.0 if learning_rate_is_zero else scale * (slope - scale * curvature / 2),
+        effective_size=0.0 if skipped else 1.0 / sum(share * share for share in shares),
+        rejected=torch.tensor([row for row, flag in enumerate(flags) if not flag], dtype=torch.int64),
         skipped=skipped,
         converged=converged,
         combine="skipped",
     )
 
 
-def _squares(products: Products, kept: Tensor, weights: Tensor) -> tuple[float, float, float]:
-    """The squared norms of the target and of the combined gradient, and their inner product."""
-    gram = products.gram.double()[kept][:, kept]
-    inner = products.cross_gram.double()[kept] @ weights
+def _squares(problem: Matching, rows: Tensor, weights: list[float]) -> tuple[float, float]:
+    """The squared norm of the gradient combined from ``rows``, and its inner product with the target."""
+    factors = torch.tensor(weights, dtype=torch.float64)
+    gram = problem.gram.index_select(0, rows).index_select(1, rows).double()
+    cross_gram = problem.cross_gram.index_select(0, rows).double()
+    square, inner = (torch.stack([gram @ factors, cross_gram]) @ factors).tolist()
     # Rounding may turn a vanishing square negative.
-    return float(products.target_energy), max(0.0, float(weights @ gram @ weights)), float(inner)
-
-
-def _normalised(
-    weights: Tensor, total: float, products: Products, kept: Tensor, rows: Tensor, normalize: str | None
-) -> Tensor:
-    """The ``weights`` (k,), which sum to one, scaled as ``normalize`` asks."""
-    if normalize is None:
-        return weights * total
-    if normalize == "norm":
-        uniform = torch.full((len(rows),), 1.0 / len(rows), dtype=torch.float64)
-        _, reference, _ = _squares(products, rows, uniform)
-        _, square, _ = _squares(products, kept, weights)
-        if square > 0.0:
-            return weights * math.sqrt(reference / square)
-    return weights
+    return max(0.0, square), inner
 
 
 def _checked_kept(kept: Tensor, n: int) -> Tensor:
     if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.ndim != 1:
         raise TypeError(f"A filter stage must return the kept indices as int64 of shape (k,), got {kept!r}.")
-    if len(kept) and (int(kept.min()) < 0 or int(kept.max()) >= n or len(torch.unique(kept)) < len(kept)):
-        raise ValueError(f"A filter stage must return different indices from 0 to {n - 1}, got {kept.tolist()}.")
+    indices = kept.tolist()
+    if indices and (min(indices) < 0 or max(indices) >= n or len(set(indices)) < len(indices)):
+        raise ValueError(f"A filter stage must return different indices from 0 to {n - 1}, got {indices}.")
     return kept
 
 
-def _checked_weights(weights: Tensor, k: int) -> Tensor:
-    if weights.shape != (k,) or not bool((weights >= 0).all()) or not bool(weights.isfinite().all()):
+def _checked_weights(weights: Tensor, k: int) -> list[float]:
+    values = weights.tolist()
+    if weights.shape != (k,) or not all(0.0 <= weight < math.inf for weight in values):
         raise ValueError(
-            f"A weight stage must return {k} finite weights >= 0, one for each kept candidate, got {weights.tolist()}."
+            f"A weight stage must return {k} finite weights >= 0, one for each kept candidate, got {values}."
         )
-    return weights.detach().double().cpu()
+    return list(map(float, values))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.backward import Graph, gradients_set_aside
-from ftw_optim._capture.self_check import verify_projection
+from ftw_optim._capture.projections import verify_projection
 from ftw_optim._factors.factors import weighted_sum
 from ftw_optim._factors.finiteness import all_finite, told
 from ftw_optim._matching.selection import Selection
@@ -100,11 +100,12 @@ def _from_graph(
     gradients = _ordinary_backward(setup, candidate_pass.weighted_losses(weights))
     scored = {name: gradients[name] for name in setup.parameters.scored if name in gradients}
     flags = verify_projection(
-        factors.found,
+        factors.alone,
         scored,
         weights,
         setup.generator("projection"),
         factors.candidates.computed_in,
+        buckets=factors.buckets,
         more=[all_finite(gradients.values())],
     )
     return gradients, all(flags)

@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ftw_optim import WeightSolution, solve_nnls
+from ftw_optim import solve_nnls
 from ftw_optim._matching.nnls import damped
+from tests.support.optimality import EPS, assert_optimal
 from tests.support.oracles import fit_from_vectors, objective
 from tests.support.strategies import Problem, problems, random_problem
-
-EPS = torch.finfo(torch.float64).eps
 
 
 def problem(vectors: list[list[float]], target: list[float]) -> Problem:
@@ -48,19 +47,6 @@ UNBOUNDED = {
     ),
     "an indefinite matrix": ([[1.0, -2.0], [-2.0, 1.0]], [1.0, 0.5], [1.0, 0.0]),
 }
-
-
-def assert_optimal(solution: WeightSolution, gram: Tensor, cross_gram: Tensor) -> None:
-    """At the minimum, and only there: w >= 0, slack <= 0, and slack = 0 where w > 0."""
-    lengths = gram.diagonal().sqrt()
-    # Relative to the largest product; and rounding of gram @ weights itself, which is all that is left of the
-    # products of a long candidate that the target is orthogonal to.
-    rounding = 100 * EPS * len(gram) * lengths * (solution.weights * lengths).sum()
-    atol = 1e-9 * cross_gram.abs().max() + rounding
-    assert solution.converged
-    assert (solution.weights >= 0).all()
-    assert (solution.slack <= atol).all()
-    assert (solution.slack[solution.weights > 0].abs() <= atol[solution.weights > 0]).all()
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)

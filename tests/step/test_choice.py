@@ -8,16 +8,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftw_optim import GreedyFilter, KeepAll, Matching, NonNegativeLeastSquares, Selection, TopKFilter
 from ftw_optim._gram.inner_products import Products
 from ftw_optim._gram.metric import Metric
 from ftw_optim._step.choice import selection_from
-from tests.support.strategies import Problem, problems
+from tests.support.strategies import Problem, problems, random_problem
 
 
 def chosen(problem: Problem, *, stage: Any, normalize: Any = "sum") -> Selection:
-    matching = problem.matching()
+    return chosen_from(problem.matching(), stage=stage, normalize=normalize)
+
+
+def chosen_from(matching: Matching, *, stage: Any, normalize: Any = "sum") -> Selection:
     products = Products(
         gram=matching.gram,
         cross_gram=matching.cross_gram,
@@ -27,7 +31,7 @@ def chosen(problem: Problem, *, stage: Any, normalize: Any = "sum") -> Selection
     return selection_from(
         {Metric.PRECONDITIONED: products},
         matching.losses,
-        torch.ones(len(problem), dtype=torch.bool),
+        torch.ones(len(matching), dtype=torch.bool),
         metric=Metric.PRECONDITIONED,
         filter_stage=stage,
         weight_stage=NonNegativeLeastSquares(normalize=normalize),
@@ -86,3 +90,25 @@ def test_a_matching_refuses_shapes_that_disagree_and_counts_what_was_offered() -
     restricted = matching.restrict(torch.tensor([2, 0]))
     assert (len(matching), len(restricted), restricted.offered) == (3, 2, 5)
     assert Matching(gram=torch.eye(1), cross_gram=torch.ones(1), losses=torch.ones(1), **options).offered == 1
+
+
+class Operations(TorchDispatchMode):
+    """The number of operations on tensors inside of the block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_small_choice_takes_few_operations_however_many_are_kept() -> None:
+    """Each takes some microseconds, whatever its size: hundreds of them took longer than the rest of a small step."""
+    counts = set()
+    for n, keep in ((8, 1), (8, 2), (16, 16), (64, 16)):
+        matching = random_problem(n, 1000, seed=n).matching(torch.float32)
+        with Operations() as operations:
+            chosen_from(matching, stage=GreedyFilter(keep=keep))
+        counts.add(operations.count)
+    assert len(counts) == 1
+    assert counts.pop() < 60
