@@ -20,9 +20,9 @@ from ftw_optim._capture.capture import Capture
 from ftw_optim._capture.coverage import Coverage, coverage
 from ftw_optim._capture.plan import plan
 from ftw_optim._capture.structure import Structure
+from ftw_optim._factors.buffer import Buffer as Buffer
 from ftw_optim._factors.factors import Factors, weighted_sum
 from ftw_optim._gram.blocks import Block
-from ftw_optim._gram.blocks import Buffer as Buffer
 from ftw_optim._gram.exact import GramSums
 from ftw_optim._gram.inner_products import on_host
 from ftw_optim._gram.metric import Metric

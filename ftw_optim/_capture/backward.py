@@ -108,24 +108,27 @@ class Graph:
 
     def used_outside(self, parameter: Tensor, uses: Sequence[Use]) -> bool:
         """Whether the losses depend on the parameter in any other way than through the outputs of these ``uses``."""
-        waiting = []
-        for node in self._readers.get(id(parameter), []):
+        for node in self._readers.get(id(parameter), ()):
             # Autocast keeps the casts of a whole region: what reads the parameter is what reads its cast.
             for reader in self._above(node) if type(node).__name__ == _CAST else (node,):
                 use = _made_in(reader, uses)
-                if use is None:
+                if use is None or self._leaves(reader, use):
                     return True
-                waiting.append((reader, use))
-        seen: set[Node] = set()
+        return False
+
+    def _leaves(self, start: Node, use: Use) -> bool:
+        """Whether what a node made is read outside of a use, other than through the outputs of the use."""
+        ends = [one.edge.node for one in use.returned]
+        waiting, seen = [start], set(ends)
         while waiting:
-            node, use = waiting.pop()
-            if node in seen or node in [one.edge.node for one in use.returned]:
+            node = waiting.pop()
+            if node in seen:
                 continue
             seen.add(node)
             for above in self._above(node):
-                if _made_in(above, [use]) is None:
+                if above not in ends and _made_in(above, (use,)) is None:
                     return True
-                waiting.append((above, use))
+                waiting.append(above)
         return False
 
 

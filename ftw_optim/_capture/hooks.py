@@ -8,11 +8,11 @@ from enum import Enum, auto
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ftw_optim._capture.backward import node_number, take_from_node
-from ftw_optim._capture.layer_use import Use, record, version_of
+from ftw_optim._capture.layer_use import Use, record, record_one, version_of
 from ftw_optim._capture.model_inputs import ModelInputs
 from ftw_optim._capture.owners import Owner, parameter_at
 from ftw_optim._capture.plan import CapturePlan
@@ -157,18 +157,17 @@ class Recorder:
         number, state, versions = watched.started.pop()
         if output is None or not torch.is_grad_enabled():
             return None
-        owner, given = watched.owner, tensors_of(args, kwargs)
-        inputs, named = detached(args, kwargs)
-        call = Call(
-            module=owner.module,
-            args=inputs,
-            kwargs=named,
-            random=state,
-            drew=state is not None and state != RandomState.now(owner.module.parameters()),
-            autocast=autocast_dtype(owner.device),
-        )
-        in_place = watched.again and versions != list(map(version_of, given))
-        use, changed = record(owner, call, [] if in_place else given, output, self.grid)
+        owner, autocast = watched.owner, autocast_dtype(watched.owner.device)
+        in_place = False
+        if watched.plain and len(args) == 1 and not kwargs and type(args[0]) is type(output) is Tensor:
+            use, changed = record_one(owner, args[0], output, self.grid, autocast)
+        else:
+            given = tensors_of(args, kwargs)
+            inputs, named = detached(args, kwargs)
+            drew = state is not None and state != RandomState.now(owner.module.parameters())
+            call = Call(module=owner.module, args=inputs, kwargs=named, random=state, drew=drew, autocast=autocast)
+            in_place = watched.again and versions != list(map(version_of, given))
+            use, changed = record(owner, call, [] if in_place else given, output, self.grid)
         if use is None or self.phase is Phase.RECOMPUTE:
             return changed
         use.in_place = in_place
@@ -188,12 +187,13 @@ class Recorder:
 class _Watched:
     """A layer whose calls are recorded: what is known of it before, and of the calls that have begun."""
 
-    __slots__ = ("again", "owner", "parameters", "replays", "started")
+    __slots__ = ("again", "owner", "parameters", "plain", "replays", "started")
 
     def __init__(self, owner: Owner, parameters: Mapping[str, nn.Parameter]) -> None:
         self.owner = owner
         self.again = owner.rule is None
         self.replays = self.again or (isinstance(owner.rule, LayerRule) and owner.rule.replays)
+        self.plain = not self.replays and isinstance(owner.rule, LayerRule)
         self.parameters = [(local, parameters[name]) for local, name in owner.parameters.items()]
         self.started: list[tuple[int, RandomState | None, list[int | None]]] = []
 

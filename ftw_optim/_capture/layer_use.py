@@ -20,7 +20,7 @@ from ftw_optim._layers.special import has_no_rows
 
 
 @final
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, slots=True)
 class Returned:
     """One tensor that a layer returned: its edge in the graph, and its gradient once that has arrived."""
 
@@ -40,7 +40,7 @@ class Returned:
 
 
 @final
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, slots=True, weakref_slot=True)
 class Use:
     """One use of a captured layer: a call, with the gradients that arrive at its outputs."""
 
@@ -111,8 +111,6 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
     The output is replaced where all candidates share one row, so that each gets a row of its own from here on, and
     where its gradient edge would not last or would not belong to the layer alone.
     """
-    if type(output) is Tensor and isinstance(owner.rule, LayerRule):
-        return _record_one(owner, call, given, output, grid)
     leaves, structure = ([output], None) if isinstance(output, Tensor) else tree_flatten(output)
     passed = {id(tensor) for tensor in given}  # what comes out as it went in has nothing of the layer
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -171,33 +169,30 @@ def record(owner: Owner, call: Call, given: Sequence[Tensor], output: Any, grid:
     return use, tree_unflatten([replaced.get(id(leaf), leaf) for leaf in leaves], structure)
 
 
-def _record_one(
-    owner: Owner, call: Call, given: Sequence[Tensor], output: Tensor, grid: Grid
+def record_one(
+    owner: Owner, x: Tensor, output: Tensor, grid: Grid, autocast: torch.dtype | None
 ) -> tuple[Use | None, Tensor | None]:
-    """What :func:`record` returns of a layer that has a rule and returned one tensor: nearly all of a model's."""
-    if not output.requires_grad:
+    """What :func:`record` returns of a layer with a rule that made one tensor of another: nearly all of a model's."""
+    if output is x or not output.requires_grad:
         return None, None
-    for one in given:
-        if one is output:
-            return None, None
-    layout, _, call = _layout(owner, call, output, grid, given)
-    value = output if layout.expand is None else _expanded(output, layout.expand, front=layout.reading == POSITIONS)
-    expands = value.shape != output.shape
-    edge, value = _edge(value)
+    assert isinstance(owner.rule, LayerRule)
+    call = Call(module=owner.module, args=(x.detach(),), kwargs={}, autocast=autocast)
+    layout = grid.layout(x, owner.rule, owner.name)
     if layout.expand is not None:
-        call = _with_rows(call, layout)
+        return record(owner, call, [x], output, grid)
+    edge, value = _edge(output)
     use = Use(
         owner=owner,
         call=call,
         layout=layout,
-        versions=versions_of(call),
+        versions=(version_of(x),),
         returned=[Returned(index=0, shape=value.shape, value=None, version=None, edge=edge)],
         several=None,
-        computed_in=call.autocast or value.dtype,
-        expands=expands,
-        chooses=not value.is_floating_point(),
+        computed_in=autocast or value.dtype,
+        expands=False,
+        chooses=False,
         shared=False,
-        made_by=given[0].grad_fn if given else None,
+        made_by=x.grad_fn,
     )
     return use, None if value is output else value
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ftw_optim._capture.self_check import WAYS_OUT, coarsest, noise, tolerance
 from ftw_optim._factors.buckets import Bucket
+from ftw_optim._factors.buffer import Buffer
 from ftw_optim._factors.factors import Factors, projection
 from ftw_optim._factors.finiteness import told
 
@@ -22,6 +23,7 @@ def verify_projection(
     computed_in: Iterable[torch.dtype] = (),
     *,
     buckets: Sequence[Bucket] = (),
+    buffer: Buffer | None = None,
     more: Sequence[Tensor] = (),
 ) -> list[bool]:
     """Check autograd's gradients against the weighted factors by one random projection for each parameter.
@@ -33,6 +35,7 @@ def verify_projection(
         generator: draws the random projections.
         computed_in: the dtypes the layers computed in.
         buckets: captured factors of further parameters.
+        buffer: memory for the factors in buckets.
         more: further flags to copy from the device in the same transfer.
 
     Returns:
@@ -43,14 +46,15 @@ def verify_projection(
     """
     shared = [bucket for bucket in buckets if gradients.keys() >= set(bucket.names)]
     together = {name for bucket in shared for name in bucket.names}
-    single = {name: [bucket.use(at)] for bucket in buckets for at, name in enumerate(bucket.names)}
+    single = {name: [use] for bucket in buckets for name, use in zip(bucket.names, bucket.uses, strict=True)}
     alone = {name: uses for name, uses in {**found, **single}.items() if name not in together and name in gradients}
     _refuse_different([name for name in gradients if name not in alone and name not in together])
     check = _Projections(weights, generator, tuple(computed_in))
     for name, uses in alone.items():
         check.add(name, uses, gradients[name])
     for bucket in shared:
-        check.add_all(bucket, torch.stack([gradients[name] for name in bucket.names]))
+        formed = torch.stack([gradients[name] for name in bucket.names])
+        check.add_all(bucket, formed, Buffer() if buffer is None else buffer)
     misses, flags = check.told(more)
     _refuse_different(misses)
     return flags
@@ -85,16 +89,15 @@ class _Projections:
         self._names.append(name)
         self._note(left @ matrix @ right, expected, size, torch.linalg.vector_norm(matrix), dtypes)
 
-    def add_all(self, bucket: Bucket, gradients: Tensor) -> None:
+    def add_all(self, bucket: Bucket, gradients: Tensor, buffer: Buffer) -> None:
         """Add the gradients of a bucket's parameters, shape ``(B, *shape)``."""
-        count = len(bucket.names)
-        columns = 1 if bucket.right is None else bucket.right.shape[3]
+        count, columns = len(bucket.names), bucket.uses[0].columns
         matrices = gradients.to(bucket.dtype).reshape(count, -1, columns)
         left, right = (
             self._drawn(count, 1, matrices.shape[1], like=matrices),
             self._drawn(count, columns, 1, like=matrices),
         )
-        expected, sizes = bucket.projection(self._weights, left[:, 0], right[..., 0])
+        expected, sizes = bucket.projection(self._weights, left[:, 0], right[..., 0], buffer)
         self._names += bucket.names
         norms = torch.linalg.vector_norm(matrices, dim=(1, 2))
         self._note(left @ matrices @ right, expected, sizes, norms, [gradients.dtype, *self._computed_in])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from operator import is_
 from typing import Any, TypeVar, final
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -31,7 +32,7 @@ class Structure:
         self.modules: Mapping[str, nn.Module] = dict(model.named_modules())
         self.parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
         self.names: Mapping[int, str] = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._noticed = _Noticed(self.modules.values())
+        self._noticed = _Noticed(list(self.modules.values()))
         self._found: dict[Hashable, Any] = {}
 
     def holds(self) -> bool:
@@ -78,7 +79,9 @@ class _Noticed:
     shape, which ``module.to`` changes in place, and whether it has hooks.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        # Compiled by torch.jit, a module keeps what it has elsewhere, and gives out copies: nothing is known of it.
+        self._known = not any(isinstance(module, torch.jit.ScriptModule) for module in modules)
         self._modules = [
             (module, type(module), module.training, dict(module._modules), dict(module._parameters), _around(module))
             for module in modules
@@ -88,13 +91,18 @@ class _Noticed:
 
     def holds(self) -> bool:
         """Whether all of this is as it was."""
+        if not self._known:
+            return False
         for module, kind, training, children, parameters, around in self._modules:
-            held = module.__dict__
-            if type(module) is not kind or module.training is not training or module._modules != children:
+            held = module.__dict__  # read directly: attributes of thousands of modules would take several times as long
+            if type(module) is not kind or held["training"] is not training or held["_modules"] != children:
                 return False
-            if (parameters or module._parameters) and not _same(module._parameters, parameters):
+            own = held["_parameters"]
+            if (parameters or own) and not (
+                list(own) == list(parameters) and _all_is(own.values(), parameters.values())
+            ):
                 return False
-            if (around or "forward" in held or module._forward_pre_hooks) and not _all_is(_around(module), around):
+            if (around or "forward" in held or held["_forward_pre_hooks"]) and not _all_is(_around(module), around):
                 return False
         return all(_form(parameter) == form for parameter, form in self._parameters)
 
@@ -109,11 +117,6 @@ def _around(module: nn.Module) -> list[object]:
 def _form(parameter: nn.Parameter) -> tuple[object, ...]:
     shape = None if is_lazy(parameter) else parameter.shape
     return parameter.requires_grad, parameter.dtype, parameter.device, shape, has_hooks(parameter)
-
-
-def _same(now: Mapping[str, object], before: Mapping[str, object]) -> bool:
-    """Whether two dictionaries hold the same objects under the same names."""
-    return list(now) == list(before) and _all_is(now.values(), before.values())
 
 
 def _all_is(now: Collection[object], before: Collection[object]) -> bool:

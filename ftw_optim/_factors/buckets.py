@@ -14,6 +14,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ftw_optim._factors.buffer import Buffer
 from ftw_optim._factors.factors import Factors
 
 SMALL = 2**20
@@ -26,100 +27,111 @@ LARGEST = 2**25
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Bucket:
-    """The factors of ``B`` parameters of one shape, each of which was used once, with the candidates' rows as rows.
+    """``B`` parameters of one shape, each of which was used once, with the candidates' rows as rows.
+
+    Their factors are stacked each time they are needed, into a buffer: what a method returns, but for sums, is lost
+    when the buffer is used again.
 
     Attributes:
         names: the parameters.
         shape: the shape of each.
-        left: shape ``(n, B, t, rows)``.
-        right: shape ``(n, B, t, columns)``, or None for a single column of ones.
+        uses: the use of each, all of the same form.
     """
 
     names: Sequence[str]
     shape: torch.Size
-    left: Tensor
-    right: Tensor | None
-
-    @classmethod
-    def of(cls, names: Sequence[str], uses: Sequence[Factors], shape: torch.Size) -> Bucket:
-        """The bucket of some parameters' uses, one for each, which are copied."""
-        rights = [use.right for use in uses if use.right is not None]
-        return cls(
-            names=names,
-            shape=shape,
-            left=torch.stack([use.left for use in uses], dim=1),
-            right=torch.stack(rights, dim=1) if rights else None,
-        )
+    uses: Sequence[Factors]
 
     @property
     def count(self) -> int:
         """The number of candidates."""
-        return len(self.left)
+        return self.uses[0].count
 
     @property
-    def numel(self) -> int:
-        """The number of entries of all parameters together."""
-        return len(self.names) * self.shape.numel()
+    def device(self) -> torch.device:
+        """The device of the factors."""
+        return self.uses[0].left.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the arithmetic: that of the factors, float32 at least."""
-        return self.use(0).dtype()
+        return self.uses[0].dtype()
 
-    def use(self, number: int) -> Factors:
-        """The factors of one of the parameters, which share the bucket's memory."""
-        right = None if self.right is None else self.right[:, number]
-        return Factors(left=self.left[:, number], right=right)
+    def _stacked(self, buffer: Buffer, *, beside: int = 0) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Both sides of the factors, and room for as many entries ``beside`` them.
 
-    def finite(self) -> Tensor:
+        Returns:
+            left ``(n, B, t, rows)``; right ``(n, B, t, columns)``, None for a single column of ones; and the room.
+        """
+        lefts, rights = [use.left for use in self.uses], [use.right for use in self.uses if use.right is not None]
+        sizes = [sum(part.numel() for part in parts) for parts in (lefts, rights)]
+        memory = buffer.of(sum(sizes) + beside, self.dtype, self.device)
+
+        def joined(parts: Sequence[Tensor], start: int, size: int) -> Tensor:
+            n, *rest = parts[0].shape
+            return torch.stack(parts, dim=1, out=memory[start : start + size].view(n, len(parts), *rest))  # type: ignore[arg-type]
+
+        left = joined(lefts, 0, sizes[0])
+        right = joined(rights, sizes[0], sizes[1]) if rights else None
+        return left, right, memory[sum(sizes) : sum(sizes) + beside]
+
+    def finite(self, buffer: Buffer) -> Tensor:
         """Mask of the candidates whose factors are all finite: bool, shape ``(n,)``."""
-        total = self.left.sum(dim=(1, 2, 3), dtype=self.dtype)
-        if self.right is not None:
-            total = total + self.right.sum(dim=(1, 2, 3), dtype=self.dtype)
-        return total.isfinite()
+        left, right, _ = self._stacked(buffer)
+        total = left.sum(dim=(1, 2, 3))
+        return (total if right is None else total + right.sum(dim=(1, 2, 3))).isfinite()
 
-    def materialise(self, out: Tensor) -> None:
-        """Multiply out all gradients, in :attr:`dtype`, into ``out`` of shape ``(n, numel)``, which is contiguous."""
-        left = self.left.to(self.dtype)
-        if self.right is None:
-            torch.sum(left, dim=2, out=out.view(self.count, len(self.names), -1))
-            return
-        left, right = left.flatten(0, 1), self.right.to(self.dtype).flatten(0, 1)
-        torch.bmm(left.mT, right, out=out.view(len(left), left.shape[2], right.shape[2]))
+    def materialise(self, buffer: Buffer) -> Tensor:
+        """Multiply out all gradients, in :attr:`dtype`: shape ``(n + 1, B * numel)``, with a last row to be filled."""
+        n, width = self.count, len(self.names) * self.shape.numel()
+        left, right, room = self._stacked(buffer, beside=(n + 1) * width)
+        rows = room.view(n + 1, width)
+        if right is None:
+            torch.sum(left, dim=2, out=rows[:n].view(n, len(self.names), -1))
+        else:
+            left, right = left.flatten(0, 1), right.flatten(0, 1)
+            torch.bmm(left.mT, right, out=rows[:n].view(len(left), left.shape[2], right.shape[2]))
+        return rows
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
+    def weighted_sum(self, weights: Tensor, buffer: Buffer) -> Tensor:
         """``sum_i weights[i] g_i`` of each parameter, shape ``(B, *shape)``, without forming any single ``g_i``.
 
         Args:
             weights: shape ``(n,)``, on the CPU. Candidates of weight zero are not read.
+            buffer: memory for the factors.
         """
         chosen = weights.nonzero()[:, 0]
-        weights, index = (one.to(self.left.device) for one in (weights[chosen].to(self.dtype), chosen))
+        share = weights[chosen].to(self.device, self.dtype)[:, None, None]
+        index, first = chosen.to(self.device), self.uses[0]
+        sizes = [
+            0 if side is None else len(self.uses) * len(chosen) * side[0].numel() for side in (first.left, first.right)
+        ]
+        left, right, room = self._stacked(buffer, beside=sum(sizes))
 
-        def some(part: Tensor) -> Tensor:  # (B, chosen, t, ...)
-            return part.transpose(0, 1).index_select(1, index).to(self.dtype)
+        def some(part: Tensor, room: Tensor) -> Tensor:  # (B, chosen, t, ...)
+            part = part.transpose(0, 1)
+            return torch.index_select(part, 1, index, out=room.view(len(part), len(chosen), *part.shape[2:]))
 
-        left, right = some(self.left), None if self.right is None else some(self.right)
-        share = weights[:, None, None]
+        left = some(left, room[: sizes[0]])
         if right is None:
-            total = (left * share).sum(dim=(1, 2))
-        elif left.shape[3] <= right.shape[3]:
-            total = torch.bmm((left * share).flatten(1, 2).mT, right.flatten(1, 2))
-        else:
-            total = torch.bmm(left.flatten(1, 2).mT, (right * share).flatten(1, 2))
-        return total.view(len(self.names), *self.shape)
+            return left.mul_(share).sum(dim=(1, 2)).view(-1, *self.shape)
+        right = some(right, room[sizes[0] :])
+        smaller = left if left.shape[3] <= right.shape[3] else right
+        smaller.mul_(share)
+        return torch.bmm(left.flatten(1, 2).mT, right.flatten(1, 2)).view(-1, *self.shape)
 
-    def projection(self, weights: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    def projection(self, weights: Tensor, left: Tensor, right: Tensor, buffer: Buffer) -> tuple[Tensor, Tensor]:
         """The projection of each parameter's weighted sum and the size of its rounding, see :func:`projection`.
 
         Args:
             weights: shape ``(n,)``.
             left: shape ``(B, rows)``.
             right: shape ``(B, columns)``.
+            buffer: memory for the factors.
         """
-        terms = (self.left.to(left) @ left[..., None])[..., 0]  # (n, B, t)
-        columns = right if self.right is None else (self.right.to(right) @ right[..., None])[..., 0]
-        terms = terms * columns * weights.to(terms)[:, None, None]
+        lefts, rights, _ = self._stacked(buffer)
+        columns = right if rights is None else (rights @ right[..., None])[..., 0]
+        terms = (lefts @ left[..., None])[..., 0] * columns * weights.to(left)[:, None, None]  # (n, B, t)
         return terms.sum(dim=(0, 2)), torch.linalg.vector_norm(terms, dim=(0, 2))
 
 
@@ -153,7 +165,8 @@ def buckets_of(
         at_once = math.ceil(len(names) / math.ceil(len(names) / most))  # in equal parts
         for start in range(0, len(names), at_once):
             some = names[start : start + at_once]
-            buckets.append(Bucket.of(some, [found[name][0] for name in some], shapes[some[0]]))
+            uses = [found[name][0] for name in some]
+            buckets.append(Bucket(names=some, shape=shapes[some[0]], uses=uses))
     return buckets
 
 

@@ -4,33 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
+from ftw_optim._factors.buffer import Buffer
 from ftw_optim._factors.factors import Factors, materialise, weighted_sum
 from ftw_optim._gram.profiling import profiled
 from ftw_optim._preconditioners.maps import Preconditioner
-
-
-@final
-class Buffer:
-    """Memory for multiplied-out gradients, reused from layer to layer: fresh pages cost more than the arithmetic."""
-
-    def __init__(self) -> None:
-        self._memory: Tensor | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Buffer, ()  # copies and pickles are empty
-
-    def of(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A flat tensor of at least ``numel`` entries; the contents of the one returned before are lost."""
-        memory = self._memory
-        if memory is None or memory.numel() < numel or memory.dtype != dtype or memory.device != device:
-            self._memory = memory = None  # free the old one first
-            memory = self._memory = torch.empty(numel, dtype=dtype, device=device)
-        return memory
 
 
 @final

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ftw_optim._factors.buckets import Bucket
+from ftw_optim._factors.buffer import Buffer
 from ftw_optim._factors.factors import Factors
-from ftw_optim._gram.blocks import Block, Buffer
+from ftw_optim._gram.blocks import Block
 from ftw_optim._gram.metric import Metric
 from ftw_optim._preconditioners.maps import Diagonal, Preconditioner, Scalar
 
@@ -76,7 +77,7 @@ class GramSpec:
         if self.observe is not None:
             for number, (name, reference) in enumerate(zip(bucket.names, references, strict=True)):
                 own = Diagonal(found.values[number]) if isinstance(found, Diagonal) else found
-                self.observe(name, self.block(name, [bucket.use(number)]), reference, own)
+                self.observe(name, self.block(name, [bucket.uses[number]]), reference, own)
         return found
 
     def refuse_other_ways(self, *known: str) -> None:

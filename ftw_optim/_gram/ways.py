@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ftw_optim._factors.buckets import Bucket
-from ftw_optim._gram.blocks import Block, Buffer, parts
+from ftw_optim._factors.buffer import Buffer
+from ftw_optim._gram.blocks import Block, parts
 from ftw_optim._gram.inner_products import Products, inner
 from ftw_optim._gram.metric import Metric, most_applied
 from ftw_optim._gram.profiling import profiled
@@ -116,9 +117,8 @@ def add_bucket(
     """
     n, dtype = bucket.count, bucket.dtype
     given = [target for target in targets if target is not None]
-    rows = buffer.of((n + 1) * bucket.numel, dtype, bucket.left.device)[: (n + 1) * bucket.numel].view(n + 1, -1)
     with profiled("materialise"):
-        bucket.materialise(rows[:n])
+        rows = bucket.materialise(buffer)
         if scale != 1.0:
             rows[:n].div_(scale)
     if given:

@@ -67,8 +67,11 @@ def _floored_size(values: Tensor, floor: float = FLOOR, *, axes: Sequence[int] |
         return size
     # The rest of a cancelled sum counts as zero: whether it is exactly zero is chance (a key's bias).
     keep, dims = axes is not None, tuple(axes or ())
-    counted = size > size.amax(dims, keepdim=keep).mul_(NOISE * torch.finfo(values.dtype).eps)
-    count = counted.sum(dims, keepdim=True) if keep else counted.count_nonzero()  # which is faster
+    zero = size.amax(dims, keepdim=keep).mul_(NOISE * torch.finfo(values.dtype).eps)
+    if keep:  # sums of numbers along some axes are faster than of flags
+        count = torch.gt(size, zero, out=torch.empty_like(size)).sum(dims, keepdim=True)
+    else:
+        count = (size > zero).count_nonzero()
     norm = torch.linalg.vector_norm(values, dim=dims or None, keepdim=keep)
     return size.clamp_(min=norm.mul_(floor).div_(count.clamp_(min=1).to(values.dtype).sqrt_()))
 

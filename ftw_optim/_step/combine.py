@@ -84,8 +84,8 @@ def _from_factors(
         name: weighted_sum(uses, weights, updated[name].shape).to(updated[name].dtype)
         for name, uses in factors.alone.items()
     }
-    for bucket in factors.buckets:
-        together = bucket.weighted_sum(weights).to(updated[bucket.names[0]].dtype)
+    for bucket in factors.buckets or ():
+        together = bucket.weighted_sum(weights, setup.buffer).to(updated[bucket.names[0]].dtype)
         gradients.update(zip(bucket.names, together, strict=True))
     # Gradients in the Gram matrix are known to be finite, unless they are too large for the parameter's dtype.
     unseen = [g for name, g in gradients.items() if name not in setup.parameters.scored or g.dtype == torch.float16]
@@ -105,7 +105,8 @@ def _from_graph(
         weights,
         setup.generator("projection"),
         factors.candidates.computed_in,
-        buckets=factors.buckets,
+        buckets=factors.buckets or (),
+        buffer=setup.buffer,
         more=[all_finite(gradients.values())],
     )
     return gradients, all(flags)

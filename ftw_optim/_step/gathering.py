@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -61,23 +61,23 @@ class KeptFactors:
 
     def __init__(self, setup: StepSetup, candidates: Candidates, target: TargetNow) -> None:
         self._setup, self._target = setup, target
-        self.candidates = replace(candidates, found={})  # so that those here are the only ones
-        self.alone = dict(candidates.found)
-        """Factors of the parameters that are in no bucket; zero for rejected candidates."""
-        self.buckets: Sequence[Bucket] = ()
-        """Factors of parameters that are alike, once they have been measured."""
+        self.candidates = candidates
+        self.found = candidates.found
+        """Factors by parameter; zero for rejected candidates."""
+        self.buckets: Sequence[Bucket] | None = None
+        """Those of them that are alike; None until they are measured."""
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
 
     @property
-    def found(self) -> dict[str, list[Factors]]:
-        """Factors by parameter; zero for rejected candidates."""
-        shared = {name: [bucket.use(at)] for bucket in self.buckets for at, name in enumerate(bucket.names)}
-        return {**self.alone, **shared}
+    def alone(self) -> dict[str, list[Factors]]:
+        """Factors of the parameters that are in no bucket."""
+        together = {name for bucket in self.buckets or () for name in bucket.names}
+        return {name: uses for name, uses in self.found.items() if name not in together}
 
     def keep_only(self, accepted: Tensor) -> None:
         """Go on with the ``accepted`` candidates, bool (n,)."""
-        self.alone = {name: [use.without(~accepted) for use in uses] for name, uses in self.found.items()}
-        self.accepted, self.buckets = accepted, ()
+        self.found = {name: [use.without(~accepted) for use in uses] for name, uses in self.found.items()}
+        self.accepted, self.buckets = accepted, None
 
     def measured(self) -> Measured:
         """The products of the accepted candidates, which may turn out not to be finite."""
@@ -85,21 +85,23 @@ class KeptFactors:
         scored = setup.parameters.scored
         with full_precision(losses), setup.clock.phase("gram"):
             preconditioners = preconditioners_of(setup)
-            self._share_buckets(preconditioners)
+            if self.buckets is None:
+                self.buckets = self._alike(preconditioners)
             sums = sums_of(setup, self.accepted, self._target, losses.device, preconditioners)
             for bucket in self.buckets:
                 if bucket.names[0] in scored:
                     assert isinstance(sums, GramSums)
                     sums.add_all(bucket)
-            for name, uses in self.alone.items():
+            alone = self.alone
+            for name, uses in alone.items():
                 if name in scored:
                     sums.add(name, uses)
-        unseen = {name: uses for name, uses in self.alone.items() if name not in scored}
-        masks = [bucket.finite() for bucket in self.buckets if bucket.names[0] not in scored]
+        unseen = {name: uses for name, uses in alone.items() if name not in scored}
+        masks = [bucket.finite(setup.buffer) for bucket in self.buckets if bucket.names[0] not in scored]
         detached = losses.detach()
         with setup.clock.phase("solve"):
             problem, (values, finite, clean, flags) = on_host(
-                sums.products() if self._any_scored() else {},
+                sums.products() if any(name in scored for name in self.found) else {},
                 detached,
                 detached.isfinite(),
                 finite_candidates(unseen, losses, *masks),
@@ -107,25 +109,16 @@ class KeptFactors:
             )
         return Measured(problem=problem, losses=values, finite=finite, clean=clean, target=flags)
 
-    def _any_scored(self) -> bool:
-        names = [*self.alone, *(bucket.names[0] for bucket in self.buckets)]
-        return any(name in self._setup.parameters.scored for name in names)
-
-    def _share_buckets(self, preconditioners: Preconditioners) -> None:
-        """Put the factors of parameters that are alike into buckets; their own copies are freed."""
-        if self.buckets:
-            return
-        parameters, found = self._setup.parameters, self.alone
+    def _alike(self, preconditioners: Preconditioners) -> list[Bucket]:
+        """The parameters that are alike, in buckets."""
+        parameters, found = self._setup.parameters, self.found
         kinds: dict[str, Hashable] = {}
         if self._setup.sketch is None:  # whose hashes belong to single parameters
             some = {name: parameters.scored[name] for name in found if name in parameters.scored}
             kinds.update(preconditioners.kinds(some, parameters.groups))
         kinds.update({name: "combined alone" for name in found if name not in parameters.scored})
         shapes = {name: parameters.updated[name].shape for name in kinds}
-        self.buckets = buckets_of(found, shapes, kinds, limit=memory_limit_of(self._setup))
-        for bucket in self.buckets:
-            for name in bucket.names:
-                del found[name]
+        return buckets_of(found, shapes, kinds, limit=memory_limit_of(self._setup))
 
     def clean(self, measured: Measured) -> Tensor:
         """Mask of the candidates whose loss and factors are all finite: bool (n,)."""
@@ -198,7 +191,7 @@ class StreamedFactors:
         self.candidates = candidates
         self.measures_alone = setup.sketch is not None  # under the target as reference, in place of the mean
         self.found: Mapping[str, list[Factors]] = {}
-        self.buckets: Sequence[Bucket] = ()
+        self.buckets: Sequence[Bucket] | None = None
         self.alone = self.found
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
         self._rows = torch.arange(len(candidates.losses))

@@ -17,8 +17,8 @@ from ftw_optim._capture.plan import plan
 from ftw_optim._capture.sample_ids import GivenIds
 from ftw_optim._capture.self_check import SelfChecks
 from ftw_optim._capture.structure import KnownStructure
+from ftw_optim._factors.buffer import Buffer
 from ftw_optim._factors.micro_batches import Footprint
-from ftw_optim._gram.blocks import Buffer
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import Sketch
 from ftw_optim._gram.spec import Observe

@@ -11,7 +11,8 @@ from torch import Tensor
 from ftw_optim import Factors
 from ftw_optim._factors import buckets
 from ftw_optim._factors.buckets import Bucket, buckets_of
-from ftw_optim._factors.factors import PositionMap, materialise, weighted_sum
+from ftw_optim._factors.buffer import Buffer
+from ftw_optim._factors.factors import PositionMap, materialise, projection, weighted_sum
 from tests.support.factors import random_factors
 
 SIZES = st.tuples(*[st.integers(1, 5)] * 5)
@@ -34,30 +35,33 @@ def test_a_bucket_has_the_gradients_of_its_parameters(
 ) -> None:
     uses = some(sizes, kind)
     shape, n = shape_of(uses[0]), sizes[1]
-    bucket = Bucket.of([str(number) for number in range(len(uses))], uses, shape)
-    out = torch.full((n, bucket.numel), torch.nan, dtype=torch.float64)
-    bucket.materialise(out)
+    bucket, buffer = Bucket(names=[str(number) for number in range(len(uses))], uses=uses, shape=shape), Buffer()
+    buffer.of(10**4, torch.float64, torch.device("cpu")).fill_(torch.nan)
+    out = bucket.materialise(buffer)
+    assert out.shape == (n + 1, len(uses) * shape.numel())
     expected = torch.cat([materialise([use], 0, use.rows).flatten(1) for use in uses], dim=1)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out[:n], expected, rtol=1e-12, atol=1e-12)
     weights = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) - 0.5
     weights = torch.where(torch.arange(n) % 2 == seed % 2, weights, 0.0)
-    for number, (use, found) in enumerate(zip(uses, bucket.weighted_sum(weights), strict=True)):
+    for use, found in zip(uses, bucket.weighted_sum(weights, buffer), strict=True):
         torch.testing.assert_close(found, weighted_sum([use], weights, shape), rtol=1e-12, atol=1e-12)
-        again = bucket.use(number)
-        assert torch.equal(again.left, use.left)
-        assert use.right is None or (again.right is not None and torch.equal(again.right, use.right))
+    left, right = (torch.randn(len(uses), size, dtype=torch.float64) for size in (uses[0].rows, uses[0].columns))
+    values, sizes = bucket.projection(weights, left, right, buffer)
+    for number, use in enumerate(uses):
+        value, size = projection([use], weights, left[number], right[number])
+        torch.testing.assert_close(values[number], value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(sizes[number], size, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_short_factors_are_multiplied_in_float32(dtype: torch.dtype) -> None:
     uses = some((3, 4, 2, 3, 5), "dense", dtype)
-    bucket = Bucket.of(["a", "b", "c"], uses, shape_of(uses[0]))
+    bucket = Bucket(names=["a", "b", "c"], uses=uses, shape=shape_of(uses[0]))
     assert bucket.dtype == torch.float32
-    out = torch.empty(4, bucket.numel)
-    bucket.materialise(out)
+    out = bucket.materialise(Buffer())[:4]
     expected = torch.cat([materialise([use], 0, use.rows).flatten(1) for use in uses], dim=1)
     torch.testing.assert_close(out, expected)
-    assert bucket.weighted_sum(torch.ones(4)).dtype == torch.float32
+    assert bucket.weighted_sum(torch.ones(4), Buffer()).dtype == torch.float32
 
 
 @given(
@@ -70,7 +74,7 @@ def test_a_candidate_is_finite_where_all_its_factors_are(where: set[tuple[int, i
         part: Tensor = getattr(uses[number], side)
         part[candidate, 0, 0] = bad
     expected = torch.stack([use.finite() for use in uses]).all(0)
-    assert torch.equal(Bucket.of(["a", "b", "c"], uses, shape_of(uses[0])).finite(), expected)
+    assert torch.equal(Bucket(names=["a", "b", "c"], uses=uses, shape=shape_of(uses[0])).finite(Buffer()), expected)
 
 
 @settings(max_examples=40)

@@ -20,7 +20,7 @@ from ftw_optim._layers.special import is_cache
 
 
 @final
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, slots=True)
 class Call:
     """The detached inputs of one call of a module, and the state it ran in.
 
