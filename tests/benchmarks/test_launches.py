@@ -143,6 +143,7 @@ def test_python_calls_are_counted_with_the_step_and_without_c_functions() -> Non
 
 MODELS = {
     "LoRA 8, all scored, factors": (8, "factors"),
+    "LoRA 8, last block, graph": (8, "graph"),
     "full, all scored, factors": (0, "factors"),
     "full, last block, graph": (0, "graph"),
 }
