@@ -65,7 +65,7 @@ class KeptFactors:
         self.found = candidates.found
         """Factors by parameter; zero for rejected candidates."""
         self.buckets: Sequence[Bucket] | None = None
-        """Those of them that are alike; None until they are measured."""
+        """The buckets of those that are alike; None until they are measured."""
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
 
     @property
@@ -116,7 +116,8 @@ class KeptFactors:
         if self._setup.sketch is None:  # whose hashes belong to single parameters
             some = {name: parameters.scored[name] for name in found if name in parameters.scored}
             kinds.update(preconditioners.kinds(some, parameters.groups))
-        kinds.update({name: "combined alone" for name in found if name not in parameters.scored})
+        others = {name: parameters.updated[name] for name in found if name not in parameters.scored}
+        kinds.update({name: ("combined alone", parameter.dtype) for name, parameter in others.items()})
         shapes = {name: parameters.updated[name].shape for name in kinds}
         return buckets_of(found, shapes, kinds, limit=memory_limit_of(self._setup))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer, Sketch, last_blocks
 from ftw_optim._factors import buckets
@@ -104,6 +104,30 @@ def test_shares_are_recorded_one_by_one() -> None:
     for share in shares:
         assert share.reference.shape == share.shape == trained(case)[share.name].shape
         assert share.preconditioner.apply(share.reference).shape == share.shape
+
+
+def test_gradients_are_of_their_parameters_dtypes_where_autocast_gives_all_layers_one() -> None:
+    model = seeded(lambda: nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]))
+    for number in (0, 2):
+        model[number].bfloat16()  # type: ignore[index,operator,union-attr]
+    x = torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+
+    def losses() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rows: Tensor = model(x)
+        return rows.float().square().sum((1, 2))
+
+    optimizer = SelectiveOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=0.01),
+        model,
+        losses,
+        scored=lambda name, parameter: name.startswith("3"),
+        combine="factors",
+    )
+    optimizer.backward(losses)
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == parameter.dtype
 
 
 @pytest.mark.parametrize("combine", ["factors", "graph"])
