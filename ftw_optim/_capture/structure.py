@@ -83,7 +83,14 @@ class _Noticed:
         # Compiled by torch.jit, a module keeps what it has elsewhere, and gives out copies: nothing is known of it.
         self._known = not any(isinstance(module, torch.jit.ScriptModule) for module in modules)
         self._modules = [
-            (module, type(module), module.training, dict(module._modules), dict(module._parameters), _around(module))
+            (
+                module,
+                type(module),
+                module.__dict__.get("training"),  # wrappers have none of their own: that of what they wrap is noticed
+                dict(module._modules),
+                dict(module._parameters),
+                _around(module),
+            )
             for module in modules
         ]
         parameters = {id(p): p for _, _, _, _, own, _ in self._modules for p in own.values() if p is not None}
@@ -95,7 +102,7 @@ class _Noticed:
             return False
         for module, kind, training, children, parameters, around in self._modules:
             held = module.__dict__  # read directly: attributes of thousands of modules would take several times as long
-            if type(module) is not kind or held["training"] is not training or held["_modules"] != children:
+            if type(module) is not kind or held.get("training") is not training or held["_modules"] != children:
                 return False
             own = held["_parameters"]
             if (parameters or own) and not (

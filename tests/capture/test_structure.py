@@ -123,6 +123,15 @@ def test_a_step_leaves_the_structure_as_it_was() -> None:
     assert optimizer._structure.of(case.model) is known
 
 
+def test_the_mode_of_what_a_compiled_wrapper_wraps_is_noticed() -> None:
+    wrapper, known = torch.compile(build(), backend="eager"), KnownStructure()
+    assert isinstance(wrapper, nn.Module)
+    before = known.of(wrapper)
+    assert known.of(wrapper) is before
+    wrapper.eval()
+    assert known.of(wrapper) is not before
+
+
 def test_copies_and_pickles_know_no_structure_of_another_model() -> None:
     known = KnownStructure()
     first = build()
