@@ -242,7 +242,7 @@ def save_model(kind: str, tokenizer: PreTrainedTokenizerBase, directory: Path) -
 
 @pytest.mark.parametrize(
     ("kind", "extra"),
-    [slow("qwen3", []), ("gpt2", ["--sequential"]), ("qwen3", ["--lora", "2"]), slow("gpt2", ["--lora", "2"])],
+    [slow("qwen3", []), ("gpt2", ["--sequential"]), slow("qwen3", ["--lora", "2"]), slow("gpt2", ["--lora", "2"])],
     ids=["qwen3", "gpt2", "qwen3-lora", "gpt2-lora"],
 )
 def test_a_model_from_disk_is_tuned_on_records_from_files(

@@ -13,6 +13,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["finetune", "step_cost"])
 def test_a_command_says_its_question_and_its_options_from_another_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()

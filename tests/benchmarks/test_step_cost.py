@@ -101,6 +101,7 @@ def test_large_models_are_measured_only_by_name(capsys: pytest.CaptureFixture[st
 # --- measurements
 
 
+@pytest.mark.slow
 def test_all_ways_of_a_point_are_measured_in_one_run() -> None:
     found = step_measure.measure(TINY, repeats=3, limit=0.0, device="cpu")
     assert found["seconds"].keys() == found["live_bytes"].keys() == {"plain", *TINY.ways}

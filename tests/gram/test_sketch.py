@@ -183,6 +183,7 @@ def sketched(case: Case, inner: torch.optim.Optimizer | None = None, **options: 
     return SelectiveOptimizer(inner, case.model, case.target_losses, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", cases().values(), ids=cases())
 def test_reruns_are_the_same_however_candidates_are_split(build: Callable[[], Case]) -> None:
     """Products, weights, gradients and parameters, over three steps; and the gradient is the weighted oracle's."""

@@ -165,7 +165,8 @@ def test_a_finder_in_the_midst_of_a_fit_leaves_the_targets_where_they_were(optio
 
 
 @pytest.mark.parametrize(
-    ("how", "most", "mode"), [slow("tuner", 9, "power"), slow("callback", 9, "binsearch"), ("callback", 28, "power")]
+    ("how", "most", "mode"),
+    [slow("tuner", 9, "power"), slow("callback", 9, "binsearch"), slow("callback", 28, "power")],
 )
 def test_the_batch_size_finder_finds_what_it_finds_without(
     options: dict[str, Any], how: str, most: int, mode: str

@@ -76,12 +76,12 @@ def trained(
 @pytest.mark.parametrize(
     ("settings", "options"),
     [
-        ({}, {}),
+        slow({}, {}),
         (PACKED, {}),
         slow({**PACKED, "per_device_train_batch_size": 2}, {"selective": {**ALL, "combine": "graph"}}),
         slow(FLAT, {}),
-        ({**FLAT, "pad_to_multiple_of": 8}, {}),
-        ({"loss_type": "dft"}, {}),
+        slow({**FLAT, "pad_to_multiple_of": 8}, {}),
+        slow({"loss_type": "dft"}, {}),
         slow({"activation_checkpointing": False}, {"peft_config": lora(lora_dropout=0.2)}),
         (PACKED, {"peft_config": lora(lora_dropout=0.2)}),
         slow({**PACKED, "gradient_accumulation_steps": 1}, {"selective": {**ALL, "combine": "rerun"}}),
@@ -227,7 +227,7 @@ def test_texts_and_columns_for_the_log(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- resumed
 
 
-@pytest.mark.parametrize("settings", [slow({}), {**PACKED, "max_length": 11}], ids=["rows", "packed"])
+@pytest.mark.parametrize("settings", [slow({}), slow({**PACKED, "max_length": 11})], ids=["rows", "packed"])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(settings: dict[str, Any], tmp_path: Path) -> None:
     recordings = [Recording(), Recording()]
 

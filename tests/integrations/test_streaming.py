@@ -253,6 +253,7 @@ def test_a_data_loader_passes_batches_on_and_workers_are_refused() -> None:
         next(iter(loader(1)))
 
 
+@pytest.mark.slow
 def test_a_loader_that_reads_ahead_resumes_behind_what_was_consumed() -> None:
     """accelerate fetches one batch more than it has given out."""
 

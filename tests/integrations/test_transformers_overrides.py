@@ -105,6 +105,7 @@ def _without_a_name(step: Any) -> Any:
     return wrapper
 
 
+@pytest.mark.slow
 def test_a_training_step_that_goes_on_by_a_detour_is_taken(tmp_path: Path) -> None:
     class Decorated(SelectiveTrainer):
         @_without_a_name
@@ -217,6 +218,7 @@ def test_a_term_that_is_nothing_at_first(tmp_path: Path) -> None:
         run(Anchored, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_term_that_comes_in_mid_run(tmp_path: Path) -> None:
     """By the same rhythm as the self-check; without a loss of one's own nothing is compared again."""
     late = _adding(0.01, when=lambda trainer, model: trainer.state.global_step >= 3)

@@ -79,7 +79,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(killed: int, t
 
 
 @pytest.mark.filterwarnings("ignore:Skipped a record")
-@pytest.mark.parametrize("killed", [3, slow(5)])
+@pytest.mark.parametrize("killed", [slow(3), slow(5)])
 def test_a_run_on_streams_that_was_killed_goes_on_with_their_next_candidates(killed: int, tmp_path: Path) -> None:
     """Two files of records, one with a damaged line, shuffled and interleaved; the trainer skips what it has seen."""
     for source in range(2):

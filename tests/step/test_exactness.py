@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ftw_optim import GreedyFilter, KeepAll, SelectiveOptimizer, UniformWeights, last_blocks
 from tests.support.checks import OPTIMIZERS, check_against_oracle
-from tests.support.grids import grid
+from tests.support.grids import grid, slow
 from tests.support.models import CASES, Case, SmallGPT, language_model, precision, seeded
 from tests.support.oracles import candidate_gradients
 
@@ -143,7 +143,7 @@ def case_losses_before(before: dict[str, Tensor], case: Case) -> Tensor:
     return case.losses_of(model, case.candidates).detach()
 
 
-@pytest.mark.parametrize("combine", ["factors", "graph"])
+@pytest.mark.parametrize("combine", ["factors", slow("graph")])
 def test_all_kept_at_one_over_n_is_the_bare_optimizer_for_a_hundred_steps(combine: str) -> None:
     """With dropout: the masks are those of a bare run, although the target's pass draws some of its own."""
     runs = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ftw_optim import Factors, GreedyFilter, SelectiveOptimizer, Sketch
+from tests.support.grids import slow
 
 BAD = {"nan and a square that overflows": (float("nan"), 1e25), "two squares that overflow": (1e25, 1e30)}
 
@@ -94,7 +95,7 @@ def test_the_error_of_a_sketch_is_that_of_those_who_are_left() -> None:
     assert errors[0] == pytest.approx(errors[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
+@pytest.mark.parametrize("combine", ["factors", slow("graph"), slow("rerun")])
 def test_neither_graph_nor_factors_are_held_while_the_inner_optimizer_steps(combine: str) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(6, 5, 8)
