@@ -74,6 +74,7 @@ def normed(products: Any) -> Tensor:
     return torch.cat([(norms[:, None] * norms).flatten(), norms * target, (target * target)[None]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"),
     grid(

@@ -256,6 +256,7 @@ def stepped(module: Any, choice: str) -> Any:
     return optimizer_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("select_from", ["window", "batch"])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ class Chosen(Selective):
         self.chosen.append([selection.kept, selection.weights, selection.losses, selection.gram, selection.cosine])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("select_from", "batch", "options"),
     [

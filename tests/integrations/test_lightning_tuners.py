@@ -90,6 +90,7 @@ def options(tmp_path: Path) -> dict[str, Any]:
     return {"default_root_dir": tmp_path, "max_epochs": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "select_from"), [(1, "window"), (3, "batch"), (3, "window")])
 @pytest.mark.parametrize("stop", [None, 4.0])
 def test_the_learning_rate_finder_finds_what_it_finds_without(
@@ -114,6 +115,7 @@ def test_the_learning_rate_finder_finds_what_it_finds_without(
         assert all(one > 0 for one in results[1][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [slow(Everyone), Greedy])
 @pytest.mark.parametrize("steps", [1, slow(3)])
 @pytest.mark.parametrize("how", ["tuner", "callback"])
@@ -204,6 +206,7 @@ def test_a_finder_that_fails_says_why_and_leaves_a_module_that_can_be_fitted(opt
     torch.testing.assert_close(parameters(module), parameters(without), **SAME)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same_trainer", [True, False])
 def test_a_module_can_be_fitted_again(options: dict[str, Any], same_trainer: bool) -> None:
     """As without selection, with a new optimizer; by the same trainer or another."""

@@ -127,6 +127,7 @@ class Collected:
         return batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["token_sum", "token_mean"])
 @pytest.mark.parametrize(
     ("settings", "options"),

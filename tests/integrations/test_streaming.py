@@ -138,6 +138,7 @@ def rounds(stream: CandidateStream) -> Iterator[Any]:
         yield from stream
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     kinds=st.lists(st.sampled_from(list(KINDS)), min_size=1, max_size=3, unique=True),

@@ -228,6 +228,7 @@ def test_a_term_that_comes_in_mid_run(tmp_path: Path) -> None:
     run(late, tmp_path, selective={**ALL, "self_check": False})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["first", 2, False])
 def test_how_often_a_loss_of_ones_own_is_compared(check: int | str, tmp_path: Path) -> None:
     kind = _adding(0.0, when=lambda trainer, model: False)

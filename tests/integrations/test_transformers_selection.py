@@ -32,6 +32,7 @@ from tests.support.trainer_runs import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["token_sum", slow("token_mean")])
 @pytest.mark.parametrize(
     ("build", "selective"),

@@ -150,6 +150,7 @@ def test_convolutions(
     check(f"Conv{axes}d", layer, drawn(seed, n, groups * d_in, *range(5, 5 + axes)))
 
 
+@pytest.mark.slow
 @given(COUNTS, st.integers(1, 4), st.integers(1, 4), st.booleans(), st.booleans(), st.booleans(), SEEDS)
 def test_multihead_attention(n: int, t: int, s: int, bias: bool, other: bool, zero: bool, seed: int) -> None:
     sizes = {"kdim": 3, "vdim": 5} if other else {}
@@ -221,6 +222,7 @@ class Gate(nn.Module):
         return hidden * (first * second) + self.shifts["after"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     # A GRU stands for the others of torch's that recur.

@@ -334,6 +334,7 @@ UNBOUNDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "steps", "scale"),
     [

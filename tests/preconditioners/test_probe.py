@@ -33,6 +33,7 @@ with warnings.catch_warnings():
     import torch_optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 5, 50])
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_rules_say_what_two_steps_on_a_copy_tell(name: str, steps: int) -> None:
@@ -59,6 +60,7 @@ COUPLED: dict[str, Callable[[list[Any]], Optimizer]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 1, 5, 50])
 @pytest.mark.parametrize("name", PROBED)
 def test_elementwise_optimizers_are_told_by_trying(name: str, steps: int) -> None:

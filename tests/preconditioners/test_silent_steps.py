@@ -38,6 +38,7 @@ def problem() -> tuple[nn.Sequential, Callable[..., Tensor]]:
     return model, lambda rows=slice(None): functional.cross_entropy(model(x[rows]), y[rows], reduction="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("build", OTHERS.values(), ids=OTHERS)
 def test_a_group_at_learning_rate_zero_counts_as_nothing(build: Build, when: Callable[[int], float]) -> None:

@@ -70,6 +70,7 @@ def test_checkpoints_of_both_kinds_are_captured(
     assert dict(model.named_parameters()).keys() == dict(plain.named_parameters()).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reentrant", "combine"),
     grid(

@@ -56,6 +56,7 @@ def test_gram_cross_gram_and_gradient_are_autograds(name: str, metric: str, inne
         check_against_oracle(case, optimizer, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_factors_and_graph_give_the_same_parameters(name: str) -> None:
     with precision(torch.float64):

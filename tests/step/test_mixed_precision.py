@@ -87,6 +87,7 @@ def test_autocast_around_the_whole_step_stays_out_of_our_products(combine: str) 
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("combine", WAYS)
 def test_half_precision_parameters_are_not_mistaken_for_uses_outside(combine: str, dtype: torch.dtype) -> None:
@@ -108,6 +109,7 @@ def test_half_precision_parameters_are_not_mistaken_for_uses_outside(combine: st
         assert optimizer.selection.gram.dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["autocast", "parameters"])
 @pytest.mark.parametrize("keep_graph", [False, True])
 @pytest.mark.parametrize("name", ["small-gpt", "llama", "mixtral", "mamba2", "lora"])

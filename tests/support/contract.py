@@ -49,7 +49,6 @@ REPRESENTATIVES: dict[str, str] = {
     "muon": "a matrix whole, by its polar factor",
     "lion": "a sign",
     "schedule-free": "parameters that are not where the gradient is taken",
-    "Yogi of torch_optimizer": "no rule: its map is found by trying",
 }
 """One row of each kind, with the kind: what runs unless all is asked for."""
 assert REPRESENTATIVES.keys() <= INNER.keys()
