@@ -37,7 +37,7 @@ def plan(structure: Structure, names: Iterable[str]) -> CapturePlan:
         NotImplementedError: a named parameter cannot be captured.
     """
     wanted = frozenset(names)
-    return structure.once(("plan", wanted), lambda: _plan(structure, wanted))
+    return structure.once("plan", lambda: _plan(structure, wanted), of=wanted)
 
 
 def _plan(structure: Structure, names: frozenset[str]) -> CapturePlan:

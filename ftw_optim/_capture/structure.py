@@ -33,17 +33,20 @@ class Structure:
         self.parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
         self.names: Mapping[int, str] = {id(parameter): name for name, parameter in self.parameters.items()}
         self._noticed = _Noticed(list(self.modules.values()))
-        self._found: dict[Hashable, Any] = {}
+        self._found: dict[str, tuple[Hashable, Any]] = {}
 
     def holds(self) -> bool:
         """Whether the model is still made of the same. What it was made of is held, so no identity comes again."""
         return self._noticed.holds()
 
-    def once(self, what: Hashable, find: Callable[[], Found]) -> Found:
-        """What ``find`` returned when first asked for ``what``; it may depend on the structure and that alone."""
-        if what not in self._found:
-            self._found[what] = find()
-        found: Found = self._found[what]
+    def once(self, what: str, find: Callable[[], Found], *, of: Hashable = None) -> Found:
+        """What ``find`` returned when it was first asked for ``what``.
+
+        It may depend on the structure, and on ``of``, of which only the latest is kept.
+        """
+        if what not in self._found or self._found[what][0] != of:
+            self._found[what] = of, find()
+        found: Found = self._found[what][1]
         return found
 
 

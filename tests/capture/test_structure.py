@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 from ftw_optim._capture.coverage import table
 from ftw_optim._capture.owners import owners
+from ftw_optim._capture.plan import plan
 from ftw_optim._capture.structure import KnownStructure, Structure
 from tests.support.checks import optimizer_of
 from tests.support.layers import Scale
@@ -146,3 +147,14 @@ def test_what_is_found_once_is_asked_for_once() -> None:
     for _ in range(3):
         assert structure.once("it", lambda: asked.append(1) or 7) == 7  # type: ignore[func-returns-value]
     assert asked == [1]
+
+
+def test_of_what_changes_from_step_to_step_only_the_latest_is_kept() -> None:
+    structure = Structure(build())
+    first = plan(structure, {"0.weight"})
+    assert plan(structure, ["0.weight"]) is first
+    assert list(plan(structure, {"4.weight", "4.bias"}).parameters) == ["4.weight", "4.bias"]
+    again = plan(structure, {"0.weight"})
+    assert again is not first
+    assert again.owners == first.owners
+    assert len(structure._found) == 3  # owners, what is refused, the plan
