@@ -9,16 +9,6 @@ WAYS = ("factors", "graph", "rerun", "auto")
 """The values of ``combine``."""
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
     "Qwen3-0.6B": {
         "vocab_size": 151936,
         "hidden_size": 1024,
@@ -213,23 +203,10 @@ LARGE = [
         checkpoint=checkpoint,
     )
     for shape, config in SHAPES.items()
-    if shape != "SmolLM2-135M"
     for lora in (0, 16)
     for checkpoint in (False, True)
-] + [
-    Point(
-        "SmolLM2-135M, LoRA 8, t 96, n 12, target kept",
-        shape="SmolLM2-135M",
-        width=576,
-        layers=30,
-        t=96,
-        n=12,
-        k=3,
-        r=10**6,
-        lora=8,
-    )
 ]
-"""Measured only where ``--only`` names the shape; all but the last are for an accelerator."""
+"""For an accelerator; measured only where ``--only`` names the shape."""
 
 
 def launch_point(layers: int, width: int, t: int, lora: int) -> Point:
@@ -263,7 +240,6 @@ RATIO_GOALS = {
     LAST_BLOCK.name: ("x plain", 1.15),
     LORA.name: ("x floor", 1.05),
     **{point.name: ("x floor", 1.15) for point in LARGE if point.shape == "Qwen3-0.6B"},
-    **{point.name: ("x plain", 1.08) for point in LARGE if point.shape == "SmolLM2-135M"},
 }
 """By the point's name: beside what, and at most how much."""
 MEMORY_GOALS = {"factors": 1.6, "graph": 1.15, "rerun": 1.15}
