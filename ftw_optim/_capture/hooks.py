@@ -70,14 +70,28 @@ class Recorder:
     def open(self) -> None:
         """Hook the layers, for the forward pass that is to come."""
         self.phase = Phase.FORWARD
-        self._handles.append(self._plan.structure.model.register_forward_pre_hook(self._read_grid, with_kwargs=True))
-        before, after = self._before, self._after  # one of each for all layers
+        read_grid, before, after = self._functions()
+        self._handles.append(self._plan.structure.model.register_forward_pre_hook(read_grid, with_kwargs=True))
         for owner in self._plan.owners:
             self._watched.setdefault(id(owner.module), []).append(_Watched(owner, self._plan.parameters))
         for module in {id(owner.module): owner.module for owner in self._plan.owners}.values():
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             # First of the forward hooks: it must see the output before any other hook changes it.
             self._handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True, prepend=True))
+
+    def _functions(self) -> tuple[Any, Any, Any]:
+        """The hooks, as functions: a copy of a layer that a closure makes has these too, and none of the recorder."""
+
+        def read_grid(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._read_grid(args, kwargs)
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._before(module, args, kwargs)
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            return self._after(module, args, kwargs, output)
+
+        return read_grid, before, after
 
     def close(self) -> None:
         """Remove every hook, and free the graph and the factors."""
@@ -108,7 +122,7 @@ class Recorder:
         finally:
             self.phase = Phase.RECOMPUTE
 
-    def _read_grid(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read_grid(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.phase is not Phase.FORWARD or not torch.is_grad_enabled():
             return
         self.inputs.add(args, kwargs)
@@ -136,6 +150,11 @@ class Recorder:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.phase is Phase.REST:
             return
+        if id(module) not in self._watched:
+            raise NotImplementedError(
+                f"Expected the layers of the model to be called, got a copy of one ({type(module).__name__}) that was "
+                f"made while the closure ran. Copy the model before. {WAYS_OUT}"
+            )
         for watched in self._watched[id(module)]:
             watched.refuse_stand_ins()
             state = RandomState.now(module.parameters()) if watched.replays else None
@@ -146,7 +165,7 @@ class Recorder:
         if self.phase is Phase.REST:
             return None
         changed = None
-        for watched in self._watched[id(module)]:
+        for watched in reversed(self._watched.get(id(module), [])):  # each is to see what the one behind it returns
             if watched.started:
                 found = self._finished(watched, args, kwargs, output if changed is None else changed)
                 changed = changed if found is None else found

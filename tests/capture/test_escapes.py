@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -302,3 +303,47 @@ def test_a_function_of_ones_own_without_a_backward_inside() -> None:
 
     model, x = seeded(Model).double(), drawn(4, 5, 3)
     check_common_graph(model, lambda: squares(model, x))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("part", [0, None], ids=["a layer", "the model"])
+def test_copies_that_a_closure_makes_are_copies_alone(part: int | None, when: str) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))).double()
+    copied = model if part is None else model[part]
+    x, copies = drawn(4, 3), []
+
+    def losses() -> Tensor:
+        if when == "before":
+            copies.append(copy.deepcopy(copied))
+        rows: Tensor = model(x).square().sum(1)
+        if when == "after":
+            copies.append(copy.deepcopy(copied))
+        return rows
+
+    optimizer = SelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, losses, filter=KeepAll())
+    optimizer.step(losses)
+    optimizer.zero_grad()
+    kept = copies[0]  # of the step before: no part of this one
+    optimizer.backward(lambda: losses() + kept(x).sum(1).detach())
+    selection = optimizer.selection
+    assert selection is not None
+    expected = torch.autograd.grad(selection.spread_weights() @ losses(), list(model.parameters()))
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_a_copy_that_is_called_where_it_was_made_is_refused() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+
+    def losses() -> Tensor:
+        rows: Tensor = model(x).square().sum(1)
+        return rows + copy.deepcopy(model[0])(x).sum(1)
+
+    optimizer = SelectiveOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, lambda: model(x).square().sum(1))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NotImplementedError, match=r"got a copy of one \(Linear\) that was made while the closure ran"):
+        optimizer.step(losses)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
