@@ -44,15 +44,14 @@ def verify_projection(
     Raises:
         RuntimeError: a gradient differs from its factors, or a parameter has none: it was used outside its layers.
     """
-    shared = [bucket for bucket in buckets if gradients.keys() >= set(bucket.names)]
-    together = {name for bucket in shared for name in bucket.names}
-    single = {name: [use] for bucket in buckets for name, use in zip(bucket.names, bucket.uses, strict=True)}
-    alone = {name: uses for name, uses in {**found, **single}.items() if name not in together and name in gradients}
-    _refuse_different([name for name in gradients if name not in alone and name not in together])
+    reached = [some for bucket in buckets if (some := bucket.among(gradients)).names]
+    together = {name for bucket in reached for name in bucket.names}
+    alone = {name: gradient for name, gradient in gradients.items() if name not in together}
+    _refuse_different([name for name in alone if name not in found])
     check = _Projections(weights, generator, tuple(computed_in))
-    for name, uses in alone.items():
-        check.add(name, uses, gradients[name])
-    for bucket in shared:
+    for name, gradient in alone.items():
+        check.add(name, found[name], gradient)
+    for bucket in reached:
         formed = torch.stack([gradients[name] for name in bucket.names])
         check.add_all(bucket, formed, Buffer() if buffer is None else buffer)
     misses, flags = check.told(more)
@@ -67,10 +66,8 @@ class _Projections:
     def __init__(self, weights: Tensor, generator: torch.Generator, computed_in: Sequence[torch.dtype]) -> None:
         self._weights, self._generator, self._computed_in = weights, generator, computed_in
         self._names: list[str] = []
-        self._formed: list[Tensor] = []
-        self._expected: list[Tensor] = []
-        self._sizes: list[Tensor] = []
-        self._norms: list[Tensor] = []
+        self._rows: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        """Projections formed and expected, size of their terms, norm of the gradient; of one parameter or several."""
         self._tolerances: list[float] = []
         self._floors: dict[int, Tensor] = {}
 
@@ -83,36 +80,32 @@ class _Projections:
         left, right = (self._drawn(size, like=matrix) for size in matrix.shape)
         expected, size = projection(uses, self._weights, left, right)
         dtypes = [gradient.dtype, *self._computed_in]
-        floors = [use.rounding(self._weights, coarsest(dtypes)) for use in uses if use.terms is not None]
-        if floors:
-            self._floors[len(self._names)] = torch.stack(floors).sum()
-        self._names.append(name)
-        self._note(left @ matrix @ right, expected, size, torch.linalg.vector_norm(matrix), dtypes)
+        self._begin(name, uses, dtypes)
+        self._note(left @ matrix @ right, expected, size, torch.linalg.vector_norm(matrix), dtypes=dtypes)
 
     def add_all(self, bucket: Bucket, gradients: Tensor, buffer: Buffer) -> None:
         """Add the gradients of a bucket's parameters, shape ``(B, *shape)``."""
         count, columns = len(bucket.names), bucket.uses[0].columns
         matrices = gradients.to(bucket.dtype).reshape(count, -1, columns)
-        left, right = (
-            self._drawn(count, 1, matrices.shape[1], like=matrices),
-            self._drawn(count, columns, 1, like=matrices),
-        )
+        left = self._drawn(count, 1, matrices.shape[1], like=matrices)
+        right = self._drawn(count, columns, 1, like=matrices)
         expected, sizes = bucket.projection(self._weights, left[:, 0], right[..., 0], buffer)
-        self._names += bucket.names
-        norms = torch.linalg.vector_norm(matrices, dim=(1, 2))
-        self._note(left @ matrices @ right, expected, sizes, norms, [gradients.dtype, *self._computed_in])
+        norms, dtypes = torch.linalg.vector_norm(matrices, dim=(1, 2)), [gradients.dtype, *self._computed_in]
+        for name, use in zip(bucket.names, bucket.uses, strict=True):
+            self._begin(name, [use], dtypes)
+        self._note(left @ matrices @ right, expected, sizes, norms, dtypes=dtypes)
 
-    def _note(
-        self, formed: Tensor, expected: Tensor, size: Tensor, norm: Tensor, dtypes: Sequence[torch.dtype]
-    ) -> None:
-        for values, one in (
-            (self._formed, formed),
-            (self._expected, expected),
-            (self._sizes, size),
-            (self._norms, norm),
-        ):
-            values.append(one.reshape(-1))
-        self._tolerances += [tolerance(dtypes)] * expected.numel()
+    def _begin(self, name: str, uses: Sequence[Factors], dtypes: Sequence[torch.dtype]) -> None:
+        """Begin the next parameter: its name, and the rounding of terms that were summed before."""
+        floors = [use.rounding(self._weights, coarsest(dtypes)) for use in uses if use.terms is not None]
+        if floors:
+            self._floors[len(self._names)] = torch.stack(floors).sum()
+        self._names.append(name)
+
+    def _note(self, *row: Tensor, dtypes: Sequence[torch.dtype]) -> None:
+        formed, expected, size, norm = (values.reshape(-1) for values in row)
+        self._rows.append((formed, expected, size, norm))
+        self._tolerances += [tolerance(dtypes)] * len(expected)
 
     def told(self, more: Sequence[Tensor]) -> tuple[list[str], list[bool]]:
         """The names of the gradients that differ from their factors, and the values of further flags."""
@@ -120,7 +113,7 @@ class _Projections:
             return [], told(more)
         formed, expected, sizes, norms = (
             torch.cat([one.to(values[0].device, torch.promote_types(values[0].dtype, one.dtype)) for one in values])
-            for values in (self._formed, self._expected, self._sizes, self._norms)
+            for values in zip(*self._rows, strict=True)
         )
         # Of few positions the projections may all be small by chance, but not what is projected of their rounding.
         sizes = torch.maximum(sizes, norms)

@@ -7,8 +7,8 @@ machine by itself, and a copy of its factors would cost more than is saved: it s
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -41,6 +41,11 @@ class Bucket:
     names: Sequence[str]
     shape: torch.Size
     uses: Sequence[Factors]
+
+    def among(self, names: Container[str]) -> Bucket:
+        """The bucket of those of the parameters that have one of these names."""
+        some = [(name, use) for name, use in zip(self.names, self.uses, strict=True) if name in names]
+        return replace(self, names=[name for name, _ in some], uses=[use for _, use in some])
 
     @property
     def count(self) -> int:
