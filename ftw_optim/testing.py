@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ftw_optim._capture.capture import Capture
-from ftw_optim._capture.coverage import Coverage, coverage
+from ftw_optim._capture.coverage import Coverage, table
 from ftw_optim._capture.plan import plan
 from ftw_optim._capture.structure import Structure
 from ftw_optim._factors.buffer import Buffer as Buffer
@@ -94,8 +94,9 @@ def check_layer(
         rows = [leaf.movedim(axis, 0) for leaf, axis in zip(outputs(row), axes, strict=True) if axis is not None]
         return _losses(rows, n if row is None else 1, seed)
 
-    table = coverage(module)
-    with Capture(plan(Structure(module), parameters)) as capture:
+    structure = Structure(module)
+    covered = table(structure)
+    with Capture(plan(structure, parameters)) as capture:
         found = capture.differentiate(
             losses(None), scale=1.0, keep_graph=False, checks=None, generator=torch.Generator().manual_seed(seed)
         )
@@ -111,11 +112,11 @@ def check_layer(
             error = float((given - expected[row]).norm())
             if not error <= rtol * size + atol:
                 raise AssertionError(
-                    f"The gradient of {name} (rule: {table[name].rule}) for candidate {row} of {n} is off by "
+                    f"The gradient of {name} (rule: {covered[name].rule}) for candidate {row} of {n} is off by "
                     f"{error:.1e}, where the largest candidate's has the norm {size:.1e}; expected {rtol:.0e} of it at "
                     "most."
                 )
-    return table
+    return covered
 
 
 @final

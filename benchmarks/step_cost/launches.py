@@ -12,7 +12,7 @@ import gc
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -25,6 +25,7 @@ from .goals import Found, name_of
 from .grams import OURS, compare_ways
 from .measure import FEWEST, quartiles, seconds
 from .points import Point
+from .report import filled
 
 BOUNDS = {
     "LoRA 8, all scored, factors": 0.99,
@@ -185,16 +186,12 @@ def measure_launches(
 
 def launch_brief(found: Found) -> str:
     """The tables about a point, as soon as it is measured."""
-    return _filled((_steps, _grams, _left_out), [found])
+    return filled((_steps, _grams, _left_out), [found])
 
 
 def launch_report(results: list[Found]) -> str:
     """All tables that these results fill."""
-    return _filled((_steps, _kinds, _grams, _left_out), results)
-
-
-def _filled(tables: Iterable[Callable[[list[Found]], str]], results: list[Found]) -> str:
-    return "\n\n".join(text for table in tables if (text := table(results)))
+    return filled((_steps, _kinds, _grams, _left_out), results)
 
 
 def _steps(results: list[Found]) -> str:

@@ -189,15 +189,16 @@ def failures(results: list[Found]) -> str:
 
 def brief(found: Found) -> str:
     """The tables about a point, as soon as it is measured."""
-    return _filled((measured, memory, errors, other_ways, failures), [found])
+    return filled((measured, memory, errors, other_ways, failures), [found])
 
 
 def report(results: list[Found]) -> str:
     """All tables that these results fill."""
-    return _filled(
+    return filled(
         (measured, choices, over_t, over_n, memory, explained_errors, other_ways, phases, goals, failures), results
     )
 
 
-def _filled(tables: Iterable[Callable[[list[Found]], str]], results: list[Found]) -> str:
+def filled(tables: Iterable[Callable[[list[Found]], str]], results: list[Found]) -> str:
+    """The tables that these results fill, below each other."""
     return "\n\n".join(text for table in tables if (text := table(results)))

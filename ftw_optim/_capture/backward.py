@@ -27,7 +27,8 @@ REENTRANT = "CheckpointFunctionBackward"
 
 _CAST = "ToCopyBackward0"
 _COPIES = {_CAST, "CopyBackwards", "CopySlices"}
-_BUILT_IN = re.compile(r"\w+Backward\d+")
+BUILT_IN = re.compile(r"\w+Backward\d+")
+"""The names of the nodes of PyTorch's own operations."""
 
 AccumulateGrad: type = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 
@@ -134,7 +135,7 @@ class Graph:
 
 def _may_change_dtype(kind: type) -> bool:
     """Whether an operation may round to another dtype: a copy, or one that is not PyTorch's own."""
-    return kind.__name__ in _COPIES or not _BUILT_IN.fullmatch(kind.__name__)
+    return kind.__name__ in _COPIES or not BUILT_IN.fullmatch(kind.__name__)
 
 
 def _made_in(node: Node, uses: Sequence[Use]) -> Use | None:

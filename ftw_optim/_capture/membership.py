@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from ftw_optim._capture.backward import BUILT_IN
 from ftw_optim._capture.layer_use import Returned, Use
 from ftw_optim._capture.replay.axes import SHARED, Axis
 from ftw_optim._capture.self_check import noise, tolerance
 from ftw_optim._factors.finiteness import told
 
-_BUILT_IN = re.compile(r"\w+Backward\d+")
 _MOVES = re.compile(
     r"Index|Masked(Select|Scatter)|Gather|Scatter|Put|Take|Sort|Topk|Nested|Segment|Embedding|Repeat|Roll|Flip|Unique"
 )
@@ -87,7 +87,7 @@ def _from_known(start: Node | None, made_by: Mapping[Node, Use], unknown: set[in
 def _moves_nothing(node: Node) -> bool:
     """Whether an operation keeps the rows in their order: one of PyTorch's own that cannot pick rows by an index."""
     name = type(node).__name__
-    if not _BUILT_IN.fullmatch(name) or _MOVES.match(name):
+    if not BUILT_IN.fullmatch(name) or _MOVES.match(name):
         return False
     return not _CUTS.match(name) or getattr(node, "_saved_dim", 0) not in (0, None)
 

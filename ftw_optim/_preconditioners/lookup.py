@@ -127,13 +127,11 @@ class Preconditioners:
         if self._known is None or not self._known.stacks:
             return {}
         some = {name: param for name, param in params.items() if param.numel() > 1 and not param.is_complex()}
-        numbers = numbers_of(
-            [self._optimizer.state.get(param, {}) for param in some.values()],
-            [param.shape for param in some.values()],
-        )
+        states = [self._optimizer.state.get(param, {}) for param in some.values()]
+        numbers = numbers_of(states, [param.shape for param in some.values()])
         return {
-            name: Kind(id(groups[name]), param.dtype, tuple(self._optimizer.state.get(param, {})), own)
-            for (name, param), own in zip(some.items(), numbers, strict=True)
+            name: Kind(id(groups[name]), param.dtype, tuple(state), own)
+            for (name, param), state, own in zip(some.items(), states, numbers, strict=True)
             if own is not None
         }
 

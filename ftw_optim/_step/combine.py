@@ -84,7 +84,7 @@ def _from_factors(
         name: weighted_sum(uses, weights, updated[name].shape).to(updated[name].dtype)
         for name, uses in factors.alone.items()
     }
-    for bucket in factors.buckets or ():
+    for bucket in factors.buckets:
         together = bucket.weighted_sum(weights, setup.buffer).to(updated[bucket.names[0]].dtype)
         gradients.update(zip(bucket.names, together, strict=True))
     # Gradients in the Gram matrix are known to be finite, unless they are too large for the parameter's dtype.
@@ -105,7 +105,7 @@ def _from_graph(
         weights,
         setup.generator("projection"),
         factors.candidates.computed_in,
-        buckets=factors.buckets or (),
+        buckets=factors.buckets,
         buffer=setup.buffer,
         more=[all_finite(gradients.values())],
     )

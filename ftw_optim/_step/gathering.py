@@ -16,7 +16,7 @@ from ftw_optim._gram.exact import GramSums
 from ftw_optim._gram.inner_products import Products, on_host
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import SketchSums
-from ftw_optim._gram.spec import DEFAULT_MEMORY_LIMIT, GramSpec
+from ftw_optim._gram.spec import GramSpec
 from ftw_optim._preconditioners.lookup import Preconditioners
 from ftw_optim._step.candidates import CandidatePass, Candidates
 from ftw_optim._step.closures import Plain
@@ -64,20 +64,20 @@ class KeptFactors:
         self.candidates = candidates
         self.found = candidates.found
         """Factors by parameter; zero for rejected candidates."""
-        self.buckets: Sequence[Bucket] | None = None
-        """The buckets of those that are alike; None until they are measured."""
+        self.buckets: Sequence[Bucket] = ()
+        """The buckets of those that are alike; none before they are measured."""
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
 
     @property
     def alone(self) -> dict[str, list[Factors]]:
         """Factors of the parameters that are in no bucket."""
-        together = {name for bucket in self.buckets or () for name in bucket.names}
+        together = {name for bucket in self.buckets for name in bucket.names}
         return {name: uses for name, uses in self.found.items() if name not in together}
 
     def keep_only(self, accepted: Tensor) -> None:
         """Go on with the ``accepted`` candidates, bool (n,)."""
         self.found = {name: [use.without(~accepted) for use in uses] for name, uses in self.found.items()}
-        self.accepted, self.buckets = accepted, None
+        self.accepted, self.buckets = accepted, ()
 
     def measured(self) -> Measured:
         """The products of the accepted candidates, which may turn out not to be finite."""
@@ -85,8 +85,7 @@ class KeptFactors:
         scored = setup.parameters.scored
         with full_precision(losses), setup.clock.phase("gram"):
             preconditioners = preconditioners_of(setup)
-            if self.buckets is None:
-                self.buckets = self._alike(preconditioners)
+            self.buckets = self._alike(preconditioners)
             sums = sums_of(setup, self.accepted, self._target, losses.device, preconditioners)
             for bucket in self.buckets:
                 if bucket.names[0] in scored:
@@ -119,7 +118,7 @@ class KeptFactors:
         others = {name: parameters.updated[name] for name in found if name not in parameters.scored}
         kinds.update({name: ("combined alone", parameter.dtype) for name, parameter in others.items()})
         shapes = {name: parameters.updated[name].shape for name in kinds}
-        return buckets_of(found, shapes, kinds, limit=memory_limit_of(self._setup))
+        return buckets_of(found, shapes, kinds, limit=self._setup.memory_limit)
 
     def clean(self, measured: Measured) -> Tensor:
         """Mask of the candidates whose loss and factors are all finite: bool (n,)."""
@@ -192,7 +191,7 @@ class StreamedFactors:
         self.candidates = candidates
         self.measures_alone = setup.sketch is not None  # under the target as reference, in place of the mean
         self.found: Mapping[str, list[Factors]] = {}
-        self.buckets: Sequence[Bucket] | None = None
+        self.buckets: Sequence[Bucket] = ()
         self.alone = self.found
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
         self._rows = torch.arange(len(candidates.losses))
@@ -252,11 +251,6 @@ def gather(setup: StepSetup, candidate_pass: CandidatePass, target: TargetNow) -
     return StreamedFactors(setup, candidate_pass, target, candidates, stream)
 
 
-def memory_limit_of(setup: StepSetup) -> int:
-    """Bytes of multiplied-out gradients that may exist at a time."""
-    return DEFAULT_MEMORY_LIMIT if setup.memory_limit is None else setup.memory_limit
-
-
 def preconditioners_of(setup: StepSetup) -> Preconditioners:
     """The maps of the inner optimizer's coming step."""
     return Preconditioners(setup.inner, unknown_as_identity=setup.metric is Metric.EUCLIDEAN)
@@ -278,7 +272,7 @@ def sums_of(
         dtype=dtype,
         device=device,
         scale=setup.scale,
-        memory_limit=memory_limit_of(setup),
+        memory_limit=setup.memory_limit,
         buffer=setup.buffer,
         observe=setup.observe,
         precondition_all=lambda names, references: preconditioners.stacked(

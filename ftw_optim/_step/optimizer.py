@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ftw_optim._capture.coverage import Coverage, coverage
+from ftw_optim._capture.coverage import Coverage, table
 from ftw_optim._capture.plan import plan
 from ftw_optim._capture.sample_ids import GivenIds
 from ftw_optim._capture.self_check import SelfChecks
@@ -21,7 +21,7 @@ from ftw_optim._factors.buffer import Buffer
 from ftw_optim._factors.micro_batches import Footprint
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import Sketch
-from ftw_optim._gram.spec import Observe
+from ftw_optim._gram.spec import DEFAULT_MEMORY_LIMIT, Observe
 from ftw_optim._matching.filters import FilterStage, GreedyFilter
 from ftw_optim._matching.selection import Selection
 from ftw_optim._matching.weights import NonNegativeLeastSquares, WeightStage
@@ -141,11 +141,11 @@ class SelectiveOptimizer(OptimizerWrapper):
     @property
     def coverage(self) -> Coverage:
         """The table of the rules that capture the parameters; after a backward also what was captured at which cost."""
-        table = coverage(self.model)
+        found = table(self._structure.of(self.model))
         if self._last_capture is None:
-            return table
+            return found
         scored, footprints = self._last_capture
-        return table.after(scored, footprints)
+        return found.after(scored, footprints)
 
     def step(self, closure: Callable[..., Any] | None = None, *, select: bool = True) -> Any:
         """Select among the closure's candidates and apply the inner optimizer's step to their combined gradient.
@@ -307,7 +307,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             weight=self.weight,
             metric=Metric(self.metric),
             sketch=self.gram if isinstance(self.gram, Sketch) else None,
-            memory_limit=self.memory_limit,
+            memory_limit=DEFAULT_MEMORY_LIMIT if self.memory_limit is None else self.memory_limit,
             buffer=self._buffer,
             scale=scale,
             sample_ids=sample_ids,

@@ -43,7 +43,7 @@ class StepSetup:
         weight: the weight stage.
         metric: the metric of the first Matching that a stage sees.
         sketch: the sketch that estimates the Gram matrix; None: it is exact.
-        memory_limit: bytes of multiplied-out gradients that may exist at a time; None: the default.
+        memory_limit: bytes of multiplied-out gradients that may exist at a time.
         buffer: memory for those gradients, kept from step to step.
         scale: the factor by which the losses are multiplied.
         sample_ids: the candidate of each position, or of each row of some layers; a list with one for each micro-batch.
@@ -65,7 +65,7 @@ class StepSetup:
     weight: Callable[..., Any]
     metric: Metric
     sketch: Sketch | None
-    memory_limit: int | None
+    memory_limit: int
     buffer: Buffer
     scale: float
     sample_ids: GivenIds | Sequence[GivenIds] | None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ftw_optim import Factors, GreedyFilter, SelectiveOptimizer, Sketch
+from tests.support.checks import optimizer_of
 from tests.support.grids import slow
+from tests.support.models import SmallGPT, language_model, seeded
 
 BAD = {"nan and a square that overflows": (float("nan"), 1e25), "two squares that overflow": (1e25, 1e30)}
 
@@ -123,3 +127,28 @@ def test_neither_graph_nor_factors_are_held_while_the_inner_optimizer_steps(comb
     for _ in range(3):
         optimizer.step(losses)
     assert seen == [False] * 3
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_garbage_collector_is_as_before(enabled: bool, fails: bool) -> None:
+    case = language_model(seeded(SmallGPT).double(), 4)
+    optimizer = optimizer_of(case)
+    seen: list[bool] = []
+
+    def losses() -> Iterator[Tensor]:
+        for _ in range(2):
+            seen.append(gc.isenabled())
+            yield case.losses()
+            if fails:
+                raise LookupError
+
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(LookupError) if fails else nullcontext():
+            optimizer.backward(losses)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+    assert seen == [False] * len(seen) != []
