@@ -1,10 +1,11 @@
 """Is a step as fast as it was? This checkout beside another one, interleaved in one run.
 
-    python benchmarks/before_after.py path/to/another/checkout [--rounds 9] [--threads 1]
+    python benchmarks/before_after.py path/to/another/checkout [--rounds 9] [--threads 1] [--checked]
 
 Each checkout runs in a process of its own, with its own package and its own arms of ``step_cost.py``; the two make
 their steps in turn. The ratio of every round is that of two neighbours in time, so that whatever else the machine does
 falls out of the median. Plain AdamW steps stand beside: their ratio is 1 but for noise, and says how much there is.
+The arms have no self-check; with ``--checked`` they have what is the default, made at their first steps.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 TINY = {"1 layer of width 16, n 4, t 8": ("factors", {"layers": 1, "width": 16, "t": 8, "n": 4, "k": 1, "m": 1})}
 
 
-def serve(checkout: str, threads: int) -> None:
+def serve(checkout: str, threads: int, *, checked: bool) -> None:
     """Make the steps that the lines of standard input ask for; one line of output each, the seconds it took."""
     sys.path[:0] = [checkout, f"{checkout}/benchmarks"]
     import torch  # here: the parent process needs none
@@ -50,6 +51,9 @@ def serve(checkout: str, threads: int) -> None:
         arms, points = importlib.import_module("step_cost.arms"), importlib.import_module("step_cost.points")
     except ImportError:  # a checkout from before there were folders
         arms, points = importlib.import_module("step_arms"), importlib.import_module("step_points")
+    if checked:  # the arms of older checkouts take no such option
+        made = arms.SelectiveOptimizer
+        arms.SelectiveOptimizer = lambda *args, self_check, **options: made(*args, **options)
     steps: dict[str, Any] = {}
     for line in sys.stdin:
         asked = json.loads(line)
@@ -72,8 +76,9 @@ def serve(checkout: str, threads: int) -> None:
 class Checkout:
     """A process that makes the steps of one checkout."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, *, checked: bool) -> None:
         command = [sys.executable, __file__, str(path), "--serve", "--threads", str(threads)]
+        command += ["--checked"] if checked else []
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **asked: Any) -> float:
@@ -92,9 +97,9 @@ class Checkout:
         self._process.communicate()
 
 
-def compare(before: Path, after: Path, cases: dict[str, Any], *, rounds: int, threads: int) -> None:
+def compare(before: Path, after: Path, cases: dict[str, Any], *, rounds: int, threads: int, checked: bool) -> None:
     """Print a line for each case."""
-    both = [Checkout(path, threads) for path in (before, after)]
+    both = [Checkout(path, threads, checked=checked) for path in (before, after)]
     print(f"{'case':<48}{'way':<9}{'before ms':>10}{'after ms':>10}{'ratio':>8}  quartiles      plain")
     for label, (way, point) in cases.items():
         for one in both:
@@ -123,14 +128,16 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="the one before")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--checked", action="store_true", help="with the self-check as it is by default")
     parser.add_argument("--quick", action="store_true", help="one tiny case, to see that it runs")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        serve(str(options.checkout.resolve()), options.threads)
+        serve(str(options.checkout.resolve()), options.threads, checked=options.checked)
         return
     cases = TINY if options.quick else CASES
-    compare(options.checkout.resolve(), HERE, cases, rounds=options.rounds, threads=options.threads)
+    rounds, threads = options.rounds, options.threads
+    compare(options.checkout.resolve(), HERE, cases, rounds=rounds, threads=threads, checked=options.checked)
 
 
 if __name__ == "__main__":
