@@ -67,6 +67,7 @@ def test_an_example_runs_with_and_without_selection(
     assert all(bool(ours[key].any()) and not torch.equal(ours[key], plain[key]) for key in trained)
 
 
+@pytest.mark.slow
 def test_the_packed_example_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = ("--target", str(folder / "target.jsonl"), "--packing")
     found = run(EXAMPLES / "sft_lora.py", folder, tmp_path, monkeypatch, *target)

@@ -63,6 +63,7 @@ def test_a_family_is_exact_in_all_its_parameters(name: str) -> None:
         check(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     # A linear layer each, but where experts or another layer is adapted.

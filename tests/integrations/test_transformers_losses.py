@@ -32,6 +32,7 @@ class Masked(SelectiveTrainer):
         return nn.functional.cross_entropy(scores.mT, labels, reduction="none"), labels != -100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Classifying, Masked])
 def test_another_loss_of_ones_own(kind: type[SelectiveTrainer], tmp_path: Path) -> None:
     from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification

@@ -132,6 +132,7 @@ def test_a_compiled_model_is_the_trainers_own_run(tmp_path: Path) -> None:
     torch.testing.assert_close(seen.parameters, watch.parameters, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_decay_groups_and_a_given_optimizer_are_kept(tmp_path: Path) -> None:
     def build(net: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)

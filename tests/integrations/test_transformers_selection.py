@@ -190,6 +190,7 @@ def test_ids_of_data_that_has_none_are_step_and_number(tmp_path: Path) -> None:
     assert all(step["sources"] is None for step in recording.steps)
 
 
+@pytest.mark.slow
 def test_the_log_holds_averages_over_its_interval(tmp_path: Path) -> None:
     each, _ = trained(SelectiveTrainer, model(), arguments(tmp_path), target_dataset=examples(5, seed=1))
     pairs, _ = trained(
@@ -207,6 +208,7 @@ def test_the_log_holds_averages_over_its_interval(tmp_path: Path) -> None:
     assert not any("selection/realised_decrease" in row for row in each.state.log_history)
 
 
+@pytest.mark.slow
 def test_the_realised_decrease_is_that_beside_an_idle_step(tmp_path: Path) -> None:
     """Against two runs from the same start; and measuring changes nothing."""
     settings = {"num_train_epochs": 1, "warmup_steps": 0, "max_grad_norm": 0.0}

@@ -67,6 +67,7 @@ class Sizes:
         layer.register_forward_hook(lambda module, args, output: self.seen.append(output.shape[:-1].numel()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["trained head", "lora"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_losses_and_selection_are_those_of_all_positions(name: str, kind: str) -> None:

@@ -49,6 +49,7 @@ def step(case: Any, combine: str, **options: Any) -> tuple[Any, list[Tensor | No
     return optimizer, [parameter.grad for parameter in trained]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("self_check", [True, False])
 @pytest.mark.parametrize("build", CASES.values(), ids=CASES)
 def test_the_step_is_that_of_the_factors(build: Any, self_check: bool) -> None:
