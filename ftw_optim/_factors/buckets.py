@@ -155,29 +155,40 @@ def buckets_of(
         kinds: what else parameters must have in common to share a bucket; none does that has no entry.
         limit: bytes of a bucket, if less than :data:`LARGEST`.
     """
-    alike: dict[Hashable, list[str]] = {}
+    alike: dict[Hashable, dict[str, Factors]] = {}
     for name, kind in kinds.items():
         uses = found.get(name, ())
-        if len(uses) == 1 and (form := _form(uses[0])) is not None:
-            alike.setdefault((kind, shapes[name], form), []).append(name)
+        if len(uses) == 1 and (form := _form(use := uses[0].as_sum())) is not None:
+            alike.setdefault((kind, shapes[name], form), {})[name] = use
     buckets = []
-    for names in alike.values():
-        first = found[names[0]][0]
-        size = first.dtype().itemsize * (first.count + 1) * first.rows * first.columns + first.bytes()
-        most = min(LARGEST, limit) // max(1, size)
-        if size > SMALL or len(names) < 2 or not most:
+    for together in alike.values():
+        names = list(together)
+        first = together[names[0]]
+        most = min(LARGEST, limit) // max(1, _bytes([first]))
+        if not is_small([first]) or len(names) < 2 or not most:
             continue
         at_once = math.ceil(len(names) / math.ceil(len(names) / most))  # in equal parts
         for start in range(0, len(names), at_once):
             some = names[start : start + at_once]
-            uses = [found[name][0] for name in some]
-            buckets.append(Bucket(names=some, shape=shapes[some[0]], uses=uses))
+            buckets.append(Bucket(names=some, shape=shapes[some[0]], uses=[together[name] for name in some]))
     return buckets
+
+
+def is_small(uses: Sequence[Factors]) -> bool:
+    """Whether a parameter with these uses is small enough to share a bucket."""
+    return _bytes(uses) <= SMALL
+
+
+def _bytes(uses: Sequence[Factors]) -> int:
+    """The bytes of a parameter's factors and multiplied-out gradients, and of the target's gradient."""
+    first = uses[0]
+    gradients = first.dtype().itemsize * (first.count + 1) * first.rows * first.columns
+    return gradients + sum([use.bytes() for use in uses])
 
 
 def _form(use: Factors) -> Hashable | None:
     """What the factors of one use must have in common with others to be stacked; None where they cannot be."""
-    if use.indexed or use.whole or use.positions is not None or not use.left.numel():
+    if use.indexed or use.positions is not None or not use.left.numel():
         return None
     left, right = use.left, use.right
     return left.shape, left.dtype, left.device, None if right is None else (right.shape, right.dtype)

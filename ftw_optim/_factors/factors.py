@@ -97,6 +97,13 @@ class Factors:
         index = torch.arange(rows, device=gradients.device).expand(n, rows)
         return cls(left=index, right=gradients.reshape(n, rows, -1), rows=rows, whole=True, terms=terms)
 
+    def as_sum(self) -> Factors:
+        """Gradients multiplied out as a plain sum of one term, with as many rows as entries; others as they are."""
+        if not self.whole:
+            return self
+        assert self.right is not None
+        return replace(self, left=self.right.flatten(1), right=None, whole=False)
+
     def folded(self, count: int) -> Factors:
         """The factors with one row for each of ``count`` candidates, where each had several consecutive rows."""
         rows = self.left.shape[0]

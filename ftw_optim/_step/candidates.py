@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ftw_optim._capture.capture import Capture
 from ftw_optim._capture.sample_ids import GivenIds
+from ftw_optim._factors.compaction import compacted
 from ftw_optim._factors.factors import Factors
 from ftw_optim._factors.micro_batches import Footprint, joined, largest
 from ftw_optim._gram.profiling import profiled
@@ -38,7 +39,7 @@ class Candidates:
     """
 
     losses: Tensor
-    found: Mapping[str, list[Factors]]
+    found: Mapping[str, Sequence[Factors]]
     footprints: Mapping[str, Footprint]
     computed_in: set[torch.dtype]
 
@@ -140,13 +141,14 @@ class CandidatePass:
         losses, setup = checked_losses(value, capture.counts), self._setup
         keep_graph = setup.way.keeps_graph
         footprints: dict[str, Footprint] = {}
-        found: dict[str, list[Factors]] = {}
+        found: Mapping[str, Sequence[Factors]] = {}
         with torch.enable_grad(), full_precision(losses), profiled("backward"):
             if taker is None:
                 found = capture.differentiate(
                     losses, scale=setup.scale, keep_graph=keep_graph, checks=setup.checks, generator=self._generator
                 )
                 footprints = {name: Footprint.of(uses) for name, uses in found.items()}
+                found = self._compacted(found)
             else:
                 take = taker(losses)
 
@@ -161,6 +163,12 @@ class CandidatePass:
         else:
             self._captures.close()
         return Candidates(losses=losses.detach(), found=found, footprints=footprints, computed_in=capture.computed_in)
+
+    def _compacted(self, found: dict[str, list[Factors]]) -> dict[str, Sequence[Factors]]:
+        """The factors as they wait for the combined gradient, if it is formed from them."""
+        setup = self._setup
+        scored = {} if setup.way.keeps_graph or setup.sketch is not None else setup.parameters.scored
+        return {name: compacted(uses, scored[name].shape) if name in scored else uses for name, uses in found.items()}
 
     @property
     def _several_ids(self) -> bool:

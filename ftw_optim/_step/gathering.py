@@ -69,7 +69,7 @@ class KeptFactors:
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
 
     @property
-    def alone(self) -> dict[str, list[Factors]]:
+    def alone(self) -> dict[str, Sequence[Factors]]:
         """Factors of the parameters that are in no bucket."""
         together = {name for bucket in self.buckets for name in bucket.names}
         return {name: uses for name, uses in self.found.items() if name not in together}
@@ -190,7 +190,7 @@ class StreamedFactors:
         self._setup, self._pass, self._target, self._stream = setup, candidate_pass, target, stream
         self.candidates = candidates
         self.measures_alone = setup.sketch is not None  # under the target as reference, in place of the mean
-        self.found: Mapping[str, list[Factors]] = {}
+        self.found: Mapping[str, Sequence[Factors]] = {}
         self.buckets: Sequence[Bucket] = ()
         self.alone = self.found
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)

@@ -61,7 +61,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             ``last_blocks(model, 1)``; None: all that are updated.
         gram: ``"exact"``, or a :class:`Sketch` that estimates the Gram matrix where the exact one costs too much.
         memory_limit: bytes of multiplied-out per-candidate gradients that may exist at a time, kept from step to step;
-            None: 256 MiB.
+            None: 256 MiB. Those that take less than half of their factors exist beside it.
         self_check: when the captured gradients are compared with autograd's, which costs a backward pass: ``"first"``:
             at the first backward, and whenever a layer is read in a new way or the losses are computed in a new one; a
             number ``N``: also at every ``N``-th selection; True: at every selection; False: never.

@@ -100,10 +100,9 @@ def test_what_is_not_alike_stays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     positions = PositionMap(candidates=torch.zeros(3, 2, dtype=torch.int64), count=3)
     packed = [Factors(left=use.left, right=use.right, positions=positions) for use in dense]
     indexed = [random_factors("one-hot", grid=(3, 2), rows=4, columns=5, seed=seed) for seed in (0, 1)]
-    explicit = [Factors.explicit(torch.randn(3, 4, 5), torch.empty(4, 5)) for _ in range(2)]
     shorter, other = some((1, 3, 1, 4, 5), "dense"), some((1, 3, 2, 4, 5), "dense", torch.float32)
     shape = torch.Size((4, 5))
-    for pair in (packed, indexed, explicit, [dense[0], *shorter], [dense[0], *other]):
+    for pair in (packed, indexed, [dense[0], *shorter], [dense[0], *other]):
         found = {str(number): [use] for number, use in enumerate(pair)}
         assert buckets_of(found, dict.fromkeys(found, shape), dict.fromkeys(found, 0), limit=2**28) == []
     several = {"a": dense, "b": dense}
