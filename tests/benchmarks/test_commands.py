@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,19 @@ def test_a_command_says_its_question_and_its_options_from_another_folder(name: s
     assert " ".join(question.split()) in " ".join(done.stdout.split())
     assert f"usage: {name}.py" in done.stdout
     assert "--quick" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_arithmetic_is_the_same_arithmetic() -> None:
+    command = [sys.executable, str(BENCHMARKS / "compiled.py"), "--only", "64 x 64", "--rounds", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("64 x 64")]
+    assert len(lines) == 2
+    for line in lines:
+        assert float(line.split()[-1]) < 1e-6
+        assert float(line.split(" ms")[0].split()[-1]) > 0
 
 
 @pytest.mark.slow
