@@ -84,8 +84,8 @@ def measure(
     start = time.perf_counter()
     while len(rounds) < repeats and (len(rounds) < FEWEST or time.perf_counter() - start < limit):
         progress(f"timed round {len(rounds) + 1}")
-        first = 10 + len(rounds) * point.r
-        numbers = range(first, first + point.r)
+        first = 10 + len(rounds) * point.cycle
+        numbers = range(first, first + point.cycle)
         # Each begins in turn, so that none always finds the memory as the same other one left it.
         at = len(rounds) % len(names)
         rounds.append(
@@ -128,10 +128,10 @@ def _clocked(point: Point, step: Step, limit: float, device: str) -> dict[str, f
     start = time.perf_counter()
     while not cycles or (len(cycles) < most and time.perf_counter() - start < limit / 2):
         with PhaseClock(device) as clock:
-            seconds(step, range(2, 2 + point.r), device)
+            seconds(step, range(2, 2 + point.cycle), device)
         cycles.append(clock.spent)
     labels = dict.fromkeys(label for spent in cycles for label in spent)
-    return {label: statistics.median(spent.get(label, 0.0) for spent in cycles) / point.r for label in labels}
+    return {label: statistics.median(spent.get(label, 0.0) for spent in cycles) / point.cycle for label in labels}
 
 
 def quartiles(values: list[float]) -> list[float]:

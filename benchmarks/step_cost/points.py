@@ -9,6 +9,16 @@ WAYS = ("factors", "graph", "rerun", "auto")
 """The values of ``combine``."""
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
     "Qwen3-0.6B": {
         "vocab_size": 151936,
         "hidden_size": 1024,
@@ -33,6 +43,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Published models, by what their configurations say."""
 
 
+KEPT = 10**6
+"""The ``r`` of a point whose target gradient is formed once and kept."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One configuration: a model, ``n`` candidates and ``m`` targets of ``t`` tokens, ``k`` of the candidates kept.
@@ -47,7 +61,7 @@ class Point:
         n: candidates.
         k: of them kept.
         m: target rows.
-        r: steps from one target gradient to the next.
+        r: steps from one target gradient to the next; :data:`KEPT`: all.
         scored: last blocks that count in the Gram matrix; 0: the whole model.
         lora: rank of adapters on all linear layers; 0: all parameters train.
         dtype: of the parameters.
@@ -80,6 +94,11 @@ class Point:
     def from_json(cls, content: dict[str, Any]) -> Point:
         """The point that was written with ``asdict``."""
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+
+    @property
+    def cycle(self) -> int:
+        """The number of steps after which the same happens again, once the first were made."""
+        return 1 if self.r == KEPT else self.r
 
     @property
     def share(self) -> float:
@@ -203,16 +222,29 @@ LARGE = [
         checkpoint=checkpoint,
     )
     for shape, config in SHAPES.items()
+    if shape != "SmolLM2-135M"
     for lora in (0, 16)
     for checkpoint in (False, True)
+] + [
+    Point(
+        "SmolLM2-135M, LoRA 8, t 96, n 12, target kept",
+        shape="SmolLM2-135M",
+        width=576,
+        layers=30,
+        t=96,
+        n=12,
+        k=3,
+        r=KEPT,
+        lora=8,
+    )
 ]
-"""For an accelerator; measured only where ``--only`` names the shape."""
+"""Measured only where ``--only`` names the shape; all but the last are for an accelerator."""
 
 
 def launch_point(layers: int, width: int, t: int, lora: int) -> Point:
     """A point of ``--launches``: the target gradient is formed once and kept, and both ways of scoring are measured."""
     name = f"{layers} layers, width {width}, t {t}, {f'LoRA {lora}' if lora else 'full'}"
-    return Point(name, width=width, layers=layers, t=t, n=8, k=2, m=4, r=10**6, lora=lora, ways=("factors", "graph"))
+    return Point(name, width=width, layers=layers, t=t, n=8, k=2, m=4, r=KEPT, lora=lora, ways=("factors", "graph"))
 
 
 LAUNCH_GRID = [
@@ -240,6 +272,7 @@ RATIO_GOALS = {
     LAST_BLOCK.name: ("x plain", 1.15),
     LORA.name: ("x floor", 1.05),
     **{point.name: ("x floor", 1.15) for point in LARGE if point.shape == "Qwen3-0.6B"},
+    **{point.name: ("x plain", 1.08) for point in LARGE if point.shape == "SmolLM2-135M"},
 }
 """By the point's name: beside what, and at most how much."""
 MEMORY_GOALS = {"factors": 1.6, "graph": 1.15, "rerun": 1.15}
