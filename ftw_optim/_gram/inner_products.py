@@ -23,12 +23,15 @@ class Products:
         cross_gram: shape (n,).
         target_energy: a scalar.
         error: a scalar: standard error of a product, relative to the norms of its two gradients; zero where exact.
+        cross_gram_error: shape (n,), the standard error of ``cross_gram`` where it is estimated from rows of the step;
+            None where it is not.
     """
 
     gram: Tensor
     cross_gram: Tensor
     target_energy: Tensor
     error: Tensor
+    cross_gram_error: Tensor | None = None
 
     @classmethod
     def zeros(cls, n: int, *, dtype: torch.dtype, device: torch.device) -> Products:

@@ -44,17 +44,21 @@ def solve_nnls(gram: Tensor, cross_gram: Tensor, *, tol: float = 1e-10) -> Weigh
     return active.solution()
 
 
-def damped(gram: Tensor, cross_gram: Tensor, *, ridge: float, anchor: float) -> tuple[Tensor, Tensor]:
-    """The damped system in float64: ``ridge`` pulls towards zero weights and ``anchor`` towards uniform ones.
+def damped(
+    gram: Tensor, cross_gram: Tensor, *, ridge: float, anchor: float, to_positive: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The damped system in float64: ``ridge`` pulls towards zero weights and ``anchor`` towards equal ones.
 
     Args:
         gram: shape ``(k, k)``.
         cross_gram: shape ``(k,)``.
         ridge: strength in units of the mean diagonal ``d`` of ``gram``.
         anchor: strength in the same unit.
+        to_positive: whether it pulls towards equal weights ``s / p`` on the ``p`` rows with ``cross_gram > 0`` and zero
+            on all others, where ``s`` is the sum of these ``cross_gram`` over ``d``; else towards ``1 / k`` on all.
 
     Returns:
-        ``gram + (ridge + anchor) * d * I`` and ``cross_gram + anchor * d / k``.
+        ``gram + (ridge + anchor) * d * I`` and ``cross_gram + anchor * d * w``, with the weights ``w`` pulled towards.
     """
     gram = gram.to("cpu", torch.float64)
     cross_gram = cross_gram.to("cpu", torch.float64)
@@ -62,4 +66,8 @@ def damped(gram: Tensor, cross_gram: Tensor, *, ridge: float, anchor: float) -> 
     if k == 0 or ridge == anchor == 0:
         return gram, cross_gram
     unit = gram.diagonal().mean()
-    return gram + (ridge + anchor) * unit * torch.eye(k, dtype=torch.float64), cross_gram + anchor * unit / k
+    pull = unit / k
+    if to_positive:
+        positive = cross_gram > 0
+        pull = torch.where(positive, cross_gram, 0.0).sum() / positive.sum().clamp(min=1) * positive
+    return gram + (ridge + anchor) * unit * torch.eye(k, dtype=torch.float64), cross_gram + anchor * pull

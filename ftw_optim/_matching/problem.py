@@ -26,6 +26,8 @@ class Matching:
         target_energy: ``<target, M target>``.
         losses: shape ``(n,)``, the candidates' own losses.
         generator: random numbers for stages that draw; seeded anew for each step.
+        cross_gram_error: shape ``(n,)``, the standard error of ``cross_gram`` where it is estimated from target rows in
+            the step, zero for these rows themselves; None where it is exact.
         offered: number of candidates that were offered, with the rejected ones; ``n`` unless given.
     """
 
@@ -35,6 +37,7 @@ class Matching:
     losses: Tensor
     generator: torch.Generator
     offered: int = -1
+    cross_gram_error: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = self.cross_gram.shape[0] if self.cross_gram.ndim == 1 else -1
@@ -43,6 +46,8 @@ class Matching:
                 "Expected gram (n, n), cross_gram (n,) and losses (n,), got "
                 f"{tuple(self.gram.shape)}, {tuple(self.cross_gram.shape)} and {tuple(self.losses.shape)}."
             )
+        if self.cross_gram_error is not None and self.cross_gram_error.shape != (n,):
+            raise ValueError(f"Expected cross_gram_error ({n},), got {tuple(self.cross_gram_error.shape)}.")
         if self.offered < 0:
             object.__setattr__(self, "offered", n)
 
@@ -57,4 +62,5 @@ class Matching:
             gram=self.gram.index_select(0, kept).index_select(1, kept),
             cross_gram=self.cross_gram.index_select(0, kept),
             losses=self.losses.index_select(0, kept),
+            cross_gram_error=None if self.cross_gram_error is None else self.cross_gram_error.index_select(0, kept),
         )

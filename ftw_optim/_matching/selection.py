@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 
+_NOTHING = torch.empty(0, dtype=torch.float64)
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class SketchReport:
@@ -49,6 +52,9 @@ class Selection:
         skipped: whether nothing was applied.
         converged: whether the weight stage reached its tolerance.
         combine: where the applied gradient came from: ``"factors"``, ``"graph"``, ``"rerun"`` or ``"skipped"``.
+        target_weights: shape ``(m,)``, the applied weights of the target rows where these take part in the step, which
+            sum to one together with ``weights``; else empty.
+        target_losses: shape ``(m,)``, the losses of these rows; else empty.
         sketch: the sketch with which the products above were estimated; None where they are exact.
         milliseconds: host time by phase: ``target``, ``candidates`` (their forward and backward pass), ``gram``,
             ``solve`` (filter and weights, and waiting for the Gram system on an accelerator), ``combine``.
@@ -69,15 +75,23 @@ class Selection:
     skipped: bool
     converged: bool
     combine: str
+    target_weights: Tensor = field(default_factory=lambda: _NOTHING)
+    target_losses: Tensor = field(default_factory=lambda: _NOTHING)
     sketch: SketchReport | None = None
     milliseconds: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def nothing(cls, losses: Tensor, accepted: Tensor) -> Selection:
-        """The skipped selection of a step without anything to match; ``accepted`` is False for rejected candidates."""
-        n = len(losses)
+    def nothing(cls, losses: Tensor, accepted: Tensor, *, targets: int = 0) -> Selection:
+        """The skipped selection of a step without anything to match.
+
+        Args:
+            losses: shape ``(n + m,)``, of the candidates and of the target rows behind them.
+            accepted: bool ``(n + m,)``, False for rejected candidates.
+            targets: ``m``, the number of target rows that take part in the step.
+        """
+        n = len(losses) - targets
         return cls(
-            losses=losses,
+            losses=losses[:n],
             kept=torch.empty(0, dtype=torch.int64),
             weights=torch.empty(0, dtype=torch.float64),
             fitted_scale=0.0,
@@ -88,10 +102,12 @@ class Selection:
             residual=1.0,
             predicted_decrease=0.0,
             effective_size=0.0,
-            rejected=(~accepted).nonzero()[:, 0],
+            rejected=(~accepted[:n]).nonzero()[:, 0],
             skipped=True,
             converged=True,
             combine="skipped",
+            target_weights=torch.zeros(targets, dtype=torch.float64),
+            target_losses=losses[n:],
         )
 
     def applied_by(self, way: str | None) -> Selection:
@@ -101,6 +117,7 @@ class Selection:
         return replace(
             self,
             weights=torch.zeros_like(self.weights),
+            target_weights=torch.zeros_like(self.target_weights),
             cosine=0.0,
             residual=1.0,
             predicted_decrease=0.0,
@@ -114,11 +131,21 @@ class Selection:
         weights[self.kept] = self.weights
         return weights
 
+    def row_weights(self) -> Tensor:
+        """The weights of all rows that the step ran, float64: ``(n + m,)``, those of the target rows at the end."""
+        weights = self.spread_weights()
+        return torch.cat([weights, self.target_weights]) if len(self.target_weights) else weights
+
     def weighted_loss(self) -> Tensor:
-        """The weighted mean of the kept losses; if skipped, the mean of accepted ones; if all are rejected, NaN."""
+        """The weighted mean of the kept losses and of the target rows'.
+
+        If skipped, the mean of accepted candidates; if all are rejected, NaN.
+        """
         if not self.skipped:
-            share = (self.weights / self.weights.sum()).to(self.losses)
-            return (share * self.losses[self.kept]).sum()
+            weights, losses = self.weights, self.losses[self.kept]
+            if len(self.target_weights):
+                weights, losses = torch.cat([weights, self.target_weights]), torch.cat([losses, self.target_losses])
+            return ((weights / weights.sum()).to(losses) * losses).sum()
         accepted = torch.ones(len(self.losses), dtype=torch.bool)
         accepted[self.rejected] = False
         return self.losses[accepted].mean() if bool(accepted.any()) else self.losses.new_full((), torch.nan)

@@ -51,11 +51,15 @@ class NonNegativeLeastSquares(WeightStage):
 
     The weights are the non-negative minimiser for ``gram + (ridge + anchor) * d * I`` and
     ``cross_gram + anchor * d / k``, where ``d`` is the mean diagonal of the kept block of ``gram``. Their slack is that
-    of this system.
+    of this system. ``anchor_to`` and ``confidence`` are for target rows in the step, whose gradients are few and noisy.
 
     Args:
         ridge: strength of the pull towards zero weights, in units of ``d``.
-        anchor: strength of the pull towards weights of ``1 / k``, in units of ``d``.
+        anchor: strength of the pull towards equal weights, in units of ``d``.
+        anchor_to: ``"uniform"``: towards ``1 / k`` each; ``"positive"``: towards equal weights on the rows of positive
+            ``cross_gram``, whose sum is the sum of these over ``d``, and zero on all others.
+        confidence: number of standard errors of ``cross_gram`` that are taken off it first, where it is estimated from
+            target rows in the step.
         normalize: how the fitted weights are scaled afterwards; see :class:`WeightStage`.
         tol: largest slack accepted at a zero weight, relative to the largest ``cross_gram``.
 
@@ -66,6 +70,8 @@ class NonNegativeLeastSquares(WeightStage):
 
     ridge: float = 0.0
     anchor: float = 0.0
+    anchor_to: Literal["uniform", "positive"] = "uniform"
+    confidence: float = 0.0
     normalize: Normalization = "sum"
     tol: float = 1e-10
 
@@ -76,6 +82,10 @@ class NonNegativeLeastSquares(WeightStage):
                     f"{name} must be finite and not negative, got {strength}. "
                     "It is relative to the mean squared length of the kept gradients: 0.1 is gentle, 0 off."
                 )
+        if self.anchor_to not in ("uniform", "positive"):
+            raise ValueError(f"anchor_to must be 'uniform' or 'positive', got {self.anchor_to!r}.")
+        if not 0.0 <= self.confidence < math.inf:
+            raise ValueError(f"confidence must be finite and not negative, got {self.confidence}: 1 is usual, 0 off.")
         if self.normalize not in ("sum", "norm", None):
             raise ValueError(f"normalize must be 'sum', 'norm' or None, got {self.normalize!r}.")
         if not 0.0 < self.tol < 1.0:
@@ -83,7 +93,11 @@ class NonNegativeLeastSquares(WeightStage):
 
     def __call__(self, matching: Matching, *more: Matching) -> WeightSolution:
         """See :class:`WeightStage`."""
-        gram, cross_gram = damped(matching.gram, matching.cross_gram, ridge=self.ridge, anchor=self.anchor)
+        asked = matching.cross_gram
+        if self.confidence and matching.cross_gram_error is not None:
+            asked = asked - self.confidence * matching.cross_gram_error
+        to_positive = self.anchor_to == "positive"
+        gram, cross_gram = damped(matching.gram, asked, ridge=self.ridge, anchor=self.anchor, to_positive=to_positive)
         # Damping is formed in float64, yet what it is added to has no more digits than before.
         eps = torch.finfo(matching.gram.dtype).eps
         system = ScaledSystem(gram, cross_gram, tol=self.tol, eps=eps, target_energy=matching.target_energy)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, final
 
@@ -16,32 +15,15 @@ from ftw_optim._capture.capture import Capture
 from ftw_optim._capture.sample_ids import GivenIds
 from ftw_optim._factors.compaction import compacted
 from ftw_optim._factors.factors import Factors
-from ftw_optim._factors.micro_batches import Footprint, joined, largest
+from ftw_optim._factors.micro_batches import Footprint
 from ftw_optim._gram.profiling import profiled
+from ftw_optim._layers.randomness import own_randomness
+from ftw_optim._step.captured_rows import CapturedRows, together
 from ftw_optim._step.closures import CandidateClosure, Plain, checked_losses
 from ftw_optim._step.setup import StepSetup, full_precision
 
 Taker = Callable[[Tensor], Callable[[str, list[Factors]], None]]
 """A function ``losses -> take``; ``take(name, factors)`` is then called for each captured parameter."""
-
-
-@final
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Candidates:
-    """The results of the pass over the candidates.
-
-    Attributes:
-        losses: shape ``(n,)``, detached.
-        found: factors of each captured parameter that was reached, multiplied by the scale; empty if they were handed
-            over layer by layer.
-        footprints: number of uses, multiplications and bytes of the factors of each parameter.
-        computed_in: the dtypes that the losses and the captured layers were computed in.
-    """
-
-    losses: Tensor
-    found: Mapping[str, Sequence[Factors]]
-    footprints: Mapping[str, Footprint]
-    computed_in: set[torch.dtype]
 
 
 @final
@@ -56,6 +38,8 @@ class CandidatePass:
         self._generator = setup.generator("check")
         self._captures = ExitStack()
         self._graphs: list[tuple[Capture, Tensor]] = []  # the capture and the losses of each batch, if they are kept
+        self._target_captures = ExitStack()
+        self._target_graphs: list[tuple[Capture, Tensor]] = []  # the same of target rows that take part
 
     def __enter__(self) -> CandidatePass:
         return self
@@ -64,31 +48,54 @@ class CandidatePass:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._graphs.clear()
+        self._target_graphs.clear()
         self._captures.__exit__(kind, error, trace)
+        self._target_captures.__exit__(kind, error, trace)
 
     def again(self, rows: Tensor) -> Any:
-        """Run the closure on some ``rows`` after all captures have ended; returns what it returns."""
+        """Run the closure on ``rows``, if there are any, after all captures have ended; returns what it returns."""
         self._graphs.clear()
         self._captures.close()
-        return self.closure(rows)
+        return self.closure(rows) if len(rows) else iter(())
 
-    def weighted_losses(self, weights: Tensor) -> Iterator[Tensor]:
+    def target_rows(self) -> CapturedRows:
+        """The losses and factors of target rows that take part in the step; to be called before the candidates' pass.
+
+        The target closure is called once in a step: candidates may run again, of target rows the graph is kept.
+
+        Raises:
+            TypeError, ValueError: the target closure returned something other than losses of at least two rows.
+        """
+        setup = self._setup
+        capture = self._target_captures.enter_context(Capture(setup.plan, sample_ids=None))
+        with collecting_later():
+            with own_randomness(setup.structure.parameters.values(), setup.seed_of("target")), torch.enable_grad():
+                losses = setup.target.losses()
+            if len(losses) < 2:
+                raise ValueError(
+                    "train_on_target=True needs two target rows in a step or more: each is weighed by what the others "
+                    "ask for. Got one; return the losses of several, or leave it to guide alone."
+                )
+            return self._differentiated(capture, losses, None, of_target=True)
+
+    def weighted_losses(self, weights: Tensor, *, of_target: bool = False) -> Iterator[Tensor]:
         """The weighted sum of the losses, a batch at a time, on the graph that was kept.
 
         Between one and the next a backward pass may run checkpointed layers of that batch again.
 
         Args:
-            weights: shape ``(n,)``, of all candidates.
+            weights: of all candidates, and of target rows that take part behind them; or of these alone.
+            of_target: whether it is of these alone.
         """
         done = 0
-        for capture, losses in self._graphs:
+        for capture, losses in (*(() if of_target else self._graphs), *self._target_graphs):
             share = weights[done : done + len(losses)].to(losses)
             done += len(losses)
             capture.resume()
             yield (share * losses).sum()
             capture.pause()
 
-    def candidates(self, rows: Tensor | None = None, taker: Taker | None = None) -> Candidates | Plain:
+    def candidates(self, rows: Tensor | None = None, taker: Taker | None = None) -> CapturedRows | Plain:
         """The losses and factors of the candidates, from one call of the closure.
 
         Args:
@@ -113,9 +120,9 @@ class CandidatePass:
             self._check_micro_batches()
             return self._in_turn(value, capture, taker)
 
-    def _in_turn(self, iterator: Iterator[Any], capture: Capture, taker: Taker | None) -> Candidates:
+    def _in_turn(self, iterator: Iterator[Any], capture: Capture, taker: Taker | None) -> CapturedRows:
         """The losses and factors of all micro-batches, joined to those of one batch."""
-        batches: list[Candidates] = []
+        batches: list[CapturedRows] = []
         while True:
             with collecting_later():
                 with torch.enable_grad():
@@ -130,16 +137,18 @@ class CandidatePass:
             raise ValueError("Expected an iterator that yields losses (n,) of micro-batches, but it yielded nothing.")
         if self._ids(len(batches)) is not None:
             raise self._other_ids(str(len(batches)))
-        return _together(batches)
+        return together(batches)
 
     def _begun(self, batch: int) -> Capture:
         capture = Capture(self._setup.plan, sample_ids=self._ids(batch))
         return self._captures.enter_context(capture)
 
-    def _differentiated(self, capture: Capture, value: Any, taker: Taker | None) -> Candidates:
+    def _differentiated(
+        self, capture: Capture, value: Any, taker: Taker | None, *, of_target: bool = False
+    ) -> CapturedRows:
         """Run the backward pass of one batch; its capture ends here unless its graph is kept."""
         losses, setup = checked_losses(value, capture.counts), self._setup
-        keep_graph = setup.way.keeps_graph
+        keep_graph = setup.way.keeps_graph or (of_target and setup.way.needs_rows)
         footprints: dict[str, Footprint] = {}
         found: Mapping[str, Sequence[Factors]] = {}
         with torch.enable_grad(), full_precision(losses), profiled("backward"):
@@ -159,10 +168,10 @@ class CandidatePass:
                 capture.stream(losses, note, scale=setup.scale, checks=setup.checks, generator=self._generator)
         capture.pause()
         if keep_graph:
-            self._graphs.append((capture, losses))
+            (self._target_graphs if of_target else self._graphs).append((capture, losses))
         else:
-            self._captures.close()
-        return Candidates(losses=losses.detach(), found=found, footprints=footprints, computed_in=capture.computed_in)
+            (self._target_captures if of_target else self._captures).close()
+        return CapturedRows(losses=losses.detach(), found=found, footprints=footprints, computed_in=capture.computed_in)
 
     def _compacted(self, found: dict[str, list[Factors]]) -> dict[str, Sequence[Factors]]:
         """The factors as they wait for the combined gradient, if it is formed from them."""
@@ -219,16 +228,3 @@ def collecting_later() -> Iterator[None]:
 
 
 _END = object()
-
-
-def _together(batches: Sequence[Candidates]) -> Candidates:
-    counts = [len(batch.losses) for batch in batches]
-    names = dict.fromkeys(name for batch in batches for name in batch.found)
-    found = {name: joined([batch.found.get(name, []) for batch in batches], counts) for name in names}
-    return Candidates(
-        losses=torch.cat([batch.losses for batch in batches]),
-        found=found,
-        footprints={name: Footprint.of(uses) for name, uses in found.items()}
-        or largest(batch.footprints for batch in batches),
-        computed_in=set.union(*(batch.computed_in for batch in batches)),
-    )

@@ -27,7 +27,7 @@ NORMALIZATIONS = ("sum", "norm", None)
 def choose(setup: StepSetup, comparison: Comparison) -> Selection:
     """Run the filter and weight stages of this step: its selection, which is not applied yet."""
     if not comparison.problem:
-        return Selection.nothing(comparison.losses, comparison.accepted)
+        return Selection.nothing(comparison.losses, comparison.accepted, targets=comparison.targets)
     with setup.clock.phase("solve"):
         selection = selection_from(
             comparison.problem,
@@ -38,6 +38,7 @@ def choose(setup: StepSetup, comparison: Comparison) -> Selection:
             weight_stage=setup.weight,
             generator=setup.generator("stages"),
             learning_rate_is_zero=learning_rate_is_zero(setup.inner),
+            targets=comparison.targets,
         )
     if setup.sketch is None:
         return selection
@@ -55,8 +56,9 @@ def selection_from(
     weight_stage: Weight,
     generator: torch.Generator,
     learning_rate_is_zero: bool = False,
+    targets: int = 0,
 ) -> Selection:
-    """Run the filter and the weight stage on the accepted candidates.
+    """Run the filter and the weight stage on the accepted candidates; target rows that take part are always kept.
 
     Args:
         products: the products of all candidates, in ``metric``, in the preconditioned one and in those the stages name.
@@ -66,6 +68,7 @@ def selection_from(
         filter_stage: ``(matching, *more) -> kept``.
         weight_stage: ``(matching, *more) -> WeightSolution``, restricted to ``kept``.
         generator: random numbers for stages that draw.
+        targets: number of the last rows that are no candidates but target rows that take part in the step.
         learning_rate_is_zero: whether the step cannot decrease anything, so that the predicted decrease is zero.
 
     Returns:
@@ -75,17 +78,20 @@ def selection_from(
         TypeError: the filter stage did not return int64 indices of shape (k,).
         ValueError: the indices are not distinct or out of range, or the weights are not ``k`` finite numbers >= 0.
     """
-    flags = accepted.tolist()
+    n = len(losses) - targets
+    flags = accepted.tolist()[:n]
     rows = torch.tensor([row for row, flag in enumerate(flags) if flag], dtype=torch.int64)
     problems = {
         one: Matching(
-            gram=found.gram,
-            cross_gram=found.cross_gram,
-            target_energy=float(found.target_energy),
+            gram=given.gram,
+            cross_gram=given.cross_gram,
+            target_energy=float(given.target_energy),
             losses=losses,
             generator=generator,
+            offered=n,
+            cross_gram_error=given.cross_gram_error,
         )
-        for one, found in products.items()
+        for one, given in products.items()
     }
 
     def among(candidates: Tensor, stage: Filter | Weight) -> list[Matching]:
@@ -96,30 +102,35 @@ def selection_from(
     converged = True
     if len(rows):
         kept = rows.index_select(0, _checked_kept(filter_stage(*among(rows, filter_stage)), len(rows)))
-    if len(kept):
-        solution = weight_stage(*among(kept, weight_stage))
-        fitted, converged = _checked_weights(solution.weights, len(kept)), solution.converged
+    taking_part = torch.cat([kept, torch.arange(n, n + targets)]) if targets else kept
+    if len(taking_part):
+        solution = weight_stage(*among(taking_part, weight_stage))
+        fitted, converged = _checked_weights(solution.weights, len(taking_part)), solution.converged
     total = math.fsum(fitted)
-    skipped = total <= 0.0
-    shares = [0.0 if skipped else weight / total for weight in fitted]
+    skipped = total <= 0.0 and not targets
+    if total > 0.0:
+        shares = [weight / total for weight in fitted]
+    else:  # of target rows that disagree each still is one of the target
+        shares = [0.0] * len(kept) + [1 / targets] * targets if targets else [0.0] * len(kept)
     # Of the shares, which sum to one: the applied weights are these times the scale.
-    squares = {one: _squares(problems[one], kept, shares) for one in {metric, Metric.PRECONDITIONED}}
+    squares = {one: _squares(problems[one], taking_part, shares) for one in {metric, Metric.PRECONDITIONED}}
     curvature, slope = squares[Metric.PRECONDITIONED]
     scale = 1.0
     normalize = getattr(weight_stage, "normalize", "sum")
     if normalize is None:
-        scale = total
+        scale = total or 1.0
     elif normalize == "norm" and curvature > 0.0:
-        reference, _ = _squares(problems[Metric.PRECONDITIONED], rows, [1.0 / len(rows)] * len(rows))
+        everyone = torch.cat([rows, taking_part[len(kept) :]])
+        reference, _ = _squares(problems[Metric.PRECONDITIONED], everyone, [1.0 / len(everyone)] * len(everyone))
         scale = math.sqrt(reference / curvature)
     energy = problems[metric].target_energy
     square, inner = squares[metric]
     lengths = (square * energy) ** 0.5
     cosine = max(-1.0, min(1.0, inner / lengths)) if lengths > 0.0 else 0.0
-    return Selection(
+    found = Selection(
         losses=losses,
         kept=kept,
-        weights=torch.tensor([share * scale for share in shares], dtype=torch.float64),
+        weights=torch.tensor([share * scale for share in shares[: len(kept)]], dtype=torch.float64),
         fitted_scale=total,
         gram=products[metric].gram,
         cross_gram=products[metric].cross_gram,
@@ -132,6 +143,19 @@ def selection_from(
         skipped=skipped,
         converged=converged,
         combine="skipped",
+    )
+    return found if not targets else _with_targets(found, n, [share * scale for share in shares[len(kept) :]])
+
+
+def _with_targets(selection: Selection, n: int, weights: list[float]) -> Selection:
+    """The selection of ``n`` candidates beside target rows, which came behind them, with the weights of these."""
+    return replace(
+        selection,
+        losses=selection.losses[:n],
+        gram=selection.gram[:n, :n],
+        cross_gram=selection.cross_gram[:n],
+        target_weights=torch.tensor(weights, dtype=torch.float64),
+        target_losses=selection.losses[n:],
     )
 
 

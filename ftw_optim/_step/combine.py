@@ -79,7 +79,7 @@ def _from_factors(
     setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> Combined:
     """The weighted sum of the captured factors."""
-    weights, updated = selection.spread_weights(), setup.parameters.updated
+    weights, updated = selection.row_weights(), setup.parameters.updated
     gradients = {
         name: weighted_sum(uses, weights, updated[name].shape).to(updated[name].dtype)
         for name, uses in factors.alone.items()
@@ -96,7 +96,7 @@ def _from_graph(
     setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> Combined:
     """A weighted backward over the same graph, checked against the factors that were captured from it."""
-    weights = selection.spread_weights()
+    weights = selection.row_weights()
     gradients = _ordinary_backward(setup, candidate_pass.weighted_losses(weights))
     scored = {name: gradients[name] for name in setup.parameters.scored if name in gradients}
     flags = verify_projection(
@@ -128,7 +128,7 @@ _FUNCTIONS: dict[str, Callable[[StepSetup, Selection, PassFactors, CandidatePass
 
 
 def _losses_again(setup: StepSetup, selection: Selection, candidate_pass: CandidatePass) -> Iterator[Tensor]:
-    """The weighted losses of the kept candidates, a micro-batch at a time."""
+    """The weighted losses of the kept candidates, a micro-batch at a time, and of target rows that take part."""
     kept, weights = selection.kept, selection.weights
     value, done = candidate_pass.again(kept), 0
     for batch in value if isinstance(value, Iterator) else [value]:
@@ -142,6 +142,7 @@ def _losses_again(setup: StepSetup, selection: Selection, candidate_pass: Candid
             yield (share.to(losses) * losses).sum()
     if done != len(kept):
         raise ValueError(f"closure(rows=kept) must return the losses of these {len(kept)} rows, got {done}.")
+    yield from candidate_pass.weighted_losses(selection.target_weights, of_target=True)
 
 
 def _ordinary_backward(setup: StepSetup, totals: Iterable[Tensor]) -> dict[str, Tensor]:

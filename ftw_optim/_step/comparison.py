@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ftw_optim._gram.inner_products import Products
 from ftw_optim._gram.metric import Metric
+from ftw_optim._gram.target_rows import leaving_one_out
 from ftw_optim._step.gathering import PassFactors
 from ftw_optim._step.setup import StepSetup
-from ftw_optim._step.target import TargetNow
+from ftw_optim._step.target import LOOK, TargetNow
 
 
 @final
@@ -28,8 +29,9 @@ class Comparison:
 
     Attributes:
         problem: products in each metric, zero for rejected candidates; empty where there is nothing to match.
-        losses: shape ``(n,)``, on the CPU.
-        accepted: mask of the candidates that are not rejected, bool (n,).
+        losses: shape ``(n,)``, on the CPU; of target rows that take part in the step, too, behind the candidates'.
+        accepted: mask of the candidates that are not rejected, bool (n,); of these rows, too, which never are.
+        targets: the number of target rows that take part.
         overflowed: whether a scaled gradient overflowed, a candidate's or the target's: then nothing may be applied.
         target_overflowed: whether the scaled target gradient overflowed.
     """
@@ -37,6 +39,7 @@ class Comparison:
     problem: Mapping[Metric, Products]
     losses: Tensor
     accepted: Tensor
+    targets: int = 0
     overflowed: bool = False
     target_overflowed: bool = False
 
@@ -60,14 +63,25 @@ def compare(setup: StepSetup, factors: PassFactors, target: TargetNow) -> Compar
                     problem={},
                     losses=seen.losses,
                     accepted=clean,
+                    targets=target.count,
                     overflowed=True,
                     target_overflowed=target_overflowed,
                 )
             # Beside a candidate that is not clean nothing is measured rightly: the clean ones get another look.
             left = left if factors.measures_alone or torch.equal(clean, before) else clean
+            if target.count and not bool(left[-target.count :].all()):
+                raise ValueError(
+                    "Expected target rows whose gradients can be compared, but the square of one is not finite. "
+                    "Nothing was changed; " + LOOK
+                )
             factors.keep_only(left)
         if not seen.problem or not bool(left.any()):
-            return Comparison(problem={}, losses=seen.losses, accepted=left)
+            return Comparison(problem={}, losses=seen.losses, accepted=left, targets=target.count)
         if factors.measures_alone or torch.equal(left, before):
-            problem = {metric: one.of(left) for metric, one in seen.problem.items()}
-            return Comparison(problem=problem, losses=seen.losses, accepted=left)
+            problem = {metric: _asked(one, target).of(left) for metric, one in seen.problem.items()}
+            return Comparison(problem=problem, losses=seen.losses, accepted=left, targets=target.count)
+
+
+def _asked(products: Products, target: TargetNow) -> Products:
+    """The products with what the target asks for, where its own rows tell it."""
+    return leaving_one_out(products, target.count, remembered=target.share) if target.count else products

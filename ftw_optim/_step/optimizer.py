@@ -54,6 +54,8 @@ class SelectiveOptimizer(OptimizerWrapper):
         filter: the filter stage, which chooses the kept candidates; None: :class:`GreedyFilter` with ``keep=0.25``.
         weight: the weight stage, which gives each kept candidate its weight; None: :class:`NonNegativeLeastSquares`.
         metric: ``"preconditioned"`` (``<g_i, P g_j>``), ``"update"`` (``<P g_i, P g_j>``) or ``"euclidean"``.
+        train_on_target: whether the target rows take part in the step: they run as candidates do, are always kept, and
+            are weighed together with the others, each by what the *other* target rows ask for. False: they only guide.
         combine: where the combined gradient comes from: ``"factors"`` (the captured factors), ``"graph"`` (a weighted
             backward over the same graph), ``"rerun"`` (the kept candidates once more, ``closure(rows=kept)``) or
             ``"auto"``: factors where every updated parameter has a layer rule, else graph.
@@ -86,6 +88,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         filter: FilterStage | None = None,
         weight: WeightStage | None = None,
         metric: str = "preconditioned",
+        train_on_target: bool = False,
         combine: str = "auto",
         scored: Scored | None = None,
         gram: str | Sketch = "exact",
@@ -100,6 +103,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         super().__init__(optimizer)
         self.model, self.filter, self.weight = model, filter, weight
         self.metric, self.combine, self.scored = metric, combine, scored
+        self.train_on_target = train_on_target
         self.gram, self.memory_limit, self.self_check, self.seed = gram, memory_limit, self_check, seed
         self.target = target
         self._selection: Selection | None = None
@@ -129,6 +133,11 @@ class SelectiveOptimizer(OptimizerWrapper):
     @target.setter
     def target(self, target: Callable[[], Tensor] | TargetGradient) -> None:
         new = target if isinstance(target, TargetGradient) else TargetGradient(target)
+        if self.train_on_target and new.refresh_every > 1:
+            raise ValueError(
+                f"train_on_target=True runs the target rows at every step: expected refresh_every=1, got "
+                f"{new.refresh_every}. To remember gradients over steps use decay=."
+            )
         if "_target" in self.__dict__:  # not where a copy or checkpoint brought the gradient along
             self._kept_target = None
         self._target = new
@@ -302,6 +311,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             plan=plan(structure, parameters.updated if way.captures_all else parameters.scored),
             way=way,
             target=self.target,
+            trains_on_target=self.train_on_target,
             kept_target=self._kept_target,
             filter=self.filter,
             weight=self.weight,

@@ -18,6 +18,7 @@ from ftw_optim._step.comparison import compare
 from ftw_optim._step.gathering import gather
 from ftw_optim._step.parameters import StepParameters
 from ftw_optim._step.setup import StepSetup
+from ftw_optim._step.target_rows import target_of
 
 
 @final
@@ -63,8 +64,8 @@ def selective_step(
 
 def select(setup: StepSetup, closure: CandidateClosure) -> StepResult | Plain:
     """One selection, which changes nothing: the algorithm, a line a stage; see :func:`selective_step`."""
-    target = setup.target_gradient()
     with CandidatePass(setup, closure) as candidate_pass:
+        target = target_of(setup, candidate_pass)
         factors = gather(setup, candidate_pass, target)
         if isinstance(factors, Plain):
             return factors

@@ -14,6 +14,7 @@ from ftw_optim._capture.backward import Graph, parameter_gradients
 from ftw_optim._capture.structure import Structure
 from ftw_optim._factors.finiteness import all_finite
 from ftw_optim._layers.randomness import own_randomness
+from ftw_optim._step.captured_rows import CapturedRows
 
 LOOK = "look at the target batch."
 
@@ -79,21 +80,18 @@ class TargetGradient:
             TypeError: the closure returned no tensor.
             ValueError: the shape of the losses is not ``(m,)`` with m > 0, or they are detached.
         """
-        # A gradient that was kept for other parameters than those scored now is not usable.
-        usable = previous is not None and previous.keys() == parameters.keys()
-        if usable and backwards % self.refresh_every:
-            assert previous is not None
+        kept = usable(previous, parameters)
+        if kept is not None and backwards % self.refresh_every:
             return TargetNow(
-                gradients={name: gradient.to(parameters[name].device) for name, gradient in previous.items()},
+                gradients=kept,
                 finite=torch.ones(0, dtype=torch.bool),
                 before=previous,
                 remembered=True,
             )
         everywhere, modules = structure.parameters.values(), structure.modules.values()
         with own_randomness(everywhere, seed), torch.enable_grad(), ArmedHooks(modules) as armed:
-            losses: Any = self.closure()
+            losses = self.losses()
             armed.take_over()
-            _check(losses)
             graph = Graph(losses)
             found = parameter_gradients(losses.mean() * scale, parameters, graph, structure)
         new = {
@@ -103,10 +101,26 @@ class TargetGradient:
             for name, parameter in parameters.items()
         }
         flags = torch.stack([losses.detach().isfinite().all(), all_finite(new.values()).to(losses.device)])
-        if usable and self.decay:
-            assert previous is not None
-            new = {name: self.decay * previous[name] + (1 - self.decay) * gradient for name, gradient in new.items()}
-        return TargetNow(gradients=new, finite=flags, before=previous, remembered=self.remembers)
+        return TargetNow(gradients=self.averaged(kept, new), finite=flags, before=previous, remembered=self.remembers)
+
+    def losses(self) -> Tensor:
+        """The losses of the target examples, shape ``(m,)``, with their graph."""
+        losses: Any = self.closure()
+        _check(losses)
+        return losses  # type: ignore[no-any-return]
+
+    def averaged(self, kept: Mapping[str, Tensor] | None, new: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The moving average of the gradients, where there is a kept one and a decay."""
+        if kept is None or not self.decay:
+            return new
+        return {name: self.decay * kept[name] + (1 - self.decay) * gradient for name, gradient in new.items()}
+
+
+def usable(kept: Mapping[str, Tensor] | None, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """The kept gradient on the parameters' devices; None where it was kept for other parameters than these."""
+    if kept is None or kept.keys() != parameters.keys():
+        return None
+    return {name: gradient.to(parameters[name].device) for name, gradient in kept.items()}
 
 
 @final
@@ -120,18 +134,31 @@ class TargetNow:
             to be. They are copied together with the Gram matrix, so that a device is waited for only once.
         before: the gradient that was kept from the step before.
         remembered: whether the gradient must outlive the step.
+        coming: the gradient to keep for the next step; None: that of this one.
+        rows: the target rows' losses and factors, where these take part in the step.
+        share: the share of the remembered gradient in what these rows are to match.
     """
 
     gradients: Mapping[str, Tensor]
     finite: Tensor
     before: Mapping[str, Tensor] | None
     remembered: bool
+    coming: Mapping[str, Tensor] | None = None
+    rows: CapturedRows | None = None
+    share: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """The number of target rows that take part in the step."""
+        return 0 if self.rows is None else len(self.rows.losses)
 
     def to_keep(self, *, overflowed: bool) -> Mapping[str, Tensor] | None:
         """The gradient to keep for the next step; after an overflow the one from before, so that averages survive."""
         if not self.remembered:
             return None
-        return self.before if overflowed else self.gradients
+        if overflowed:
+            return self.before
+        return self.gradients if self.coming is None else self.coming
 
     def overflowed(self, flags: Tensor, scale: float) -> bool:
         """Whether the gradient of the scaled losses overflowed.
@@ -150,6 +177,9 @@ class TargetNow:
         if scale > 1.0:
             return True
         names = [name for name, gradient in self.gradients.items() if not bool(gradient.isfinite().all())]
+        if self.rows is not None:
+            found = self.rows.found.items()
+            names = [name for name, uses in found if not all(bool(use.finite().all()) for use in uses)]
         raise ValueError(
             f"Expected a finite target gradient, but that of {', '.join(names[:5])} is not, while the losses are. "
             "Nothing was changed; " + LOOK

@@ -55,8 +55,9 @@ class SelectiveTrainerMixin(_Base):
         *args: positional arguments of the trainer.
         target_dataset: examples of the task to train for, prepared like the training data; with a length, and found by
             number.
-        selective: options of :class:`SelectiveOptimizer`: ``filter``, ``weight``, ``metric``, ``combine``, ``scored``,
-            ``gram``, ``memory_limit``, ``self_check``, ``seed`` (by default that of the training arguments).
+        selective: options of :class:`SelectiveOptimizer`: ``filter``, ``weight``, ``metric``, ``train_on_target``,
+            ``combine``, ``scored``, ``gram``, ``memory_limit``, ``self_check``, ``seed`` (by default that of the
+            training arguments).
         sample_weighting: how a candidate's loss is formed. ``"token_sum"``: ``n`` times the sum over its labels,
             divided by the number of labels in the window, so that equal weights make the trainer's own step and long
             answers count more; ``"token_mean"``: the mean over its labels. Target losses are formed alike.

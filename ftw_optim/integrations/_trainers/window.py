@@ -195,7 +195,7 @@ class Window:
 
         Under equal weights this is the loss that a trainer without selection reports. The weighted mean of the
         candidates' own losses is not a loss per token where candidates have different numbers of tokens. For a skipped
-        selection, accepted candidates get equal weights.
+        selection, accepted candidates get equal weights. Target rows that take part count where no candidate does.
         """
         units = torch.cat(
             [
@@ -209,6 +209,8 @@ class Window:
         else:
             share[selection.kept] = selection.weights.to(share)
         if not bool(share.any()):
+            if bool(selection.target_weights.any()):
+                return selection.weighted_loss().to(units)
             return units.new_full((), torch.nan)
         counts = share > 0  # the others' losses may not be finite, and stay so when multiplied by zero
         total = (share[counts] * selection.losses[counts].to(share)).sum().to(units)

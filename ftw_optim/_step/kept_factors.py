@@ -1,0 +1,93 @@
+"""Factors that are kept until the step is decided, and added to the Gram matrix when the candidates are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ftw_optim._factors.buckets import Bucket, buckets_of
+from ftw_optim._factors.factors import Factors
+from ftw_optim._factors.finiteness import finite_candidates
+from ftw_optim._gram.exact import GramSums
+from ftw_optim._gram.inner_products import on_host
+from ftw_optim._preconditioners.lookup import Preconditioners
+from ftw_optim._step.captured_rows import CapturedRows
+from ftw_optim._step.measuring import Measured, preconditioners_of, sums_of
+from ftw_optim._step.setup import StepSetup, full_precision
+from ftw_optim._step.target import TargetNow
+
+
+@final
+class KeptFactors:
+    """Factors of all candidates, kept until the combined gradient is formed."""
+
+    measures_alone = False
+    """Whether each candidate is measured by itself, whoever is beside it."""
+
+    def __init__(self, setup: StepSetup, candidates: CapturedRows, target: TargetNow) -> None:
+        self._setup, self._target = setup, target
+        self.candidates = candidates
+        self.found = candidates.found
+        """Factors by parameter; zero for rejected candidates."""
+        self.buckets: Sequence[Bucket] = ()
+        """The buckets of those that are alike; none before they are measured."""
+        self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
+
+    @property
+    def alone(self) -> dict[str, Sequence[Factors]]:
+        """Factors of the parameters that are in no bucket."""
+        together = {name for bucket in self.buckets for name in bucket.names}
+        return {name: uses for name, uses in self.found.items() if name not in together}
+
+    def keep_only(self, accepted: Tensor) -> None:
+        """Go on with the ``accepted`` candidates, bool (n,)."""
+        self.found = {name: [use.without(~accepted) for use in uses] for name, uses in self.found.items()}
+        self.accepted, self.buckets = accepted, ()
+
+    def measured(self) -> Measured:
+        """The products of the accepted candidates, which may turn out not to be finite."""
+        setup, losses = self._setup, self.candidates.losses
+        scored = setup.parameters.scored
+        with full_precision(losses), setup.clock.phase("gram"):
+            preconditioners = preconditioners_of(setup)
+            self.buckets = self._alike(preconditioners)
+            sums = sums_of(setup, self.accepted, self._target, losses.device, preconditioners)
+            for bucket in self.buckets:
+                if bucket.names[0] in scored:
+                    assert isinstance(sums, GramSums)
+                    sums.add_all(bucket)
+            alone = self.alone
+            for name, uses in alone.items():
+                if name in scored:
+                    sums.add(name, uses)
+        unseen = {name: uses for name, uses in alone.items() if name not in scored}
+        masks = [bucket.finite(setup.buffer) for bucket in self.buckets if bucket.names[0] not in scored]
+        detached = losses.detach()
+        with setup.clock.phase("solve"):
+            problem, (values, finite, clean, flags) = on_host(
+                sums.products() if any(name in scored for name in self.found) else {},
+                detached,
+                detached.isfinite(),
+                finite_candidates(unseen, losses, *masks),
+                self._target.finite,
+            )
+        return Measured(problem=problem, losses=values, finite=finite, clean=clean, target=flags)
+
+    def _alike(self, preconditioners: Preconditioners) -> list[Bucket]:
+        """The parameters that are alike, in buckets."""
+        parameters, found = self._setup.parameters, self.found
+        kinds: dict[str, Hashable] = {}
+        if self._setup.sketch is None:  # whose hashes belong to single parameters
+            some = {name: parameters.scored[name] for name in found if name in parameters.scored}
+            kinds.update(preconditioners.kinds(some, parameters.groups))
+        others = {name: parameters.updated[name] for name in found if name not in parameters.scored}
+        kinds.update({name: ("combined alone", parameter.dtype) for name, parameter in others.items()})
+        shapes = {name: parameters.updated[name].shape for name in kinds}
+        return buckets_of(found, shapes, kinds, limit=self._setup.memory_limit)
+
+    def clean(self, measured: Measured) -> Tensor:
+        """Mask of the candidates whose loss and factors are all finite: bool (n,)."""
+        return finite_candidates(self.found, self.candidates.losses).cpu()
