@@ -78,7 +78,8 @@ class SelectiveTrainerMixin(_Base):
 
     The trainer's log gets averages over the steps since it was last written: ``selection/kept_share``,
     ``effective_size``, ``residual``, ``cosine``, ``predicted_decrease``, ``realised_decrease``, ``rejected`` and
-    ``skipped`` (see :class:`Selection`), and its milliseconds by phase, ``selection/ms_target`` and so on. The logged
+    ``skipped`` (see :class:`Selection`), where target examples take part also ``target_share`` of the weight and
+    ``target_loss``, and its milliseconds by phase, ``selection/ms_target`` and so on. The logged
     loss is the mean loss of a token under the weights.
     """
 

@@ -30,7 +30,8 @@ class SelectionLog:
       candidate's inner product with the target gradient in the optimizer's metric);
     - ``steps``: ``step``, ``offered``, ``kept``, ``kept_share``, ``effective_size``, ``residual``, ``cosine``,
       ``predicted_decrease``, ``fitted_scale``, ``rejected`` (ids), ``skipped``, ``converged``, ``combine``,
-      ``metrics``;
+      ``metrics`` (those given, and, where target rows take part in the step, their share of the weight
+      ``target_share`` and their mean loss ``target_loss``);
     - ``times``: ``step``, ``ms``: the selection's milliseconds by phase, and other measured times. They have a table of
       their own, so that all other tables are the same in every repetition of a run;
     - ``texts``: ``id``, ``text``, once for each id.
@@ -113,6 +114,12 @@ class SelectionLog:
                 raise ValueError(f"Expected {n} {name}, one for each candidate, got {len(values)}.")
         names = list(map(_text, ids))
         numbers = {name: _number(name, value) for name, value in (metrics or {}).items()}
+        if len(selection.target_weights):
+            numbers = {
+                "target_share": _finite(float(selection.target_weights.sum())),
+                "target_loss": _finite(float(selection.target_losses.mean())),
+                **numbers,
+            }
         weights = [0.0] * n
         for index, weight in zip(selection.kept.tolist(), selection.weights.tolist(), strict=True):
             weights[index] = weight

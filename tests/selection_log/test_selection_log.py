@@ -328,3 +328,17 @@ def test_only_parquet_needs_pyarrow(tmp_path: Path) -> None:
     assert len(list(read_log(tmp_path).candidates())) == 5
     with pytest.raises(ImportError, match=r"ftw-optim\[datasets\]"):
         new_log(tmp_path, format="parquet")
+
+
+def test_target_rows_in_the_step_are_logged_with_it(tmp_path: Path) -> None:
+    changes = {
+        "weights": torch.tensor([0.25, 0.25], dtype=torch.float64),
+        "target_weights": torch.tensor([0.375, 0.125], dtype=torch.float64),
+        "target_losses": torch.tensor([1.0, 2.0]),
+    }
+    with SelectionLog(tmp_path) as log:
+        log.record(1, selection(1), ids=range(5))
+        log.record(2, selection(2, **changes), ids=range(5), metrics={"lr": 0.5})
+    first, second = (json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines())
+    assert first["metrics"] == {}
+    assert second["metrics"] == {"target_share": 0.5, "target_loss": 1.5, "lr": 0.5}
