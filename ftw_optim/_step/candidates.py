@@ -21,6 +21,7 @@ from ftw_optim._layers.randomness import own_randomness
 from ftw_optim._step.captured_rows import CapturedRows, together
 from ftw_optim._step.closures import CandidateClosure, Plain, checked_losses
 from ftw_optim._step.setup import StepSetup, full_precision
+from ftw_optim._step.target import target_losses
 
 Taker = Callable[[Tensor], Callable[[str, list[Factors]], None]]
 """A function ``losses -> take``; ``take(name, factors)`` is then called for each captured parameter."""
@@ -58,20 +59,24 @@ class CandidatePass:
         self._captures.close()
         return self.closure(rows) if len(rows) else iter(())
 
-    def target_rows(self) -> CapturedRows:
+    def target_rows(self, closure: Callable[[], Tensor], *, at_least: int) -> CapturedRows:
         """The losses and factors of target rows that take part in the step; to be called before the candidates' pass.
 
-        The target closure is called once in a step: candidates may run again, of target rows the graph is kept.
+        The closure is called once in a step: candidates may run again, of target rows the graph is kept.
+
+        Args:
+            closure: returns the losses of the rows.
+            at_least: number of rows that are needed.
 
         Raises:
-            TypeError, ValueError: the target closure returned something other than losses of at least two rows.
+            TypeError, ValueError: the closure returned something other than losses of as many rows.
         """
         setup = self._setup
         capture = self._target_captures.enter_context(Capture(setup.plan, sample_ids=None))
         with collecting_later():
-            with own_randomness(setup.structure.parameters.values(), setup.seed_of("target")), torch.enable_grad():
-                losses = setup.target.losses()
-            if len(losses) < 2:
+            with own_randomness(setup.structure.parameters.values(), setup.seed_of("rows")), torch.enable_grad():
+                losses = target_losses(closure)
+            if len(losses) < at_least:
                 raise ValueError(
                     "train_on_target=True needs two target rows in a step or more: each is weighed by what the others "
                     "ask for. Got one; return the losses of several, or leave it to guide alone."

@@ -84,4 +84,4 @@ def compare(setup: StepSetup, factors: PassFactors, target: TargetNow) -> Compar
 
 def _asked(products: Products, target: TargetNow) -> Products:
     """The products with what the target asks for, where its own rows tell it."""
-    return leaving_one_out(products, target.count, remembered=target.share) if target.count else products
+    return leaving_one_out(products, target.count, remembered=target.share) if target.guides_itself else products

@@ -29,7 +29,7 @@ from ftw_optim._preconditioners.registry import registered_rule
 from ftw_optim._step.checkpoint import read_state, written_state
 from ftw_optim._step.clock import Clock
 from ftw_optim._step.closures import CandidateClosure
-from ftw_optim._step.options import check_options, refuse_more_than_one_process
+from ftw_optim._step.options import check_options, check_target, refuse_more_than_one_process
 from ftw_optim._step.parameters import Scored, parameters_of
 from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.step import StepResult, selective_step
@@ -56,6 +56,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         metric: ``"preconditioned"`` (``<g_i, P g_j>``), ``"update"`` (``<P g_i, P g_j>``) or ``"euclidean"``.
         train_on_target: whether the target rows take part in the step: they run as candidates do, are always kept, and
             are weighed together with the others, each by what the *other* target rows ask for. False: they only guide.
+            A closure of further rows' losses, shape ``(m,)``: these rows take part, and the target only guides.
         combine: where the combined gradient comes from: ``"factors"`` (the captured factors), ``"graph"`` (a weighted
             backward over the same graph), ``"rerun"`` (the kept candidates once more, ``closure(rows=kept)``) or
             ``"auto"``: factors where every updated parameter has a layer rule, else graph.
@@ -88,7 +89,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         filter: FilterStage | None = None,
         weight: WeightStage | None = None,
         metric: str = "preconditioned",
-        train_on_target: bool = False,
+        train_on_target: bool | Callable[[], Tensor] = False,
         combine: str = "auto",
         scored: Scored | None = None,
         gram: str | Sketch = "exact",
@@ -103,7 +104,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         super().__init__(optimizer)
         self.model, self.filter, self.weight = model, filter, weight
         self.metric, self.combine, self.scored = metric, combine, scored
-        self.train_on_target = train_on_target
+        self.train_on_target: bool | Callable[[], Tensor] | None = train_on_target
         self.gram, self.memory_limit, self.self_check, self.seed = gram, memory_limit, self_check, seed
         self.target = target
         self._selection: Selection | None = None
@@ -133,11 +134,8 @@ class SelectiveOptimizer(OptimizerWrapper):
     @target.setter
     def target(self, target: Callable[[], Tensor] | TargetGradient) -> None:
         new = target if isinstance(target, TargetGradient) else TargetGradient(target)
-        if self.train_on_target and new.refresh_every > 1:
-            raise ValueError(
-                f"train_on_target=True runs the target rows at every step: expected refresh_every=1, got "
-                f"{new.refresh_every}. To remember gradients over steps use decay=."
-            )
+        if self.train_on_target is not None:  # not where a copy waits for its rows, too
+            check_target(new, self.train_on_target)
         if "_target" in self.__dict__:  # not where a copy or checkpoint brought the gradient along
             self._kept_target = None
         self._target = new
@@ -296,6 +294,8 @@ class SelectiveOptimizer(OptimizerWrapper):
         refuse_more_than_one_process()
         if not isinstance(self.self_check, str) and self.self_check and self._backwards % self.self_check == 0:
             self._checks.forget()
+        check_target(self.target, self.train_on_target)
+        assert self.train_on_target is not None
         structure = self._structure.of(self.model)
         parameters = parameters_of(structure, self.param_groups, self.scored)
         closure = CandidateClosure(function, parameters.updated, may_be_plain=may_be_plain)
@@ -355,5 +355,5 @@ class SelectiveOptimizer(OptimizerWrapper):
         return {"_backwards": backwards, "seed": seed, "_kept_target": target, "_pending": None}
 
     def __getstate__(self) -> dict[str, Any]:
-        left_behind = {"_target", "_observe"}
-        return {name: value for name, value in super().__getstate__().items() if name not in left_behind}
+        state = {name: v for name, v in super().__getstate__().items() if name not in ("_target", "_observe")}
+        return state | ({"train_on_target": None} if callable(self.train_on_target) else {})

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import Sketch
 from ftw_optim._step.choice import NORMALIZATIONS
+from ftw_optim._step.target import TargetGradient
 from ftw_optim._step.way import COMBINES
 
 METRICS = tuple(metric.value for metric in Metric)
@@ -64,6 +65,31 @@ def check_options(
                 f"Expected a callable stage whose metrics are some of {METRICS}, got {stage!r} with metrics "
                 f"{getattr(stage, 'metrics', ())!r}."
             )
+
+
+def check_target(target: TargetGradient, train_on_target: Any) -> None:
+    """Refuse a target that cannot take part in the step as it is asked to.
+
+    Raises:
+        TypeError: ``train_on_target`` is neither a flag nor a closure.
+        RuntimeError: it was a closure, which a copy or pickle does not hold.
+        ValueError: the target is to take part, but its gradient is not formed at every step.
+    """
+    if train_on_target is None:
+        raise RuntimeError(
+            "The rows to train on are not part of a pickle or copy: set optimizer.train_on_target to their closure "
+            "before the next step."
+        )
+    if not isinstance(train_on_target, bool) and not callable(train_on_target):
+        raise TypeError(
+            "train_on_target must be True, False or a closure that returns the losses (m,) of rows to train on, got "
+            f"{type(train_on_target).__name__}."
+        )
+    if train_on_target is True and target.refresh_every > 1:
+        raise ValueError(
+            "train_on_target=True runs the target rows at every step: expected refresh_every=1, got "
+            f"{target.refresh_every}. To remember gradients over steps use decay=."
+        )
 
 
 def refuse_more_than_one_process() -> None:

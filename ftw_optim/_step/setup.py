@@ -38,7 +38,8 @@ class StepSetup:
         plan: the captured parameters and their layers.
         way: the way to the combined gradient.
         target: the target closure, and when the target gradient is formed.
-        trains_on_target: whether the target rows take part in the step.
+        trains_on_target: whether the target rows take part in the step; or the closure of rows that do while the target
+            only guides.
         kept_target: the target gradient of the step before, where it is remembered.
         filter: the filter stage.
         weight: the weight stage.
@@ -61,7 +62,7 @@ class StepSetup:
     plan: CapturePlan
     way: Way
     target: TargetGradient
-    trains_on_target: bool
+    trains_on_target: bool | Callable[[], Tensor]
     kept_target: Mapping[str, Tensor] | None
     filter: Callable[..., Any]
     weight: Callable[..., Any]

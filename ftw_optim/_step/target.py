@@ -90,7 +90,7 @@ class TargetGradient:
             )
         everywhere, modules = structure.parameters.values(), structure.modules.values()
         with own_randomness(everywhere, seed), torch.enable_grad(), ArmedHooks(modules) as armed:
-            losses = self.losses()
+            losses = target_losses(self.closure)
             armed.take_over()
             graph = Graph(losses)
             found = parameter_gradients(losses.mean() * scale, parameters, graph, structure)
@@ -102,12 +102,6 @@ class TargetGradient:
         }
         flags = torch.stack([losses.detach().isfinite().all(), all_finite(new.values()).to(losses.device)])
         return TargetNow(gradients=self.averaged(kept, new), finite=flags, before=previous, remembered=self.remembers)
-
-    def losses(self) -> Tensor:
-        """The losses of the target examples, shape ``(m,)``, with their graph."""
-        losses: Any = self.closure()
-        _check(losses)
-        return losses  # type: ignore[no-any-return]
 
     def averaged(self, kept: Mapping[str, Tensor] | None, new: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The moving average of the gradients, where there is a kept one and a decay."""
@@ -137,6 +131,7 @@ class TargetNow:
         coming: the gradient to keep for the next step; None: that of this one.
         rows: the target rows' losses and factors, where these take part in the step.
         share: the share of the remembered gradient in what these rows are to match.
+        guides_itself: whether the rows tell what to match, rather than the gradient alone.
     """
 
     gradients: Mapping[str, Tensor]
@@ -146,6 +141,7 @@ class TargetNow:
     coming: Mapping[str, Tensor] | None = None
     rows: CapturedRows | None = None
     share: float = 0.0
+    guides_itself: bool = False
 
     @property
     def count(self) -> int:
@@ -179,14 +175,21 @@ class TargetNow:
         names = [name for name, gradient in self.gradients.items() if not bool(gradient.isfinite().all())]
         if self.rows is not None:
             found = self.rows.found.items()
-            names = [name for name, uses in found if not all(bool(use.finite().all()) for use in uses)]
+            names += [name for name, uses in found if not all(bool(use.finite().all()) for use in uses)]
         raise ValueError(
             f"Expected a finite target gradient, but that of {', '.join(names[:5])} is not, while the losses are. "
             "Nothing was changed; " + LOOK
         )
 
 
-def _check(losses: Any) -> None:
+def target_losses(closure: Callable[[], Tensor]) -> Tensor:
+    """The losses of the target examples, shape ``(m,)``, with their graph.
+
+    Raises:
+        TypeError: the closure returned no tensor.
+        ValueError: the shape of the losses is not ``(m,)`` with m > 0, or they are detached.
+    """
+    losses: Any = closure()
     if not isinstance(losses, Tensor):
         raise TypeError(f"The target closure must return a tensor of losses (m,), got {type(losses).__name__}.")
     if losses.ndim != 1 or losses.numel() == 0:
@@ -196,3 +199,4 @@ def _check(losses: Any) -> None:
         )
     if not losses.requires_grad:
         raise ValueError("The target closure returned losses without a gradient; do not detach them.")
+    return losses

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,19 +19,34 @@ def target_of(setup: StepSetup, candidate_pass: CandidatePass) -> TargetNow:
     """The target of this step.
 
     Where target rows take part, they are captured as candidates are, before these, and no gradient of theirs is formed
-    unless it is to be remembered, or a sketch wants to know what gradient to expect.
+    unless it is to be remembered, or a sketch wants to know what gradient to expect. Where others guide, the rows have
+    a closure of their own.
     """
     if not setup.trains_on_target:
         return setup.target_gradient()
+    if callable(setup.trains_on_target):
+        guide = setup.target_gradient()
+        with setup.clock.phase("target"):
+            rows = candidate_pass.target_rows(setup.trains_on_target, at_least=1)
+            flags = _finite(setup, rows)
+            if len(guide.finite):
+                flags = flags & guide.finite.to(flags.device)
+            return replace(guide, rows=rows, finite=flags)
     with setup.clock.phase("target"):
-        rows = candidate_pass.target_rows()
+        rows = candidate_pass.target_rows(setup.target.closure, at_least=2)
         with torch.no_grad(), full_precision(rows.losses):
             return _of_rows(setup, rows)
 
 
+def _finite(setup: StepSetup, rows: CapturedRows) -> Tensor:
+    """Whether the losses and whether the scored factors of the rows are finite: bool (2,)."""
+    found = {name: uses for name, uses in rows.found.items() if name in setup.parameters.scored}
+    clean = finite_candidates(found, rows.losses)
+    return torch.stack([rows.losses.isfinite().all(), clean.all().to(rows.losses.device)])
+
+
 def _of_rows(setup: StepSetup, rows: CapturedRows) -> TargetNow:
     target, scored = setup.target, setup.parameters.scored
-    clean = finite_candidates({name: uses for name, uses in rows.found.items() if name in scored}, rows.losses)
     kept = usable(setup.kept_target, scored) if target.remembers else None
     guide, coming = kept, None
     if target.remembers or setup.sketch is not None:
@@ -38,12 +55,13 @@ def _of_rows(setup: StepSetup, rows: CapturedRows) -> TargetNow:
         guide = kept if kept is not None or setup.sketch is None else new
     return TargetNow(
         gradients={} if guide is None else guide,
-        finite=torch.stack([rows.losses.isfinite().all(), clean.all().to(rows.losses.device)]),
+        finite=_finite(setup, rows),
         before=setup.kept_target,
         remembered=target.remembers,
         coming=coming,
         rows=rows,
         share=0.0 if kept is None else target.decay,
+        guides_itself=True,
     )
 
 

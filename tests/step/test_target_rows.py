@@ -182,6 +182,61 @@ def test_a_remembered_gradient_has_its_share(combine: str) -> None:
         torch.testing.assert_close(gradient, 0.5 * old[name] + 0.5 * new[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
+def test_others_may_guide_rows_that_take_part(combine: str) -> None:
+    """The target's gradient is matched as ever, by candidates and by rows of a closure of their own."""
+    case = CASES["small-gpt"](torch.float64, N)
+    guides, rows = torch.tensor([0, 1]), torch.tensor([2])
+    optimizer = optimizer_of(
+        case,
+        combine=combine,
+        target=TargetGradient(lambda: case.target_losses(guides), refresh_every=2),
+        train_on_target=lambda: case.target_losses(rows),
+    )
+    for number in range(2):  # the second with the gradient of the first
+        all_targets = candidate_gradients(case, target=True)
+        if number == 0:
+            goal = mean_gradient(all_targets[:2])
+        found = [*candidate_gradients(case), all_targets[2]]
+        optimizer.zero_grad()
+        with recorded(optimizer) as shares:
+            optimizer.backward(case.losses)
+        selection = optimizer.selection
+        assert selection is not None
+        maps = {
+            share.name: preconditioner_of(optimizer, trained(case)[share.name], share.reference) for share in shares
+        }
+        gram, cross, energy = explicit_matching(found, goal, maps, "preconditioned")
+        whole = Matching(
+            gram=gram,
+            cross_gram=cross,
+            target_energy=float(energy),
+            losses=torch.zeros(N + 1),
+            generator=torch.Generator(),
+        )
+        kept = optimizer.filter(whole.restrict(torch.arange(N)))
+        assert selection.kept.tolist() == kept.tolist()
+        fitted = optimizer.weight(whole.restrict(torch.cat([kept, torch.tensor([N])]))).weights
+        weights = torch.cat([selection.weights, selection.target_weights])
+        torch.testing.assert_close(weights, fitted / fitted.sum(), rtol=1e-6, atol=1e-9)
+        by_row = torch.cat([selection.spread_weights(), selection.target_weights])
+        for name, parameter in trained(case).items():
+            expected = torch.stack([weight * row[name] for weight, row in zip(by_row, found, strict=True)]).sum(0)
+            given = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(given, expected, rtol=1e-9, atol=1e-11)
+        optimizer.step()
+
+
+def test_a_copy_asks_for_the_rows_again() -> None:
+    case = CASES["mlp"](torch.float64, N)
+    optimizer = optimizer_of(case, train_on_target=case.target_losses)
+    other = copy.deepcopy(optimizer)
+    other.target = case.target_losses  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match=r"set optimizer\.train_on_target"):
+        other.step(case.losses)
+    assert callable(optimizer.train_on_target)
+
+
 # --- what the fit does with target rows
 
 
@@ -340,6 +395,8 @@ def test_what_cannot_be_asked_is_refused_by_name() -> None:
     optimizer = optimizer_of(case, target=lambda: case.target_losses(torch.tensor([0])))
     with pytest.raises(ValueError, match="two target rows"):
         optimizer.step(case.losses)
+    with pytest.raises(TypeError, match="True, False or a closure"):
+        optimizer_of(case, train_on_target=3)
     with pytest.raises(ValueError, match="anchor_to must be"):
         NonNegativeLeastSquares(anchor_to="rows")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="confidence must be"):
