@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-import random
 from collections import deque
-from collections.abc import Iterator, Mapping
-from itertools import accumulate
-from typing import Any, final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, final
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ftw_optim._matching.selection import Selection
 from ftw_optim.integrations.streaming._cursor import Cursor
+from ftw_optim.integrations.streaming._interleaving import Interleaving
+from ftw_optim.integrations.streaming._proposing import Proposing, packed, unpacked
 from ftw_optim.integrations.streaming._records import Source, StatefulStream, reader_of
 from ftw_optim.integrations.streaming._screening import Encode, Sample, Screening
 from ftw_optim.integrations.streaming._target_cycle import TargetCycle, pad
+from ftw_optim.proposals import Proposal
 
 __all__ = ["CandidateStream", "TargetCycle", "pad"]
-
-_LOG = logging.getLogger("ftw_optim")
 
 
 @final
@@ -41,6 +40,12 @@ class CandidateStream(IterableDataset[Any]):
     forms batches itself, pass ``batch_size=None`` here. Where a loader or trainer reads ahead, ask for the state after
     the items that were consumed: ``stream.state_dict(items)``, with a ``lookahead`` of at least what is read ahead.
 
+    With a ``proposal``, an item's samples are chosen among ``read_ahead`` ones, which are read and encoded for it. Hand
+    what came of them to :meth:`observe` after each step, so that the proposal learns. It is then a part of the stream:
+    its state is in :meth:`state_dict`, and it proposes for no one else. Near the end of a round it chooses among fewer.
+    With ``passed_over="keep"`` a round gives every sample once, and each item but the first reads only as many records
+    as the one before gave out; without an end of the rounds, what no one wants stays and narrows the choice.
+
     Args:
         sources: the sources, by name.
         encode: returns for a record a mapping with ``input_ids`` and ``labels`` (-100 where a token does not count) of
@@ -57,6 +62,11 @@ class CandidateStream(IterableDataset[Any]):
         drop_last: leave out the last samples of a round if they do not fill a batch.
         lookahead: number of last items for which :meth:`state_dict` can still be asked.
         give_up_after: number of records of one source, skipped in a row, at which an error is raised.
+        proposal: what chooses, of :mod:`ftw_optim.proposals`; None: samples are given out as they are read.
+        read_ahead: number of samples among which it chooses, at least ``batch_size``; an item that is one sample is
+            chosen among as many.
+        passed_over: ``"drop"``: samples that were not chosen are dropped. ``"keep"``: they wait and are offered again;
+            they are in the checkpoint, so they must consist of lists, tensors, numbers and text.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: an argument is not as described above.
@@ -79,6 +89,9 @@ class CandidateStream(IterableDataset[Any]):
         drop_last: bool = False,
         lookahead: int = 0,
         give_up_after: int = 100_000,
+        proposal: Proposal | None = None,
+        read_ahead: int | None = None,
+        passed_over: Literal["drop", "keep"] = "drop",
     ) -> None:
         if not isinstance(sources, Mapping) or not sources:
             raise TypeError(f"Expected sources by name, {{name: source}}, got {type(sources).__name__}.")
@@ -96,25 +109,64 @@ class CandidateStream(IterableDataset[Any]):
         self.batch_size, self.seed, self.passes, self.drop_last = batch_size, seed, passes, drop_last
         self.probabilities, self.lookahead, self.give_up_after = probabilities, lookahead, give_up_after
         self._screening = Screening(encode, id_field=id_field, source_field=source_field)
-        self._cursors = {
+        cursors = {
             name: Cursor(name, reader_of(name, source), seed=seed, block_size=max(1, shuffle_buffer))
             for name, source in sources.items()
         }
-        self._settings = {
-            "sources": {name: cursor.reader.fingerprint() for name, cursor in self._cursors.items()},
+        self._samples = Interleaving(
+            cursors,
+            self._screening,
+            seed=seed,
+            probabilities=probabilities,
+            passes=passes,
+            give_up_after=give_up_after,
+        )
+        self._settings: dict[str, Any] = {
+            "sources": {name: cursor.reader.fingerprint() for name, cursor in cursors.items()},
             "seed": seed,
             "probabilities": probabilities,
             "passes": passes,
             "shuffle_buffer": shuffle_buffer,
         }
-        self._items = self._draws = self._rounds = self._given = 0
-        self._ended = False
-        self._past: deque[dict[str, Any]] = deque([self._snapshot()], maxlen=lookahead + 1)
+        self._proposing: Proposing | None = None
+        if proposal is not None:
+            self._proposing = Proposing(proposal, read_ahead=read_ahead, passed_over=passed_over, size=batch_size or 1)
+            self._settings |= {"read_ahead": read_ahead, "passed_over": passed_over}
+        elif read_ahead is not None:
+            raise ValueError(f"Expected a proposal that chooses among the {read_ahead} samples read ahead, got none.")
+        self._items, self._ended = 0, False
+        # Positions after the last items, each with the one before its item.
+        self._past: deque[tuple[dict[str, Any], dict[str, Any]]] = deque(maxlen=lookahead + 1)
+        self._past.append((self._snapshot(), {}))
 
     @property
     def skipped(self) -> dict[str, dict[str, int]]:
         """The number of skipped records, by source and reason."""
         return {source: dict(reasons) for source, reasons in self._screening.skipped.items()}
+
+    @property
+    def read(self) -> dict[str, int]:
+        """The number of samples that were read for the proposal, by source; empty without a proposal."""
+        return {} if self._proposing is None else dict(self._proposing.read)
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """The number of samples that were read and not given out: those dropped, or those that wait, by source."""
+        return {} if self._proposing is None else self._proposing.passed_over()
+
+    def observe(self, samples: Sequence[Mapping[str, Any]], selection: Selection) -> None:
+        """Let the proposal learn from a step; call this instead of the proposal's own method.
+
+        Args:
+            samples: the step's candidates, in the order of the closure, such as an item of this stream.
+            selection: the selection among them, ``optimizer.selection``.
+
+        Raises:
+            ValueError: there is no proposal, or there are not as many samples as candidates.
+        """
+        if self._proposing is None:
+            raise ValueError("Expected a stream with a proposal, which can learn: pass proposal= and read_ahead=.")
+        self._proposing.observe(samples, selection)
 
     def skipped_table(self) -> str:
         """The counts of :attr:`skipped` as text, with one line for each source and reason."""
@@ -127,7 +179,8 @@ class CandidateStream(IterableDataset[Any]):
                 "would stay in the worker. Encoding runs in the training process."
             )
         if self._ended:
-            self._rounds, self._given, self._ended = self._rounds + 1, 0, False
+            self._samples.next_round()
+            self._ended = False
         while (item := self._item()) is not None:
             yield item
 
@@ -135,10 +188,13 @@ class CandidateStream(IterableDataset[Any]):
         before = self._snapshot()
         samples: list[Sample] = []
         try:
-            while len(samples) < (self.batch_size or 1) and (sample := self._sample()) is not None:
-                samples.append(sample)
-            if not self._given:
-                raise ValueError(self._nothing("all sources"))
+            if self._proposing is not None:
+                samples = self._proposing.choose(self._samples.sample, all_or_none=self.drop_last)
+            else:
+                while len(samples) < (self.batch_size or 1) and (sample := self._samples.sample()) is not None:
+                    samples.append(sample)
+            if not self._samples.given:
+                raise ValueError(self._samples.nothing("all sources"))
         except BaseException:  # an interrupt, too: what was drawn for this item is drawn again
             self._restore(before)
             raise
@@ -146,72 +202,18 @@ class CandidateStream(IterableDataset[Any]):
             self._ended = True
             return None
         self._items += 1
-        self._past.append(self._snapshot())
+        self._past.append((self._snapshot(), before))
         return samples if self.batch_size is not None else samples[0]
 
-    def _sample(self) -> Sample | None:
-        """The next sample; None at the end of the round."""
-        while alive := [cursor for cursor in self._cursors.values() if not self._exhausted(cursor)]:
-            drawn = random.Random(f"{self.seed}/{self._draws}").random()
-            self._draws += 1
-            shares = list(accumulate(self.probabilities[cursor.name] for cursor in alive))
-            cursor = next((c for c, share in zip(alive, shares, strict=True) if drawn * shares[-1] < share), alive[-1])
-            if (sample := self._sample_of(cursor)) is not None:
-                self._given += 1
-                return sample
-        return None
-
-    def _exhausted(self, cursor: Cursor) -> bool:
-        return self.passes is not None and cursor.passes >= (self._rounds + 1) * self.passes
-
-    def _sample_of(self, cursor: Cursor) -> Sample | None:
-        """The source's next sample; None where its last pass has ended."""
-        in_a_row = 0
-        while not self._exhausted(cursor):
-            given = cursor.given
-            found = cursor.take()
-            if found is None:
-                if cursor.passes == 1 and self._screening.skipped:
-                    _LOG.warning(
-                        "The source %r was read once; skipped so far, of all sources:\n%s",
-                        cursor.name,
-                        self._screening.table(),
-                    )
-                if self.passes is None and not given:
-                    raise ValueError(self._nothing(f"the source {cursor.name!r}"))
-                continue
-            index, record = found
-            sample = self._screening.sample(record, cursor.name, index)
-            if sample is not None:
-                cursor.given += 1
-                return sample
-            in_a_row += 1
-            if in_a_row >= self.give_up_after:
-                raise ValueError(self._nothing(f"{in_a_row:,} records in a row of the source {cursor.name!r}"))
-        return None
-
-    def _nothing(self, where: str) -> str:
-        first = f" The first: {self._screening.first}." if self._screening.first else " There was no record."
-        return f"Expected candidates, got none from {where}.{first} Skipped so far:\n{self._screening.table()}"
-
     def _snapshot(self) -> dict[str, Any]:
-        return {
-            "items": self._items,
-            "draws": self._draws,
-            "rounds": self._rounds,
-            "given": self._given,
-            "ended": self._ended,
-            "cursors": {name: cursor.snapshot() for name, cursor in self._cursors.items()},
-            "skipped": self._screening.skipped,
-            "first_skipped": self._screening.first,
-        }
+        position = {"items": self._items, "ended": self._ended, **self._samples.snapshot()}
+        return position if self._proposing is None else {**position, "proposing": self._proposing.snapshot()}
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        self._items, self._draws, self._rounds = state["items"], state["draws"], state["rounds"]
-        self._given, self._ended = state["given"], state["ended"]
-        self._screening.skipped, self._screening.first = state["skipped"], state["first_skipped"]
-        for name, cursor in self._cursors.items():
-            cursor.restore(state["cursors"][name])
+    def _restore(self, position: Mapping[str, Any]) -> None:
+        if self._proposing is not None:
+            self._proposing.restore(position["proposing"])
+        self._items, self._ended = position["items"], position["ended"]
+        self._samples.restore(position)
 
     def state_dict(self, items: int | None = None) -> dict[str, Any]:
         """The position, as JSON values.
@@ -226,26 +228,38 @@ class CandidateStream(IterableDataset[Any]):
         wanted = self._items if items is None else items
         if items is None:
             position = self._snapshot()
-        elif (found := next((past for past in self._past if past["items"] == wanted), None)) is not None:
+        elif (found := next((past for past, _ in self._past if past["items"] == wanted), None)) is not None:
             position = found
         else:
             raise ValueError(
                 f"Expected one of the last {self.lookahead} of {self._items} items, got {wanted}. Raise lookahead= to "
                 "what is read ahead."
             )
+        if self._proposing is not None:
+            # Items that were read ahead are proposed again, each by what the proposal was then.
+            again = [before["proposing"]["states"][0] for past, before in self._past if past["items"] > wanted]
+            states = again + self._proposing.snapshot()["states"]
+            position = {**position, "proposing": packed({**position["proposing"], "states": states})}
         return {**self._settings, "position": position}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on after the items that had been given out when :meth:`state_dict` was called.
 
         Raises:
-            ValueError: the state is of a stream with other sources, seed, probabilities, passes or shuffle buffer.
+            ValueError: the state is of a stream with other sources, seed, probabilities, passes, shuffle buffer or
+                number of samples read ahead, or of one with another proposal.
         """
-        for name, value in self._settings.items():
+        more = state_dict.keys() - self._settings.keys() - {"position"}  # of a stream with a proposal
+        for name in [*self._settings, *sorted(more)]:
+            value = self._settings.get(name)
             if name not in state_dict or state_dict[name] != value:
                 raise ValueError(
                     f"Expected the state of a stream with {name} = {value!r}, got {state_dict.get(name)!r}: the "
                     "samples would not be those of the run that is resumed. (Files are compared by name and size.)"
                 )
-        self._restore(state_dict["position"])
-        self._past = deque([self._snapshot()], maxlen=self.lookahead + 1)
+        position = state_dict["position"]
+        if self._proposing is not None:
+            position = {**position, "proposing": unpacked(position["proposing"])}
+        self._restore(position)
+        self._past.clear()
+        self._past.append((self._snapshot(), {}))

@@ -1,0 +1,12 @@
+"""Proposals: which of many records read are worth a pass through the model, and so become candidates.
+
+``interface.py`` is what a proposal does, and the place to begin with one of your own. ``features.py`` describes records
+without a model, ``drawing.py`` draws from them, so that a draw depends on the record and never on its place, and
+``regression.py`` learns scores. ``uniform.py``, ``similarity.py`` and ``learned.py`` hold one proposal each. Imports
+torch and, for the selection that is observed, ``_matching``.
+"""
+
+from ftw_optim.proposals.interface import Proposal as Proposal
+from ftw_optim.proposals.learned import LearnedProposal as LearnedProposal
+from ftw_optim.proposals.similarity import SimilarityProposal as SimilarityProposal
+from ftw_optim.proposals.uniform import UniformProposal as UniformProposal

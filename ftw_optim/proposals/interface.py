@@ -1,0 +1,88 @@
+"""The interface of proposals, and the checks that they share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ftw_optim._matching.selection import Selection
+
+Sample = Mapping[str, Any]
+
+
+class Proposal(ABC):
+    """The interface of proposals, which choose the candidates of a step among the records read for it.
+
+    A sample is a mapping with ``input_ids`` (a list or a 1-D tensor of token ids), perhaps with ``labels`` (-100 where
+    a token does not count) and ``source`` (a name). Calls come in turn: propose, step, observe. A proposal may learn
+    from none, one or several observations between two calls of :meth:`propose`.
+    """
+
+    @abstractmethod
+    def propose(self, samples: Sequence[Sample], count: int) -> Tensor:
+        """Positions of the ``count`` chosen samples, int64, all different, the first choice first.
+
+        All positions where there are no more than ``count`` samples.
+        """
+
+    @abstractmethod
+    def observe(self, samples: Sequence[Sample], selection: Selection) -> None:
+        """Learn from a step.
+
+        Args:
+            samples: the step's candidates, in the order of the closure.
+            selection: the selection among them.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The state as numbers, text, lists, tensors and dicts of these; later calls do not change it."""
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on as the proposal that gave this state would have.
+
+        Raises:
+            ValueError: the state is of another kind of proposal, or of one with other settings; nothing is loaded.
+        """
+
+
+def check_count(count: int) -> None:
+    """Raise a ValueError where ``count`` asks for nothing."""
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}: the number of candidates of a step.")
+
+
+def check_explore(explore: float, explore_by: str) -> None:
+    """Raise a ValueError where the options of the uniform share are not valid."""
+    if not 0.0 <= explore <= 1.0:
+        raise ValueError(
+            f"explore must be in [0, 1], got {explore}. It is the share of the candidates drawn uniformly: 1/8 is "
+            "usual, 0 none."
+        )
+    if explore_by not in ("record", "source"):
+        raise ValueError(f"explore_by must be 'record' or 'source', got {explore_by!r}.")
+
+
+def check_observed(samples: Sequence[Sample], selection: Selection) -> None:
+    """Raise a ValueError where the samples are not the candidates of the selection."""
+    n = len(selection.cross_gram)
+    if len(samples) != n:
+        raise ValueError(
+            f"Expected the {n} candidates of the selection, in the order of the closure, got {len(samples)} samples."
+        )
+
+
+def check_state(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a state has not the kind, the settings and the entries of the proposal's own state."""
+    for name in ("kind", "settings"):
+        if state_dict.get(name) != own[name]:
+            raise ValueError(
+                f"Expected the state of a proposal with {name} = {own[name]!r}, got {state_dict.get(name)!r}: make the "
+                "proposal as it was made in the run that is resumed."
+            )
+    if missing := own.keys() - state_dict.keys():
+        raise ValueError(f"Expected a whole state of the proposal, but {', '.join(sorted(missing))} is missing.")

@@ -1,0 +1,95 @@
+"""The proposal by likeness to the target rows: retrieval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, final
+
+from torch import Tensor
+
+from ftw_optim._matching.selection import Selection
+from ftw_optim.proposals.drawing import best_and_uniform, salt, uniforms
+from ftw_optim.proposals.features import Features, keys_of, likeness_of, sources_of
+from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_explore, check_state
+
+
+@final
+class SimilarityProposal(Proposal):
+    """The records most alike to the target rows; it costs no pass and learns nothing.
+
+    Args:
+        target_samples: the target rows; likeness is explained in
+            :class:`~ftw_optim.proposals.features.Features`.
+        embedding: shape ``(vocabulary, width)``: likeness of mean embeddings; None: of the tokens themselves.
+        temperature: 0: the most alike. Above, records are drawn without replacement with probabilities proportional to
+            ``exp(likeness / temperature)``; likeness is a cosine, so 0.02 is mild.
+        explore: share of the candidates drawn uniformly from the rest; where it is no whole number, rounded up or down
+            at random.
+        explore_by: ``"record"``: every record of the rest is equally likely. ``"source"``: every ``source`` is.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: there is no target row, or an argument is not as described above.
+    """
+
+    def __init__(
+        self,
+        target_samples: Sequence[Sample],
+        *,
+        embedding: Tensor | None = None,
+        temperature: float = 0.0,
+        explore: float = 0.0,
+        explore_by: Literal["record", "source"] = "record",
+        seed: int = 0,
+    ) -> None:
+        check_explore(explore, explore_by)
+        if not 0.0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be finite and not negative, got {temperature}; 0 takes the most alike.")
+        self.temperature, self.explore, self.explore_by, self.seed = temperature, explore, explore_by, seed
+        self._features = Features(target_samples, dim=0, embedding=embedding)
+        self._calls = 0
+
+    def features(self, samples: Sequence[Sample]) -> Tensor:
+        """The features of samples, to keep and to pass to :meth:`propose`; a row depends on its sample alone."""
+        return self._features(samples)
+
+    def propose(self, samples: Sequence[Sample], count: int, *, features: Tensor | None = None) -> Tensor:
+        """See :class:`Proposal`; with ``features`` the samples themselves are not looked at."""
+        check_count(count)
+        known = self._features.given(samples, features)
+        keys, scores = keys_of(known), likeness_of(known)
+        if self.temperature > 0.0:
+            # The largest of scores with Gumbel noise are a draw without replacement.
+            noise = uniforms(keys, salt("temperature", self.seed, self._calls))
+            scores = scores / self.temperature - (-noise.log()).log()
+        chosen = best_and_uniform(
+            scores,
+            keys,
+            sources_of(known),
+            count,
+            explore=self.explore,
+            explore_by=self.explore_by,
+            salt=salt("similarity", self.seed, self._calls),
+        )
+        self._calls += 1
+        return chosen
+
+    def observe(self, samples: Sequence[Sample], selection: Selection, *, features: Tensor | None = None) -> None:
+        """See :class:`Proposal`; nothing is learned."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of calls, and the settings that must be equal on resume."""
+        settings = {
+            "temperature": self.temperature,
+            "explore": self.explore,
+            "explore_by": self.explore_by,
+            "seed": self.seed,
+            "features": self._features.settings(),
+        }
+        return {"kind": type(self).__name__, "settings": settings, "calls": self._calls}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """See :class:`Proposal`."""
+        check_state(state_dict, self.state_dict())
+        self._calls = state_dict["calls"]
