@@ -9,7 +9,6 @@ from typing import final
 import torch
 from torch import Tensor
 
-
 _NOTHING = torch.empty(0, dtype=torch.float64)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +63,9 @@ class SelectiveTrainerMixin(_Base):
             divided by the number of labels in the window, so that equal weights make the trainer's own step and long
             answers count more; ``"token_mean"``: the mean over its labels. Target losses are formed alike.
         target_batch_size: number of target examples in a step; None: ``per_device_train_batch_size``.
+        guide_share: share of the target examples that only guide; the others take part in every step, weighed by what
+            the guides ask for. 0: all guide, and take part where ``selective`` has ``train_on_target``. Which is which
+            is decided by the seed.
         target_refresh_every: number of steps from one evaluation of the target gradient to the next.
         realised_every: number of steps from one measurement of the realised decrease of the target loss to the next
             (two evaluations of the target batch, a copy of parameters and optimizer state); 0: never.
@@ -94,6 +98,7 @@ class SelectiveTrainerMixin(_Base):
         selective: Mapping[str, Any] | None = None,
         sample_weighting: str = "token_sum",
         target_batch_size: int | None = None,
+        guide_share: float = 0.0,
         target_refresh_every: int = 1,
         realised_every: int = 0,
         selection_log: Recorder | None = None,
@@ -119,6 +124,14 @@ class SelectiveTrainerMixin(_Base):
             seed=self._options["seed"],
             refresh_every=target_refresh_every,
         )
+        self.trained_batches: TargetBatches | None = None
+        if guide_share:
+            self.target_batches, self.trained_batches = self.target_batches.parted(guide_share)
+            if self._options.setdefault("train_on_target", True) is not True:
+                raise ValueError(
+                    f"guide_share={guide_share} trains on the target examples that do not guide: leave train_on_target "
+                    "out of selective."
+                )
         self.selective_optimizer: SelectiveOptimizer | None = None
         self._micro_batches: list[Mapping[str, Any]] = []
         self._metrics_of_selection = Metrics(selection_log)  # TRL has a _metrics of its own
@@ -259,7 +272,10 @@ class SelectiveTrainerMixin(_Base):
 
     def _target_losses(self) -> Tensor:
         """The losses of this step's target batch, shape ``(m,)``."""
-        batch = self._prepare_inputs(self.target_batches.at(self.state.global_step))
+        return self._losses_of(self.target_batches)
+
+    def _losses_of(self, batches: TargetBatches) -> Tensor:
+        batch = self._prepare_inputs(batches.at(self.state.global_step))
         window = self._window(self.model_wrapped, [batch])
         if not any(bool(one.counted.any()) for one in window.batches):
             raise ValueError(
@@ -297,11 +313,14 @@ class SelectiveTrainerMixin(_Base):
                 "prepares it."
             )
         assert self.model is not None
+        options = dict(self._options)
+        if self.trained_batches is not None:
+            options["train_on_target"] = partial(self._losses_of, self.trained_batches)
         self.selective_optimizer = SelectiveOptimizer(
             optimizer,
             self.model,
             TargetGradient(self._target_losses, refresh_every=self.target_batches.refresh_every),
-            **self._options,
+            **options,
         )
         RealisedDecrease(
             self.selective_optimizer,

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ftw_optim import GreedyFilter
+from ftw_optim.integrations._trainers.targets import TargetBatches
 from ftw_optim.integrations.transformers import SelectiveTrainer, SelectiveTrainerMixin
 from tests.support.grids import slow
 from tests.support.trainer_runs import (
@@ -26,8 +28,9 @@ from tests.support.trainer_runs import (
 
 @pytest.mark.parametrize("weighting", ["token_sum", slow("token_mean")])
 @pytest.mark.parametrize("combine", ["auto", slow("graph"), slow("rerun")])
+@pytest.mark.parametrize("guide_share", [0.0, 0.4])
 def test_the_applied_gradient_is_that_of_candidates_and_target_examples(
-    combine: str, weighting: str, tmp_path: Path
+    guide_share: float, combine: str, weighting: str, tmp_path: Path
 ) -> None:
     rows, targets = numbered(examples(12)), examples(5, seed=1)
     recording = Recording()
@@ -38,6 +41,7 @@ def test_the_applied_gradient_is_that_of_candidates_and_target_examples(
         rows=rows,
         target_dataset=targets,
         target_batch_size=3,
+        guide_share=guide_share,
         selective={
             "filter": GreedyFilter(keep=3),
             "metric": "euclidean",
@@ -57,8 +61,9 @@ def test_the_applied_gradient_is_that_of_candidates_and_target_examples(
             for name, value in watch.parameters[number - 1].items():
                 parameters[name].data.copy_(value)
         selection = step["selection"]
-        batch = trainer.target_batches.at(step["step"] - 1)
-        goals = [_row_of(ids, mask, targets) for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]  # noqa: B905
+        goals = _rows_of(trainer.trained_batches or trainer.target_batches, step["step"] - 1, targets)
+        guides = _rows_of(trainer.target_batches, step["step"] - 1, targets)
+        assert guide_share == 0.0 or not any(row in goals for row in guides)
         losses, found = gradients_alone(net, goals, weighting)
         torch.testing.assert_close(selection.target_losses.to(losses), losses, rtol=2e-6, atol=2e-6)
         _, candidates = gradients_alone(net, [rows[name] for name in step["ids"]], weighting)
@@ -75,10 +80,34 @@ def test_the_applied_gradient_is_that_of_candidates_and_target_examples(
     assert all(math.isfinite(line["loss"]) for line in trainer.state.log_history if "loss" in line)
 
 
-def _row_of(ids: Tensor, mask: Tensor, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The example that a row of a padded batch holds."""
-    length = int(mask.sum())
-    return next(row for row in rows if row["input_ids"] == ids[:length].tolist())
+def _rows_of(batches: TargetBatches, step: int, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The examples that the padded batch of a step holds."""
+    batch = batches.at(step)
+    found = []
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+        found.append(next(row for row in rows if row["input_ids"] == ids[: int(mask.sum())].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("share", [-0.5, 0.01, 0.99, 1.0])
+def test_a_share_that_leaves_one_side_without_examples_is_refused(share: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="guide_share between 0 and 1"):
+        SelectiveTrainer(
+            model(), arguments(tmp_path), train_dataset=examples(4), target_dataset=examples(5), guide_share=share
+        )
+
+
+@given(total=st.integers(2, 40), share=st.floats(0.3, 0.7), seed=st.integers(0, 5))
+def test_guides_and_trained_examples_are_parted_once_and_for_all(total: int, share: float, seed: int) -> None:
+    batches = TargetBatches(dataset=list(range(total)), collate=list, size=3, seed=seed)
+    seen = []
+    for part in batches.parted(share):
+        seen.append({number for step in range(2 * total) for number in part.at(step)})
+    assert seen[0] | seen[1] == set(range(total))
+    assert not seen[0] & seen[1]
+    assert len(seen[0]) == round(share * total)
+    again = TargetBatches(dataset=list(range(total)), collate=list, size=3, seed=seed).parted(share)
+    assert [part.at(4) for part in again] == [part.at(4) for part in batches.parted(share)]
 
 
 def test_target_examples_run_at_every_step_or_not_at_all(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
+from torch.utils.data import Subset
 
 
 @final
@@ -44,6 +45,25 @@ class TargetBatches:
         for name, value in (("target_batch_size", self.size), ("target_refresh_every", self.refresh_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+
+    def parted(self, share: float) -> tuple[TargetBatches, TargetBatches]:
+        """Batches of a ``share`` of the examples, drawn by the seed alone, and of the others at every step.
+
+        Raises:
+            ValueError: the share is not in (0, 1), or it leaves no example to one of the two.
+        """
+        total = len(self.dataset)
+        first = round(share * total) if 0.0 < share < 1.0 else 0
+        if not 0 < first < total:
+            raise ValueError(
+                f"Expected guide_share between 0 and 1 that parts {total} target examples in two, got {share!r}: 0.5 "
+                "lets half of them guide and trains on the others."
+            )
+        order = shuffled(total, f"{self.seed}/guides")
+        examples: Any = self.dataset
+        guides: Any = Subset(examples, order[:first])
+        others: Any = Subset(examples, order[first:])
+        return replace(self, dataset=guides), replace(self, dataset=others, refresh_every=1)
 
     def at(self, step: int) -> Any:
         """The batch of a step, counted from 0; no larger than the dataset."""
