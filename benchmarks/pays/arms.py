@@ -1,0 +1,160 @@
+"""The arms: ways of training that are compared, an entry each.
+
+They come in two families, each with a baseline of its own. In ``guide`` the target rows may guide a selection but are
+never trained on, as where they are a development set; in ``target`` they are part of every step.
+
+A later arm is one more entry: a proposal goes to ``propose``, and what a :class:`ftw_optim.SelectiveOptimizer` is given
+beside its filter, weights, metric and target goes to ``Method.options``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftw_optim import (
+    FilterStage,
+    GreedyFilter,
+    KeepAll,
+    NonNegativeLeastSquares,
+    TopKFilter,
+    UniformWeights,
+    WeightStage,
+)
+
+from .peers import GreatsFilter, LessFilter
+from .proposals import Chooser, Known, first, learned, learned_from_scores, own_source, similar, similar_embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Rows of one step, in all arms: ``n`` candidates, of which ``k`` are kept; ``m`` target rows; records read."""
+
+    candidates: int
+    keep: int
+    target_rows: int
+    read_ahead: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Selection among the candidates.
+
+    Attributes:
+        filter: called at each step, with ``k`` and the step's learning rate.
+        weight: the weight stage.
+        metric: of the matching problem.
+        decay: of the moving average of target gradients.
+        options: whatever else the optimizer is given.
+    """
+
+    filter: Callable[[int, float], FilterStage]
+    weight: WeightStage
+    metric: str = "preconditioned"
+    decay: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        label: the name in the table.
+        family: ``"guide"`` or ``"target"``.
+        rows: how many records of the stream a step runs.
+        trained_target_rows: how many target rows are part of the step itself.
+        propose: which of the records read they are.
+        method: how a step selects among them; None: the mean over all rows of the step.
+    """
+
+    label: str
+    family: str
+    rows: Callable[[Sizes], int]
+    trained_target_rows: Callable[[Sizes], int] = lambda sizes: 0
+    propose: Callable[[Known], Chooser] = first
+    method: Method | None = None
+
+
+def _n(sizes: Sizes) -> int:
+    return sizes.candidates
+
+
+def _k(sizes: Sizes) -> int:
+    return sizes.keep
+
+
+def _m(sizes: Sizes) -> int:
+    return sizes.target_rows
+
+
+def _the_rest(sizes: Sizes) -> int:
+    return sizes.candidates - sizes.target_rows
+
+
+def _none(sizes: Sizes) -> int:
+    return 0
+
+
+def _greedy(keep: int, lr: float) -> FilterStage:
+    return GreedyFilter(keep=keep)
+
+
+def _all(keep: int, lr: float) -> FilterStage:
+    return KeepAll()
+
+
+UNIFORM = Method(filter=_all, weight=UniformWeights())
+"""No selection, but its scores, which a proposal learns from."""
+FILTER_THEN_WEIGHT = Method(filter=_greedy, weight=NonNegativeLeastSquares())
+EUCLIDEAN = Method(filter=_greedy, weight=NonNegativeLeastSquares(), metric="euclidean")
+TOP_K = Method(filter=lambda keep, lr: TopKFilter(keep=keep), weight=UniformWeights())
+GREATS = Method(filter=lambda keep, lr: GreatsFilter(keep=keep, lr=lr), weight=UniformWeights())
+LESS = Method(filter=lambda keep, lr: LessFilter(keep=keep), weight=UniformWeights())
+
+UNIFORM_WITH_TARGET = Method(filter=_all, weight=UniformWeights(), options={"train_on_target": True})
+WEIGHTS_WITH_TARGET = Method(
+    filter=_all,
+    weight=NonNegativeLeastSquares(anchor=0.3, anchor_to="positive"),
+    options={"train_on_target": True},
+)
+
+
+def _guide(label: str, rows: Callable[[Sizes], int] = _n, **more: Any) -> Arm:
+    return Arm(label=label, family="guide", rows=rows, **more)
+
+
+def _target(label: str, rows: Callable[[Sizes], int] = _the_rest, **more: Any) -> Arm:
+    return Arm(label=label, family="target", rows=rows, **{"trained_target_rows": _m, **more})
+
+
+ARMS = {
+    "adamw-k": _guide("AdamW on k", _k),
+    "adamw-n": _guide("AdamW on n"),
+    "ftw": _guide("filter-then-weight", method=FILTER_THEN_WEIGHT),
+    "ftw-euclidean": _guide("same, euclidean", method=EUCLIDEAN),
+    "topk": _guide("top-k, dot product", method=TOP_K),
+    "greats": _guide("GREATS' greedy", method=GREATS),
+    "less": _guide("LESS, online", method=LESS),
+    "similarity-n": _guide("n similar", propose=similar),
+    "similarity-k": _guide("k similar", _k, propose=similar),
+    "embeddings-n": _guide("n similar, embedded", propose=similar_embeddings),
+    "similarity+ftw": _guide("n similar, ftw", propose=similar, method=FILTER_THEN_WEIGHT),
+    "learned-n": _guide("n learned", propose=learned, method=UNIFORM),
+    "learned+ftw": _guide("n learned, ftw", propose=learned, method=FILTER_THEN_WEIGHT),
+    "scores-n": _guide("n learned, no prior", propose=learned_from_scores, method=UNIFORM),
+    "target-m": _target("m target rows", _none),
+    "target-n": _target("n target rows", _none, trained_target_rows=_n),
+    "target+random": _target("target + random"),
+    "target+similarity": _target("target + similar", propose=similar),
+    "target+own": _target("target + own source", propose=own_source),
+    "target+learned": _target("target + learned", propose=learned, method=UNIFORM_WITH_TARGET),
+    "target+random+weights": _target("target + random, w", method=WEIGHTS_WITH_TARGET),
+    "target+similarity+weights": _target("target + similar, w", propose=similar, method=WEIGHTS_WITH_TARGET),
+    "target+learned+weights": _target("target + learned, w", propose=learned, method=WEIGHTS_WITH_TARGET),
+}
+
+BASELINES = {"guide": "adamw-n", "target": "target+random"}
+ORACLES = frozenset({"target+own"})
+"""Arms that need to be told the target's own source."""

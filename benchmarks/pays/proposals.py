@@ -1,0 +1,98 @@
+"""Proposals: which of the records that a step reads become its candidates, before anything is run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.records import IGNORED, Example, endless_batches
+from torch import Tensor
+
+from ftw_optim import Selection
+from ftw_optim.proposals import LearnedProposal, Proposal, SimilarityProposal
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Known:
+    """All that a proposal may know at the start of a run.
+
+    Attributes:
+        embeddings: the model's input embeddings, ``(vocabulary, d)``.
+        guide: the target rows of the run.
+        own_source: records of the target's own source; only for the arm that is told.
+        seed: of the run.
+    """
+
+    embeddings: Tensor
+    guide: Sequence[Example]
+    own_source: Sequence[Example]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chooser:
+    """A proposal within one run.
+
+    Attributes:
+        choose: the candidates of a step, out of the records read for it and their number.
+        observe: told the candidates of a step and the selection among them; None: it learns nothing.
+    """
+
+    choose: Callable[[Sequence[Example], int], list[Example]]
+    observe: Callable[[Sequence[Example], Selection], None] | None = None
+
+
+def first(known: Known) -> Chooser:
+    """The records as they come."""
+    return Chooser(choose=lambda read, count: list(read[:count]))
+
+
+def own_source(known: Known) -> Chooser:
+    """Records of the target's own source, in rounds: what nobody is told outside a benchmark.
+
+    Raises:
+        ValueError: no such record is known.
+    """
+    if not known.own_source:
+        raise ValueError("No record of the target's own source is known: pass --own-source PREFIX.")
+    singles = endless_batches(known.own_source, 1, seed=known.seed)
+    return Chooser(choose=lambda read, count: [next(singles)[0] for _ in range(count)])
+
+
+def similar(known: Known) -> Chooser:
+    """Records that share the most tokens with the target rows."""
+    return _proposed_by(SimilarityProposal(_samples(known.guide), seed=known.seed))
+
+
+def similar_embeddings(known: Known) -> Chooser:
+    """Records whose mean input embedding is most like that of the target rows."""
+    return _proposed_by(SimilarityProposal(_samples(known.guide), embedding=known.embeddings, seed=known.seed))
+
+
+def learned(known: Known) -> Chooser:
+    """Records like those with the best scores so far, at first like the target rows."""
+    return _proposed_by(LearnedProposal(_samples(known.guide), seed=known.seed))
+
+
+def learned_from_scores(known: Known) -> Chooser:
+    """The same from scores alone, which starts with no idea of likeness."""
+    return _proposed_by(LearnedProposal(None, seed=known.seed))
+
+
+def _proposed_by(proposal: Proposal) -> Chooser:
+    return Chooser(
+        choose=lambda read, count: [read[place] for place in proposal.propose(_samples(read), count).tolist()],
+        observe=lambda candidates, selection: proposal.observe(_samples(candidates), selection),
+    )
+
+
+def _samples(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """The examples as the package's proposals read them, without their sources, which no arm is told."""
+    return [
+        {
+            "input_ids": example.tokens,
+            "labels": [IGNORED] * example.prompt_length + example.tokens[example.prompt_length :],
+        }
+        for example in examples
+    ]

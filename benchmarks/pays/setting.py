@@ -1,0 +1,178 @@
+"""The records of a comparison: what every arm reads, trains on and is judged by."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.records import Encoder, Example, Record, encoder, first_examples, in_random_order, shuffled_examples
+from transformers import PreTrainedTokenizerBase
+
+VALIDATION_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Setting:
+    """The records of all arms and seeds.
+
+    Attributes:
+        pool: records that the stream is drawn from.
+        guide: target rows that arms may use, to guide or to train.
+        validation: target rows that choose a checkpoint, and nothing else.
+        test: rows of the reported loss.
+        pool_test: records of the pool that are in no stream.
+        encode: record to example; None for one that is too long.
+        own_source: prefix of the sources that the target is related to; empty where none is given.
+    """
+
+    pool: Sequence[Record]
+    guide: Sequence[Example]
+    validation: Sequence[Example]
+    test: Sequence[Example]
+    pool_test: Sequence[Example]
+    encode: Encoder
+    own_source: str = ""
+
+    def stream(self, *, steps: int, read_ahead: int, seed: int) -> list[list[Example]]:
+        """The records read at each step, the same for every arm; a longer stream starts with the shorter one."""
+        flat, _ = shuffled_examples(self.pool, self.encode, steps * read_ahead, seed=seed)
+        return [flat[at : at + read_ahead] for at in range(0, len(flat), read_ahead)]
+
+    def own_examples(self) -> list[Example]:
+        """All records of the target's own source; empty where none is named."""
+        if not self.own_source:
+            return []
+        records = [record for record in self.pool if str(record.get("source") or "").startswith(self.own_source)]
+        return first_examples(records, self.encode, sys.maxsize)[0]
+
+
+def build_setting(
+    pool: Sequence[Record],
+    target: Sequence[Record],
+    test: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    target_rows: int,
+    test_rows: int,
+    pool_rows: int,
+    own_source: str = "",
+    dirt: Sequence[Record] = (),
+    dirt_share: float = 0.0,
+) -> Setting:
+    """The splits, by a fixed order of the records: the same for all seeds.
+
+    The stream's records are those of the pool, a share of them replaced by ``dirt``; what is held out is clean.
+
+    Raises:
+        ValueError: a split would be empty.
+    """
+    encode = _within(tokenizer, max_length)
+    order = list(in_random_order(pool, seed=0))
+    pool_test, skipped = first_examples(order, encode, pool_rows)
+    given, _ = first_examples(in_random_order(target, seed=0), encode, target_rows)
+    held_back = math.ceil(VALIDATION_SHARE * len(given))
+    setting = Setting(
+        pool=_mixed(order[len(pool_test) + skipped :], list(in_random_order(dirt, seed=0)), dirt_share),
+        guide=given[held_back:],
+        validation=given[:held_back],
+        test=first_examples(in_random_order(test, seed=0), encode, test_rows)[0],
+        pool_test=pool_test,
+        encode=encode,
+        own_source=own_source,
+    )
+    for name in ("pool", "guide", "validation", "test", "pool_test"):
+        if not getattr(setting, name):
+            raise ValueError(f"No record of {max_length} tokens at most is left for {name}; raise --max-length.")
+    return setting
+
+
+def _mixed(clean: Sequence[Record], dirt: Sequence[Record], share: float) -> list[Record]:
+    """The most records of which a share is dirt, without any of them twice."""
+    if not 0.0 <= share < 1.0 or (share > 0.0 and not dirt):
+        raise ValueError(f"The share of dirt must be in [0, 1), and dirt be given where it is not 0, got {share}.")
+    if share == 0.0:
+        return list(clean)
+    count = min(len(dirt) / share, len(clean) / (1 - share))
+    return [*clean[: round(count * (1 - share))], *dirt[: round(count * share)]]
+
+
+def _within(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
+    """An encoder that leaves out records longer than ``max_length`` instead of cutting them.
+
+    A response without its end would teach something that no arm should be praised or blamed for.
+    """
+    longer = encoder(tokenizer, max_length + 1)
+
+    def encode(record: Record) -> Example | None:
+        example = longer(record)
+        return None if example is None or len(example.tokens) > max_length else example
+
+    return encode
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records of a JSON-lines file, gzip too.
+
+    Raises:
+        ValueError: a record lacks ``prompt`` or ``response``, or there is none.
+    """
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    # By line feeds alone: responses may hold other characters that end a line.
+    records = [json.loads(line) for line in text.split("\n") if line]
+    for number, record in enumerate(records or [{}]):
+        if not {"prompt", "response"} <= record.keys():
+            found = f"has the fields {', '.join(record)}" if record else "is missing"
+            raise ValueError(f"{path} needs records with the fields prompt and response; record {number} {found}.")
+    return records
+
+
+def generated_records(count: int, *, seed: int) -> list[Record]:
+    """Records of a few made-up sources, one of which counts: enough to run every part without a download."""
+    draw = random.Random(seed)
+    return [_generated(draw) for _ in range(count)]
+
+
+def generated_target(count: int, *, seed: int) -> list[Record]:
+    """Records of the source that counts."""
+    draw = random.Random(seed)
+    return [_counting(draw) for _ in range(count)]
+
+
+def _generated(draw: random.Random) -> Record:
+    return draw.choice([_counting, _naming, _spelling, _naming, _spelling])(draw)
+
+
+def _counting(draw: random.Random) -> Record:
+    first, second = draw.randrange(30), draw.randrange(30)
+    return _record("count/sums", f"What is {first} and {second}?", f"It is {first + second}.")
+
+
+def _naming(draw: random.Random) -> Record:
+    thing, colour = draw.choice(_THINGS), draw.choice(("red", "green", "blue", "old", "new"))
+    return _record("talk/names", f"Name something {colour}.", f"The {colour} {thing} that stands by the road.")
+
+
+def _spelling(draw: random.Random) -> Record:
+    thing = draw.choice(_THINGS)
+    return _record("talk/letters", f"Spell the word {thing}.", "-".join(thing))
+
+
+def _record(source: str, prompt: str, response: str) -> Record:
+    return {"source": source, "prompt": prompt, "response": response}
+
+
+_THINGS = ("house", "bicycle", "lantern", "mill", "garden", "wagon", "bridge", "letter", "kettle", "stone")
+
+
+def texts(records: Sequence[Record]) -> Iterator[list[str]]:
+    """Prompt and response of each record."""
+    for record in records:
+        yield [record["prompt"] or "", record["response"] or ""]
