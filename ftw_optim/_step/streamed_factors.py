@@ -92,7 +92,7 @@ class Stream:
 
 @final
 class StreamedFactors:
-    """CapturedRows whose factors are dropped layer by layer, as soon as the Gram matrix has them.
+    """Candidates whose factors are dropped layer by layer, as soon as the Gram matrix has them.
 
     Args:
         setup: the inputs and options of the step.
