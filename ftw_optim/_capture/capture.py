@@ -45,10 +45,11 @@ class Capture:
     Args:
         plan: what to capture. The inputs of the whole model tell the number of candidates.
         sample_ids: the candidate of each position, or of each row of some layers; see :class:`SampleIds`.
+        of: whose rows the closure runs; for those of another closure the self-check has not vouched.
     """
 
-    def __init__(self, plan: CapturePlan, *, sample_ids: GivenIds | None = None) -> None:
-        self._plan = plan
+    def __init__(self, plan: CapturePlan, *, sample_ids: GivenIds | None = None, of: str = "candidates") -> None:
+        self._plan, self._of = plan, of
         modules = plan.structure.modules.values()
         self._ids = None if sample_ids is None else SampleIds(sample_ids, plan.structure.model)
         self._recorder = Recorder(plan, self._ids)
@@ -318,7 +319,7 @@ class Capture:
         return assembly.found
 
     def _key(self, use: Use) -> tuple[object, ...]:
-        """The key that the self-check vouches for: one layer, read in one way, of so many candidates, in one mode.
+        """The key that the self-check vouches for: a layer of one closure, read in one way, of so many rows, in a mode.
 
         Packed rows hold another number at every step, so only whether candidates share a row counts there.
         """
@@ -328,4 +329,4 @@ class Capture:
             if at_every_step_another
             else (self._count, self._recorder.grid.positions == self._count)
         )
-        return use.owner.name, use.layout.reading, self._modes, divided
+        return use.owner.name, self._of, use.layout.reading, self._modes, divided

@@ -72,7 +72,7 @@ class CandidatePass:
             TypeError, ValueError: the closure returned something other than losses of as many rows.
         """
         setup = self._setup
-        capture = self._target_captures.enter_context(Capture(setup.plan, sample_ids=None))
+        capture = self._target_captures.enter_context(Capture(setup.plan, of="target rows"))
         with collecting_later():
             with own_randomness(setup.structure.parameters.values(), setup.seed_of("rows")), torch.enable_grad():
                 losses = target_losses(closure)

@@ -119,7 +119,7 @@ def selection_from(
     normalize = getattr(weight_stage, "normalize", "sum")
     if normalize is None:
         scale = total or 1.0
-    elif normalize == "norm" and curvature > 0.0:
+    elif normalize == "norm" and curvature > 0.0 and total > 0.0:
         everyone = torch.cat([rows, taking_part[len(kept) :]])
         reference, _ = _squares(problems[Metric.PRECONDITIONED], everyone, [1.0 / len(everyone)] * len(everyone))
         scale = math.sqrt(reference / curvature)

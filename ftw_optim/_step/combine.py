@@ -97,7 +97,9 @@ def _from_graph(
 ) -> Combined:
     """A weighted backward over the same graph, checked against the factors that were captured from it."""
     weights = selection.row_weights()
-    gradients = _ordinary_backward(setup, candidate_pass.weighted_losses(weights))
+    # The target rows' graph is wanted once more where the candidates are run again after all.
+    keep_graph = len(selection.target_weights) > 0 and candidate_pass.closure.takes_rows
+    gradients = _ordinary_backward(setup, candidate_pass.weighted_losses(weights), keep_graph=keep_graph)
     scored = {name: gradients[name] for name in setup.parameters.scored if name in gradients}
     flags = verify_projection(
         factors.alone,
@@ -145,7 +147,7 @@ def _losses_again(setup: StepSetup, selection: Selection, candidate_pass: Candid
     yield from candidate_pass.weighted_losses(selection.target_weights, of_target=True)
 
 
-def _ordinary_backward(setup: StepSetup, totals: Iterable[Tensor]) -> dict[str, Tensor]:
+def _ordinary_backward(setup: StepSetup, totals: Iterable[Tensor], *, keep_graph: bool = False) -> dict[str, Tensor]:
     """The gradients that ``(scale * total).backward()`` forms for the updated parameters, summed over the totals."""
     updated = setup.parameters.updated
     with gradients_set_aside(setup.structure.parameters.values()):
@@ -153,5 +155,6 @@ def _ordinary_backward(setup: StepSetup, totals: Iterable[Tensor]) -> dict[str, 
             # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect, and the
             # only one that reentrant checkpointing takes.
             named = setup.parameters.others_train and not Graph(total).reentrant
-            torch.autograd.backward(total * setup.scale, inputs=list(updated.values()) if named else None)
+            inputs = list(updated.values()) if named else None
+            torch.autograd.backward(total * setup.scale, inputs=inputs, retain_graph=keep_graph)
         return {name: p.grad for name, p in updated.items() if p.grad is not None}

@@ -161,7 +161,12 @@ class StreamedFactors:
         self.candidates = candidates
         if rows is not None:
             losses = torch.cat([candidates.losses, rows.losses])
-            self.candidates = replace(candidates, losses=losses, computed_in=candidates.computed_in | rows.computed_in)
+            self.candidates = replace(
+                candidates,
+                losses=losses,
+                footprints={**rows.footprints, **candidates.footprints},
+                computed_in=candidates.computed_in | rows.computed_in,
+            )
 
     def _pass_again(self, rows: Tensor) -> None:
         stream = Stream(self._setup, self._target)

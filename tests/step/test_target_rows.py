@@ -388,6 +388,61 @@ def test_a_target_row_that_is_not_finite_is_an_error_that_changes_nothing(combin
         assert torch.equal(parameter, before[name])
 
 
+@pytest.mark.parametrize("self_check", [True, "first", 100])
+def test_a_self_check_of_target_rows_does_not_vouch_for_as_many_candidates(self_check: Any) -> None:
+    """A loss that sorts its rows before the model is wrong where they are not sorted already; the target's are."""
+    model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+
+    def losses(x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        found: Tensor = model(x[order]).square()[:, 0]
+        return found[order.argsort()]
+
+    sorted_rows = torch.arange(4.0, dtype=torch.float64)[:, None]
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        lambda: losses(sorted_rows),
+        combine="factors",
+        train_on_target=True,
+        self_check=self_check,
+    )
+    with pytest.raises(RuntimeError, match="Self-check"):
+        optimizer.step(lambda: losses(sorted_rows.flip(0).roll(1, 0)))
+
+
+def test_candidates_run_again_beside_target_rows_where_the_graph_gives_no_finite_gradient() -> None:
+    """One that is not kept may have an infinite gradient where nothing is captured, and zero times that is NaN."""
+    scored, unscored = nn.Linear(3, 3, bias=False).double(), nn.Linear(3, 1, bias=False).double()
+    model = nn.Sequential(unscored, nn.Linear(1, 3).double(), scored)
+    x = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [torch.inf, 0.0, 1.0]], dtype=torch.float64)
+
+    def losses(rows: Tensor) -> Tensor:
+        hidden = unscored(torch.where(rows.isinf(), 0.0, rows))
+        # sqrt at 0: a finite value with an infinite derivative below, which no scored layer meets.
+        last, edge = rows[:, 0].isinf(), hidden.clone()
+        edge[last] = (hidden[last] - hidden[last].detach()).abs().sqrt()
+        found: Tensor = scored(model[1](edge)).square().sum(1)
+        return found
+
+    target = torch.tensor([[1.0, 0.5, 0.0], [1.0, 0.0, 0.5]], dtype=torch.float64)
+
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        lambda: losses(target),
+        filter=lambda matching, *more: torch.tensor([0, 1]),  # type: ignore[arg-type]
+        combine="graph",
+        scored=lambda name, parameter: name.startswith("2."),
+        train_on_target=True,
+    )
+    optimizer.backward(lambda rows=None: losses(x if rows is None else x[rows]))
+    selection = optimizer.selection
+    assert selection is not None
+    assert selection.combine == "rerun"
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
 def test_what_cannot_be_asked_is_refused_by_name() -> None:
     case = CASES["mlp"](torch.float64, N)
     with pytest.raises(ValueError, match=r"refresh_every=1, got 4.*decay="):
