@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
 def prepare(options: argparse.Namespace) -> tuple[Lab, Store]:
     """The model, the records, and the folder of results, all that runs share."""
     if options.quick:
-        model, tokenizer = _tiny_model()
+        model, tokenizer = tiny_model()
         records = [generated_records(400, seed=0), generated_target(40, seed=1), generated_target(40, seed=2)]
     else:
         records = [read_records(path) for path in (options.pool, options.target, options.test)]
@@ -186,7 +186,7 @@ def _depended_on(options: argparse.Namespace, setting: Setting) -> Mapping[str, 
     return {**{name: getattr(options, name) for name in names.split()}, "files": files, "counts": counts}
 
 
-def _tiny_model() -> tuple[nn.Module, PreTrainedTokenizerBase]:
+def tiny_model() -> tuple[nn.Module, PreTrainedTokenizerBase]:
     tokenizer = train_tokenizer(list(texts(generated_records(200, seed=3))))
     torch.manual_seed(0)
     config = LlamaConfig(

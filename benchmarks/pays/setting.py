@@ -73,7 +73,7 @@ def build_setting(
     Raises:
         ValueError: a split would be empty.
     """
-    encode = _within(tokenizer, max_length)
+    encode = within(tokenizer, max_length)
     order = list(in_random_order(pool, seed=0))
     pool_test, skipped = first_examples(order, encode, pool_rows)
     given, _ = first_examples(in_random_order(target, seed=0), encode, target_rows)
@@ -103,7 +103,7 @@ def _mixed(clean: Sequence[Record], dirt: Sequence[Record], share: float) -> lis
     return [*clean[: round(count * (1 - share))], *dirt[: round(count * share)]]
 
 
-def _within(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
+def within(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
     """An encoder that leaves out records longer than ``max_length`` instead of cutting them.
 
     A response without its end would teach something that no arm should be praised or blamed for.

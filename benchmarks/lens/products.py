@@ -1,0 +1,88 @@
+"""The inner products of rows' exact gradients, in the metric of the optimizer's coming step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from finetune.records import IGNORED, Example
+from pays.split import Entrance, Top
+from torch import Tensor
+
+from ftw_optim import KeepAll, SelectiveOptimizer, UniformWeights
+from ftw_optim.proposals import SimilarityProposal
+
+from .ways import Rows
+
+BATCH = 16
+
+
+def products_of(
+    top: Top,
+    entrance: Entrance,
+    optimizer: torch.optim.Optimizer,
+    *,
+    pool: Sequence[Example],
+    target: Sequence[Example],
+    held_out: Sequence[Example],
+    own_source: str,
+    tick: Callable[[int], object],
+) -> Rows:
+    """The rows with their products; nothing is changed.
+
+    Args:
+        top: the trained part of the model.
+        entrance: holds what goes into it.
+        optimizer: an AdamW after some steps; its ``P`` is taken at the mean gradient of all rows.
+        pool: records.
+        target: target rows that a step may run.
+        held_out: target rows that no step sees.
+        own_source: prefix of sources.
+        tick: called with the number of rows whenever some are done.
+    """
+    rows = [*pool, *target]
+    entrance.fill([*rows, *held_out])
+    held_out_rows = entrance.rows(held_out)
+    measuring = SelectiveOptimizer(
+        optimizer, top, lambda: top(held_out_rows), filter=KeepAll(), weight=UniformWeights(), combine="factors"
+    )
+
+    def losses() -> Iterator[Tensor]:
+        for at in range(0, len(rows), BATCH):
+            some = rows[at : at + BATCH]
+            yield top(entrance.rows(some))
+            tick(len(some))
+
+    measuring.zero_grad()
+    measuring.backward(losses)
+    measuring.zero_grad()
+    found = measuring.selection
+    assert found is not None
+    return Rows(
+        gram=found.gram.double(),
+        held_out=found.cross_gram.double(),
+        energy=found.target_energy,
+        pool=range(len(pool)),
+        target=range(len(pool), len(rows)),
+        likeness=likeness(rows, target),
+        own=[bool(own_source) and example.source.startswith(own_source) for example in pool] + [False] * len(target),
+    )
+
+
+def likeness(rows: Sequence[Example], target: Sequence[Example]) -> Tensor:
+    """Likeness of rows to the target rows, as the proposal by similarity has it: a rank, higher for more alike."""
+    proposal = SimilarityProposal(_samples(target))
+    order = proposal.propose(_samples(rows), len(rows))
+    ranks = torch.empty(len(rows))
+    ranks[order] = torch.arange(len(rows), 0, -1.0)
+    return ranks
+
+
+def _samples(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+    return [
+        {
+            "input_ids": example.tokens,
+            "labels": [IGNORED] * example.prompt_length + example.tokens[example.prompt_length :],
+        }
+        for example in examples
+    ]

@@ -1,0 +1,146 @@
+"""The lens: its weights and cosines against gradients written out, and a short run of the whole."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ftw_optim import GreedyFilter, KeepAll, NonNegativeLeastSquares, SelectiveOptimizer, TopKFilter, UniformWeights
+
+# The benchmarks are scripts: their folder is on the path only when one of them is run.
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from lens import command, ways
+
+POOL, TARGET, HELD_OUT = 9, 4, 5
+SIZES = ways.Sizes(candidates=5, keep=2, target_rows=3, read_ahead=7)
+
+
+@pytest.fixture
+def vectors() -> Tensor:
+    """Gradients of pool, target and held-out rows; the targets have something in common."""
+    found = torch.randn(POOL + TARGET + HELD_OUT, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found[POOL:, 0] += 2.0
+    found[:3, 0] += 2.0
+    return found
+
+
+def rows_of(vectors: Tensor) -> ways.Rows:
+    some, goal = vectors[: POOL + TARGET], vectors[POOL + TARGET :].mean(0)
+    return ways.Rows(
+        gram=some @ some.T,
+        held_out=some @ goal,
+        energy=float(goal @ goal),
+        pool=range(POOL),
+        target=range(POOL, POOL + TARGET),
+        likeness=torch.arange(POOL + TARGET, 0, -1.0),
+        own=[row < 3 for row in range(POOL)] + [False] * TARGET,
+    )
+
+
+def test_agreement_is_the_cosine_with_the_held_out_gradient(vectors: Tensor) -> None:
+    rows = rows_of(vectors)
+    weights = torch.rand(POOL + TARGET, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    combined, goal = weights @ vectors[: POOL + TARGET], vectors[POOL + TARGET :].mean(0)
+    expected = torch.nn.functional.cosine_similarity(combined, goal, dim=0)
+    assert rows.agreement(weights) == pytest.approx(float(expected))
+    assert rows.agreement(torch.zeros_like(weights)) == 0.0
+
+
+class Linear(nn.Module):
+    """A loss whose gradient is the row itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 1, bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        losses: Tensor = self.layer(x)[:, 0]
+        return losses
+
+
+def library_weights(vectors: Tensor, candidates: list[int], target: list[int], **options: object) -> Tensor:
+    """The weights of all rows that the optimizer itself gives."""
+    model = Linear(vectors.shape[1])
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        model,
+        lambda: model(vectors[target]),
+        metric="euclidean",
+        **options,  # type: ignore[arg-type]
+    )
+    optimizer.step(lambda: model(vectors[candidates]))
+    assert optimizer.selection is not None
+    found = torch.zeros(POOL + TARGET, dtype=torch.float64)
+    found[candidates] = optimizer.selection.spread_weights()
+    if len(optimizer.selection.target_weights):
+        found[target] = optimizer.selection.target_weights
+    return found
+
+
+@pytest.mark.parametrize("target", [[9, 10, 11], [12, 10]])
+def test_ways_give_the_weights_that_the_optimizer_gives(vectors: Tensor, target: list[int]) -> None:
+    rows, candidates = rows_of(vectors), [0, 4, 2, 7, 5]
+    greedy, fit = GreedyFilter(keep=2), NonNegativeLeastSquares()
+    anchored = NonNegativeLeastSquares(anchor=0.3, anchor_to="positive")
+    top = TopKFilter(keep=2)
+    pairs = [
+        (
+            ways.selected(rows, candidates, target, greedy, fit),
+            library_weights(vectors, candidates, target, filter=greedy, weight=fit),
+        ),
+        (
+            ways.selected(rows, candidates, target, top, None),
+            library_weights(vectors, candidates, target, filter=top, weight=UniformWeights()),
+        ),
+        (
+            ways.together(rows, candidates, target, anchored),
+            library_weights(vectors, candidates, target, filter=KeepAll(), weight=anchored, train_on_target=True),
+        ),
+    ]
+    for found, expected in pairs:
+        assert bool(expected.any())
+        torch.testing.assert_close(found / found.sum(), expected / expected.sum(), rtol=1e-8, atol=1e-10)
+
+
+def test_likeness_chooses_among_the_records_read_and_acceptance_leaves_out_what_opposes(vectors: Tensor) -> None:
+    rows = rows_of(vectors)
+    drawn = ways.Drawn(read=[8, 3, 6, 1], own=[], target=[9, 10])
+    assert ways.alike(rows, drawn, 2) == [1, 3]
+    weights = ways.accepted(rows, [0, 4, 7], [9, 10])
+    asked = rows.gram[[0, 4, 7]][:, [9, 10]].mean(1) > 0
+    assert (weights[[0, 4, 7]] > 0).tolist() == asked.tolist()
+    assert bool((weights[[9, 10]] > 0).all())
+    assert float(weights.sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("way", ways.WAYS, ids=lambda way: way.label)
+def test_every_way_weighs_what_it_may_see(vectors: Tensor, way: ways.Way) -> None:
+    rows = rows_of(vectors)
+    for drawn in ways.draws(rows, SIZES, 5, seed=3):
+        weights = way.weights(rows, drawn, SIZES)
+        assert bool((weights >= 0).all())
+        allowed = {*drawn.read, *(drawn.own if way.oracle else []), *(drawn.target if way.trains_on_target else [])}
+        assert set(weights.nonzero()[:, 0].tolist()) <= allowed
+        assert int((weights > 0).sum()) <= way.rows(SIZES)
+
+
+def test_a_short_run_looks_twice_and_says_what_it_saw(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = command.main(["--quick", "--threads", "1"])
+    printed = capsys.readouterr().out
+    assert len(tables) == 2
+    for table in tables.values():
+        assert table.keys() == {way.label for way in ways.WAYS}
+        assert all(-1.0 <= value <= 1.0 for value, _ in table.values())
+    first = next(iter(tables.values()))
+    for way in ways.WAYS:
+        (line,) = (line for line in printed.splitlines() if line.startswith(way.label.ljust(34)))
+        assert f"{first[way.label][0]:.2f} ±" in line
+    assert len(re.findall(r"with target rows in the\s+step", printed)) == 2
+    with pytest.raises(SystemExit):
+        command.main(["--quick", "--target-batch", "1"])
