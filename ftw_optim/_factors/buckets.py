@@ -179,6 +179,15 @@ def is_small(uses: Sequence[Factors]) -> bool:
     return _bytes(uses) <= SMALL
 
 
+def certainly_small(size: int) -> bool:
+    """Whether factors of this size are small, provided that the gradients multiplied out take at most half of it.
+
+    Args:
+        size: bytes of the factors.
+    """
+    return 2 * size <= SMALL  # with the target's gradient, which takes no more than those of the candidates
+
+
 def _bytes(uses: Sequence[Factors]) -> int:
     """The bytes of a parameter's factors and multiplied-out gradients, and of the target's gradient."""
     first = uses[0]

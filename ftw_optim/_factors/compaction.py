@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ftw_optim._factors.buckets import is_small
+from ftw_optim._factors.buckets import certainly_small, is_small
 from ftw_optim._factors.factors import Factors, materialise
 
 
@@ -21,12 +21,14 @@ def compacted(uses: Sequence[Factors], shape: torch.Size) -> Sequence[Factors]:
         uses: the uses of one parameter, which counts in the Gram matrix.
         shape: the parameter's shape.
     """
+    size = sum([use.bytes() for use in uses])
+    if certainly_small(size):
+        return uses
     first = uses[0]
     outer = all(use.right is not None and not use.indexed for use in uses)
     if not outer or tuple(shape) != (first.rows, first.columns):
         return uses
-    size = first.dtype().itemsize * first.count * shape.numel()
-    if 2 * size > sum(use.bytes() for use in uses) or is_small(uses):
+    if 2 * first.dtype().itemsize * first.count * shape.numel() > size or is_small(uses):
         return uses
     gradients = materialise([use.by_row() for use in uses], 0, first.rows)
     return [Factors.explicit(gradients, gradients[0])]
