@@ -347,6 +347,7 @@ def test_every_arm_trains(tmp_path: Path) -> None:
     assert all(one.curve[-1] < one.curve[0] for one in figures)
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_with_the_arm_that_was_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,6 +384,7 @@ def test_results_of_another_setting_are_not_mixed_in(tmp_path: Path) -> None:
         quick(tmp_path, ["adamw-k"], "--keep", "3")
 
 
+@pytest.mark.slow
 def test_rates_are_tried_with_the_first_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert quick(tmp_path, ["adamw-k"], "--seeds", "2", "--tune", "1e-4", "3e-2") == []
     assert sorted(files(tmp_path)) == [f"adamw-k-4steps-lr{lr}-seed0.json" for lr in ("0.0001", "0.03")]

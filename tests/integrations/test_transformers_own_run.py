@@ -20,7 +20,7 @@ from tests.support.trainer_runs import ALL, Watch, arguments, examples, logged, 
     ("build", "settings", "selective"),
     [
         slow(model, {}, {}),
-        (lambda: model("llama", tie_word_embeddings=True), {}, {"combine": "graph"}),
+        slow(lambda: model("llama", tie_word_embeddings=True), {}, {"combine": "graph"}),
         slow(lambda: model(attention_dropout=0.2), {"activation_checkpointing": True}, {}),
         slow(lambda: model(attention_dropout=0.2), {"optim": "sgd", "max_grad_norm": 0.0}, {"combine": "graph"}),
         slow(lambda: lora_model(lora_dropout=0.2), {}, {}),

@@ -22,6 +22,7 @@ from ftw_optim import (
     preconditioner_of,
 )
 from ftw_optim.testing import recorded
+from tests.support.grids import slow
 from tests.support.models import CASES, Case, in_batches, precision, trained
 from tests.support.oracles import candidate_gradients, explicit_matching, mean_gradient
 
@@ -115,7 +116,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("name", ["mlp", "small-gpt", "llama-lora"])
+@pytest.mark.parametrize("name", ["mlp", "small-gpt", slow("llama-lora")])
 def test_a_step_beside_gradients_formed_one_at_a_time(name: str, options: dict[str, Any]) -> None:
     with precision(torch.float64):
         case = CASES[name](torch.float64, N)
