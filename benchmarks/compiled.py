@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from machine import hardware
+from step_cost.arms import wait
 from torch import Tensor
 
 BETA, EPS, LR, CORRECTION = 0.99, 1e-8, 1e-3, 0.3
@@ -55,8 +56,7 @@ def compare(function: Callable[..., Tensor], inputs: tuple[Any, ...], *, rounds:
     def seconds(run: Callable[..., Tensor]) -> float:
         start = time.perf_counter()
         run(*inputs)
-        if device != "cpu":
-            torch.cuda.synchronize(device)
+        wait(device)
         return time.perf_counter() - start
 
     compiled = torch.compile(function, dynamic=True)

@@ -135,6 +135,13 @@ class Selection:
         weights = self.spread_weights()
         return torch.cat([weights, self.target_weights]) if len(self.target_weights) else weights
 
+    def target_numbers(self) -> dict[str, float]:
+        """The target rows' share of the weight and their mean loss, by name; empty where none take part."""
+        if not len(self.target_weights):
+            return {}
+        share, loss = float(self.target_weights.sum()), float(self.target_losses.mean())
+        return {"target_share": share, "target_loss": loss}
+
     def weighted_loss(self) -> Tensor:
         """The weighted mean of the kept losses and of the target rows'.
 

@@ -28,6 +28,25 @@ Taker = Callable[[Tensor], Callable[[str, list[Factors]], None]]
 
 
 @final
+class _Batches:
+    """The batches of one closure.
+
+    Attributes:
+        captures: the captures that have not ended.
+        graphs: the capture and the losses of each batch whose graph is kept.
+    """
+
+    def __init__(self) -> None:
+        self.captures = ExitStack()
+        self.graphs: list[tuple[Capture, Tensor]] = []
+
+    def end(self) -> None:
+        """Let go of the graphs, and end the captures."""
+        self.graphs.clear()
+        self.captures.close()
+
+
+@final
 class CandidatePass:
     """The context in which the closure runs and its layers are captured; leaving it ends every capture.
 
@@ -37,10 +56,7 @@ class CandidatePass:
     def __init__(self, setup: StepSetup, closure: CandidateClosure) -> None:
         self._setup, self.closure = setup, closure
         self._generator = setup.generator("check")
-        self._captures = ExitStack()
-        self._graphs: list[tuple[Capture, Tensor]] = []  # the capture and the losses of each batch, if they are kept
-        self._target_captures = ExitStack()
-        self._target_graphs: list[tuple[Capture, Tensor]] = []  # the same of target rows that take part
+        self._of_candidates, self._of_target = _Batches(), _Batches()
 
     def __enter__(self) -> CandidatePass:
         return self
@@ -48,15 +64,13 @@ class CandidatePass:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._graphs.clear()
-        self._target_graphs.clear()
-        self._captures.__exit__(kind, error, trace)
-        self._target_captures.__exit__(kind, error, trace)
+        for batches in (self._of_candidates, self._of_target):
+            batches.graphs.clear()
+            batches.captures.__exit__(kind, error, trace)
 
     def again(self, rows: Tensor) -> Any:
         """Run the closure on ``rows``, if there are any, after all captures have ended; returns what it returns."""
-        self._graphs.clear()
-        self._captures.close()
+        self._of_candidates.end()
         return self.closure(rows) if len(rows) else iter(())
 
     def target_rows(self, closure: Callable[[], Tensor], *, at_least: int) -> CapturedRows:
@@ -72,7 +86,7 @@ class CandidatePass:
             TypeError, ValueError: the closure returned something other than losses of as many rows.
         """
         setup = self._setup
-        capture = self._target_captures.enter_context(Capture(setup.plan, of="target rows"))
+        capture = self._of_target.captures.enter_context(Capture(setup.plan, of="target rows"))
         with collecting_later():
             with own_randomness(setup.structure.parameters.values(), setup.seed_of("rows")), torch.enable_grad():
                 losses = target_losses(closure)
@@ -81,7 +95,7 @@ class CandidatePass:
                     "train_on_target=True needs two target rows in a step or more: each is weighed by what the others "
                     "ask for. Got one; return the losses of several, or leave it to guide alone."
                 )
-            return self._differentiated(capture, losses, None, of_target=True)
+            return self._differentiated(capture, losses, None, self._of_target)
 
     def weighted_losses(self, weights: Tensor, *, of_target: bool = False) -> Iterator[Tensor]:
         """The weighted sum of the losses, a batch at a time, on the graph that was kept.
@@ -93,7 +107,7 @@ class CandidatePass:
             of_target: whether it is of these alone.
         """
         done = 0
-        for capture, losses in (*(() if of_target else self._graphs), *self._target_graphs):
+        for capture, losses in (*(() if of_target else self._of_candidates.graphs), *self._of_target.graphs):
             share = weights[done : done + len(losses)].to(losses)
             done += len(losses)
             capture.resume()
@@ -121,7 +135,7 @@ class CandidatePass:
                 if not isinstance(value, Iterator):
                     if self._several_ids:
                         raise ValueError("Expected one tensor of sample_ids for one batch of candidates, got a list.")
-                    return self._differentiated(capture, value, taker)
+                    return self._differentiated(capture, value, taker, self._of_candidates)
             self._check_micro_batches()
             return self._in_turn(value, capture, taker)
 
@@ -136,7 +150,7 @@ class CandidatePass:
                     break
                 if self._several_ids and self._ids(len(batches)) is None:
                     raise self._other_ids(f"at least {len(batches) + 1}")
-                batches.append(self._differentiated(capture, value, taker))
+                batches.append(self._differentiated(capture, value, taker, self._of_candidates))
             capture = self._begun(len(batches))
         if not batches:
             raise ValueError("Expected an iterator that yields losses (n,) of micro-batches, but it yielded nothing.")
@@ -146,14 +160,12 @@ class CandidatePass:
 
     def _begun(self, batch: int) -> Capture:
         capture = Capture(self._setup.plan, sample_ids=self._ids(batch))
-        return self._captures.enter_context(capture)
+        return self._of_candidates.captures.enter_context(capture)
 
-    def _differentiated(
-        self, capture: Capture, value: Any, taker: Taker | None, *, of_target: bool = False
-    ) -> CapturedRows:
+    def _differentiated(self, capture: Capture, value: Any, taker: Taker | None, batches: _Batches) -> CapturedRows:
         """Run the backward pass of one batch; its capture ends here unless its graph is kept."""
         losses, setup = checked_losses(value, capture.counts), self._setup
-        keep_graph = setup.way.keeps_graph or (of_target and setup.way.needs_rows)
+        keep_graph = setup.way.keeps_graph or (batches is self._of_target and setup.way.needs_rows)
         footprints: dict[str, Footprint] = {}
         found: Mapping[str, Sequence[Factors]] = {}
         with torch.enable_grad(), full_precision(losses), profiled("backward"):
@@ -173,9 +185,9 @@ class CandidatePass:
                 capture.stream(losses, note, scale=setup.scale, checks=setup.checks, generator=self._generator)
         capture.pause()
         if keep_graph:
-            (self._target_graphs if of_target else self._graphs).append((capture, losses))
+            batches.graphs.append((capture, losses))
         else:
-            (self._target_captures if of_target else self._captures).close()
+            batches.captures.close()
         return CapturedRows(losses=losses.detach(), found=found, footprints=footprints, computed_in=capture.computed_in)
 
     def _compacted(self, found: dict[str, list[Factors]]) -> dict[str, Sequence[Factors]]:

@@ -55,6 +55,7 @@ def compare(setup: StepSetup, factors: PassFactors, target: TargetNow) -> Compar
         target_overflowed = target.overflowed(seen.target, setup.scale)
         left = before & seen.clean & seen.measurable
         if target_overflowed or not torch.equal(left, before):
+            target_overflowed |= target.rows_overflowed(seen.finite, setup.parameters.scored, setup.scale)
             clean = before & factors.clean(seen)
             # Without selection, an infinite gradient would make a GradScaler lower its scale: so it must here.
             overflowed = setup.scale > 1.0 and bool((before & seen.finite & ~clean).any())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import torch
 from torch import Tensor
@@ -169,17 +169,42 @@ class TargetNow:
         if bool(flags.all()):
             return False
         if not flags[0]:
-            raise ValueError("Expected finite target losses, got NaN or infinity. Nothing was changed; " + LOOK)
-        if scale > 1.0:
-            return True
-        names = [name for name, gradient in self.gradients.items() if not bool(gradient.isfinite().all())]
-        if self.rows is not None:
-            found = self.rows.found.items()
-            names += [name for name, uses in found if not all(bool(use.finite().all()) for use in uses)]
-        raise ValueError(
-            f"Expected a finite target gradient, but that of {', '.join(names[:5])} is not, while the losses are. "
-            "Nothing was changed; " + LOOK
-        )
+            _refuse_losses()
+        if scale <= 1.0:
+            _refuse_gradients([name for name, one in self.gradients.items() if not bool(one.isfinite().all())])
+        return True
+
+    def rows_overflowed(self, finite: Tensor, scored: Container[str], scale: float) -> bool:
+        """Whether the gradient of a scaled loss overflowed, of the rows that take part; asked where something is wrong.
+
+        Args:
+            finite: whether the losses of candidates and rows are finite, bool ``(n + m,)`` on the CPU.
+            scored: names of the scored parameters.
+            scale: the factor by which the losses were multiplied.
+
+        Raises:
+            ValueError: a row's loss is not finite, or its gradient is not, although the losses were not scaled up.
+        """
+        if self.rows is None:
+            return False
+        if not bool(finite[-self.count :].all()):
+            _refuse_losses()
+        uses = [(name, use) for name, uses in self.rows.found.items() if name in scored for use in uses]
+        names = dict.fromkeys(name for name, use in uses if not bool(use.finite().all()))
+        if names and scale <= 1.0:
+            _refuse_gradients(list(names))
+        return bool(names)
+
+
+def _refuse_losses() -> NoReturn:
+    raise ValueError("Expected finite target losses, got NaN or infinity. Nothing was changed; " + LOOK)
+
+
+def _refuse_gradients(names: Sequence[str]) -> NoReturn:
+    raise ValueError(
+        f"Expected a finite target gradient, but that of {', '.join(names[:5])} is not, while the losses are. "
+        "Nothing was changed; " + LOOK
+    )
 
 
 def target_losses(closure: Callable[[], Tensor]) -> Tensor:

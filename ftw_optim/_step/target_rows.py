@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ftw_optim._factors.factors import weighted_sum
-from ftw_optim._factors.finiteness import finite_candidates
 from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.captured_rows import CapturedRows
 from ftw_optim._step.setup import StepSetup, full_precision
@@ -27,22 +26,11 @@ def target_of(setup: StepSetup, candidate_pass: CandidatePass) -> TargetNow:
     if callable(setup.trains_on_target):
         guide = setup.target_gradient()
         with setup.clock.phase("target"):
-            rows = candidate_pass.target_rows(setup.trains_on_target, at_least=1)
-            flags = _finite(setup, rows)
-            if len(guide.finite):
-                flags = flags & guide.finite.to(flags.device)
-            return replace(guide, rows=rows, finite=flags)
+            return replace(guide, rows=candidate_pass.target_rows(setup.trains_on_target, at_least=1))
     with setup.clock.phase("target"):
         rows = candidate_pass.target_rows(setup.target.closure, at_least=2)
         with torch.no_grad(), full_precision(rows.losses):
             return _of_rows(setup, rows)
-
-
-def _finite(setup: StepSetup, rows: CapturedRows) -> Tensor:
-    """Whether the losses and whether the scored factors of the rows are finite: bool (2,)."""
-    found = {name: uses for name, uses in rows.found.items() if name in setup.parameters.scored}
-    clean = finite_candidates(found, rows.losses)
-    return torch.stack([rows.losses.isfinite().all(), clean.all().to(rows.losses.device)])
 
 
 def _of_rows(setup: StepSetup, rows: CapturedRows) -> TargetNow:
@@ -55,7 +43,7 @@ def _of_rows(setup: StepSetup, rows: CapturedRows) -> TargetNow:
         guide = kept if kept is not None or setup.sketch is None else new
     return TargetNow(
         gradients={} if guide is None else guide,
-        finite=_finite(setup, rows),
+        finite=torch.ones(0, dtype=torch.bool),
         before=setup.kept_target,
         remembered=target.remembers,
         coming=coming,

@@ -114,12 +114,7 @@ class SelectionLog:
                 raise ValueError(f"Expected {n} {name}, one for each candidate, got {len(values)}.")
         names = list(map(_text, ids))
         numbers = {name: _number(name, value) for name, value in (metrics or {}).items()}
-        if len(selection.target_weights):
-            numbers = {
-                "target_share": _finite(float(selection.target_weights.sum())),
-                "target_loss": _finite(float(selection.target_losses.mean())),
-                **numbers,
-            }
+        numbers = {name: _finite(value) for name, value in selection.target_numbers().items()} | numbers
         weights = [0.0] * n
         for index, weight in zip(selection.kept.tolist(), selection.weights.tolist(), strict=True):
             weights[index] = weight

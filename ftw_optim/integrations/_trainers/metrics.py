@@ -17,12 +17,8 @@ PREFIX = "selection/"
 def numbers_of(selection: Selection) -> dict[str, float]:
     """The metrics of a selection for a logger; all of them are on the CPU already."""
     n = len(selection.losses)
-    of_target = {
-        "target_share": float(selection.target_weights.sum()),
-        "target_loss": float(selection.target_losses.mean()),
-    }
     return {
-        **(of_target if len(selection.target_weights) else {}),
+        **selection.target_numbers(),
         "kept_share": int((selection.weights > 0).sum()) / n,
         "effective_size": selection.effective_size,
         "residual": selection.residual,
