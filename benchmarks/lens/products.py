@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from finetune.records import IGNORED, Example
+from finetune.records import Example
+from pays.proposals import samples
 from pays.split import Entrance, Top
 from torch import Tensor
 
@@ -71,18 +72,8 @@ def products_of(
 
 def likeness(rows: Sequence[Example], target: Sequence[Example]) -> Tensor:
     """Likeness of rows to the target rows, as the proposal by similarity has it: a rank, higher for more alike."""
-    proposal = SimilarityProposal(_samples(target))
-    order = proposal.propose(_samples(rows), len(rows))
+    proposal = SimilarityProposal(samples(target))
+    order = proposal.propose(samples(rows), len(rows))
     ranks = torch.empty(len(rows))
     ranks[order] = torch.arange(len(rows), 0, -1.0)
     return ranks
-
-
-def _samples(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
-    return [
-        {
-            "input_ids": example.tokens,
-            "labels": [IGNORED] * example.prompt_length + example.tokens[example.prompt_length :],
-        }
-        for example in examples
-    ]

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 import torch
+from pays.arms import Sizes
 from torch import Tensor
 
 from ftw_optim import FilterStage, GreedyFilter, Matching, NonNegativeLeastSquares, TopKFilter, WeightStage
+from ftw_optim.testing import matching_with_targets
 
 ANCHOR = 0.3
 
@@ -43,16 +45,6 @@ class Rows:
         return float(weights @ self.held_out) / length**0.5 if length > 0.0 else 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Rows of one step: ``n`` candidates, of which ``k`` are kept; ``m`` target rows; records read by likeness."""
-
-    candidates: int
-    keep: int
-    target_rows: int
-    read_ahead: int
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Drawn:
     """What one step is made from.
@@ -68,23 +60,42 @@ class Drawn:
     target: list[int]
 
 
-@dataclass(frozen=True, kw_only=True)
+Candidates = Callable[[Rows, Drawn, Sizes], Sequence[int]]
+"""The candidates of a step."""
+Treatment = Callable[[Rows, Sequence[int], Sequence[int], int], Tensor]
+"""The weights of all rows, from candidates, target rows, and the number of candidates to keep."""
+
+
+@dataclass(frozen=True)
 class Way:
     """One way to make a step.
 
     Attributes:
         label: in the table.
+        candidates: rows of the pool that it runs; None: none.
+        treatment: what it makes of them.
         trains_on_target: whether target rows are part of the step.
-        rows: how many rows a step runs.
-        weights: of all rows, in one step.
-        oracle: whether it is told the target's own source.
     """
 
     label: str
-    trains_on_target: bool
-    rows: Callable[[Sizes], int]
-    weights: Callable[[Rows, Drawn, Sizes], Tensor]
-    oracle: bool = False
+    candidates: Candidates | None
+    treatment: Treatment
+    trains_on_target: bool = False
+
+    @property
+    def oracle(self) -> bool:
+        """Whether it is told the target's own source."""
+        return self.candidates is of_own_source
+
+    def rows(self, sizes: Sizes) -> int:
+        """How many rows a step runs, those of a target that only guides among them."""
+        asks_target = self.trains_on_target or self.treatment is not unweighed
+        return sizes.candidates * (self.candidates is not None) + sizes.target_rows * asks_target
+
+    def weights(self, rows: Rows, drawn: Drawn, sizes: Sizes) -> Tensor:
+        """The weights of all rows in one step."""
+        chosen = [] if self.candidates is None else self.candidates(rows, drawn, sizes)
+        return self.treatment(rows, chosen, drawn.target, sizes.keep)
 
 
 def draws(rows: Rows, sizes: Sizes, count: int, *, seed: int) -> list[Drawn]:
@@ -124,8 +135,14 @@ def selected(
     rows: Rows, candidates: Sequence[int], target: Sequence[int], filter: FilterStage, weight: WeightStage | None
 ) -> Tensor:
     """Candidates that a filter keeps to match the mean gradient of some target rows, weighed or alike."""
-    gram, asked, energy = _guided(rows, candidates, target)
-    matching = _matching(gram, asked, energy)
+    guide, some = list(target), list(candidates)
+    matching = Matching(
+        gram=rows.gram[some][:, some],
+        cross_gram=asked(rows, candidates, target),
+        target_energy=float(rows.gram[guide][:, guide].mean()),
+        losses=torch.zeros(len(some)),
+        generator=torch.Generator().manual_seed(0),
+    )
     kept = filter(matching)
     chosen = [candidates[place] for place in kept.tolist()]
     if weight is None or not chosen:
@@ -136,36 +153,19 @@ def selected(
 def together(rows: Rows, candidates: Sequence[int], target: Sequence[int], weight: WeightStage) -> Tensor:
     """Candidates and target rows, each target row weighed by what the others ask for."""
     taking_part = [*candidates, *target]
-    asked = rows.gram[taking_part][:, list(target)]
-    n, m = len(candidates), len(target)
-    own = asked[n:].diagonal()
-    cross = asked.mean(dim=1)
-    cross[n:] = (asked[n:].sum(dim=1) - own) / (m - 1)
-    energy = max(float(asked[n:].sum() - own.sum()) / (m * (m - 1)), 0.01 * float(own.mean()))
-    fitted = weight(_matching(rows.gram[taking_part][:, taking_part], cross, energy)).weights
+    fitted = weight(matching_with_targets(rows.gram[taking_part][:, taking_part], len(target))).weights
     return _spread(rows, taking_part, fitted) if bool(fitted.any()) else uniform(rows, target)
 
 
-def accepted(rows: Rows, candidates: Sequence[int], target: Sequence[int]) -> Tensor:
+def accepted(rows: Rows, candidates: Sequence[int], target: Sequence[int], keep: int = 0) -> Tensor:
     """The target rows, and candidates whose product with them is not below zero, all alike."""
-    _, asked, _ = _guided(rows, candidates, target)
-    return uniform(rows, [*target, *(row for row, b in zip(candidates, asked.tolist(), strict=True) if b > 0.0)])
+    products = asked(rows, candidates, target).tolist()
+    return uniform(rows, [*target, *(row for row, product in zip(candidates, products, strict=True) if product > 0.0)])
 
 
-def _guided(rows: Rows, candidates: Sequence[int], target: Sequence[int]) -> tuple[Tensor, Tensor, float]:
-    guide = list(target)
-    asked = rows.gram[list(candidates)][:, guide].mean(dim=1)
-    return rows.gram[list(candidates)][:, list(candidates)], asked, float(rows.gram[guide][:, guide].mean())
-
-
-def _matching(gram: Tensor, cross_gram: Tensor, energy: float) -> Matching:
-    return Matching(
-        gram=gram,
-        cross_gram=cross_gram,
-        target_energy=energy,
-        losses=torch.zeros(len(gram)),
-        generator=torch.Generator().manual_seed(0),
-    )
+def asked(rows: Rows, candidates: Sequence[int], target: Sequence[int]) -> Tensor:
+    """The candidates' mean products with the target rows."""
+    return rows.gram[list(candidates)][:, list(target)].mean(dim=1)
 
 
 def _spread(rows: Rows, chosen: Sequence[int], weights: Tensor) -> Tensor:
@@ -177,91 +177,59 @@ def _spread(rows: Rows, chosen: Sequence[int], weights: Tensor) -> Tensor:
 FIT = NonNegativeLeastSquares()
 ANCHORED = NonNegativeLeastSquares(anchor=ANCHOR, anchor_to="positive")
 
+
+def first_read(rows: Rows, drawn: Drawn, sizes: Sizes) -> Sequence[int]:
+    """The records as they come."""
+    return drawn.read[: sizes.candidates]
+
+
+def most_alike(rows: Rows, drawn: Drawn, sizes: Sizes) -> Sequence[int]:
+    """Those of the records read that are most like the target rows."""
+    return alike(rows, drawn, sizes.candidates)
+
+
+def of_own_source(rows: Rows, drawn: Drawn, sizes: Sizes) -> Sequence[int]:
+    """Records of the target's own source."""
+    return drawn.own
+
+
+def unweighed(rows: Rows, candidates: Sequence[int], target: Sequence[int], keep: int) -> Tensor:
+    """All candidates alike; the target is not asked."""
+    return uniform(rows, candidates)
+
+
+def top_k(rows: Rows, candidates: Sequence[int], target: Sequence[int], keep: int) -> Tensor:
+    """Those with the largest products with the target rows, alike."""
+    return selected(rows, candidates, target, TopKFilter(keep=keep), None)
+
+
+def filtered_and_weighed(rows: Rows, candidates: Sequence[int], target: Sequence[int], keep: int) -> Tensor:
+    """The published method."""
+    return selected(rows, candidates, target, GreedyFilter(keep=keep), FIT)
+
+
+def beside_target(rows: Rows, candidates: Sequence[int], target: Sequence[int], keep: int) -> Tensor:
+    """Target rows and candidates, all alike."""
+    return uniform(rows, [*target, *candidates])
+
+
+def weighed_by_each_other(rows: Rows, candidates: Sequence[int], target: Sequence[int], keep: int) -> Tensor:
+    """Target rows and candidates by what the other target rows ask for, anchored."""
+    return together(rows, candidates, target, ANCHORED)
+
+
 WAYS = [
-    Way(
-        label="n of the pool",
-        trains_on_target=False,
-        rows=lambda sizes: sizes.candidates,
-        weights=lambda rows, drawn, sizes: uniform(rows, drawn.read[: sizes.candidates]),
-    ),
-    Way(
-        label="n most alike",
-        trains_on_target=False,
-        rows=lambda sizes: sizes.candidates,
-        weights=lambda rows, drawn, sizes: uniform(rows, alike(rows, drawn, sizes.candidates)),
-    ),
-    Way(
-        label="top k of n",
-        trains_on_target=False,
-        rows=lambda sizes: sizes.candidates + sizes.target_rows,
-        weights=lambda rows, drawn, sizes: selected(
-            rows, drawn.read[: sizes.candidates], drawn.target, TopKFilter(keep=sizes.keep), None
-        ),
-    ),
-    Way(
-        label="filter-then-weight, k of n",
-        trains_on_target=False,
-        rows=lambda sizes: sizes.candidates + sizes.target_rows,
-        weights=lambda rows, drawn, sizes: selected(
-            rows, drawn.read[: sizes.candidates], drawn.target, GreedyFilter(keep=sizes.keep), FIT
-        ),
-    ),
-    Way(
-        label="the same, of the n most alike",
-        trains_on_target=False,
-        rows=lambda sizes: sizes.candidates + sizes.target_rows,
-        weights=lambda rows, drawn, sizes: selected(
-            rows, alike(rows, drawn, sizes.candidates), drawn.target, GreedyFilter(keep=sizes.keep), FIT
-        ),
-    ),
-    Way(
-        label="n of the own source",
-        trains_on_target=False,
-        rows=lambda sizes: sizes.candidates,
-        weights=lambda rows, drawn, sizes: uniform(rows, drawn.own),
-        oracle=True,
-    ),
-    Way(
-        label="m target rows",
-        trains_on_target=True,
-        rows=lambda sizes: sizes.target_rows,
-        weights=lambda rows, drawn, sizes: uniform(rows, drawn.target),
-    ),
-    Way(
-        label="m and n of the pool, uniform",
-        trains_on_target=True,
-        rows=lambda sizes: sizes.candidates + sizes.target_rows,
-        weights=lambda rows, drawn, sizes: uniform(rows, [*drawn.target, *drawn.read[: sizes.candidates]]),
-    ),
-    Way(
-        label="m and n of the pool, weighed",
-        trains_on_target=True,
-        rows=lambda sizes: sizes.candidates + sizes.target_rows,
-        weights=lambda rows, drawn, sizes: together(rows, drawn.read[: sizes.candidates], drawn.target, ANCHORED),
-    ),
-    Way(
-        label="m and n most alike, uniform",
-        trains_on_target=True,
-        rows=lambda sizes: sizes.candidates + sizes.target_rows,
-        weights=lambda rows, drawn, sizes: uniform(rows, [*drawn.target, *alike(rows, drawn, sizes.candidates)]),
-    ),
-    Way(
-        label="m and n most alike, weighed",
-        trains_on_target=True,
-        rows=lambda sizes: sizes.candidates + sizes.target_rows,
-        weights=lambda rows, drawn, sizes: together(rows, alike(rows, drawn, sizes.candidates), drawn.target, ANCHORED),
-    ),
-    Way(
-        label="m and n most alike, accepted",
-        trains_on_target=True,
-        rows=lambda sizes: sizes.candidates + sizes.target_rows,
-        weights=lambda rows, drawn, sizes: accepted(rows, alike(rows, drawn, sizes.candidates), drawn.target),
-    ),
-    Way(
-        label="m and n of the own source",
-        trains_on_target=True,
-        rows=lambda sizes: sizes.candidates + sizes.target_rows,
-        weights=lambda rows, drawn, sizes: uniform(rows, [*drawn.target, *drawn.own]),
-        oracle=True,
-    ),
+    Way("n of the pool", first_read, unweighed),
+    Way("n most alike", most_alike, unweighed),
+    Way("top k of n", first_read, top_k),
+    Way("filter-then-weight, k of n", first_read, filtered_and_weighed),
+    Way("the same, of the n most alike", most_alike, filtered_and_weighed),
+    Way("n of the own source", of_own_source, unweighed),
+    Way("m target rows", None, beside_target, trains_on_target=True),
+    Way("m and n of the pool, uniform", first_read, beside_target, trains_on_target=True),
+    Way("m and n of the pool, weighed", first_read, weighed_by_each_other, trains_on_target=True),
+    Way("m and n most alike, uniform", most_alike, beside_target, trains_on_target=True),
+    Way("m and n most alike, weighed", most_alike, weighed_by_each_other, trains_on_target=True),
+    Way("m and n most alike, accepted", most_alike, accepted, trains_on_target=True),
+    Way("m and n of the own source", of_own_source, beside_target, trains_on_target=True),
 ]

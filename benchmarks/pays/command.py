@@ -13,10 +13,10 @@ import torch
 import transformers
 from finetune.models import train_tokenizer
 from machine import hardware
-from pretrained import DEFAULT_CACHE, smollm2
+from pretrained import DEFAULT_CACHE, pretrained
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from .arms import ARMS, BASELINES, ORACLES, Sizes
 from .report import Figures, as_json, figures_of, table
@@ -78,9 +78,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     run.add_argument("--out", type=Path, required=True, help="folder of results; what is there is not run again")
     options = parser.parse_args(arguments)
     if options.quick:
-        for name, value in QUICK.items():
-            if getattr(options, name) == parser.get_default(name):
-                setattr(options, name, value)
+        make_quick(options, parser, QUICK)
     if not options.quick and None in (options.pool, options.target, options.test):
         parser.error("--pool, --target and --test are needed, or --quick")
     if options.evaluations % 4:
@@ -93,6 +91,13 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     except ValueError as error:
         parser.error(str(error))
     return options
+
+
+def make_quick(options: argparse.Namespace, parser: argparse.ArgumentParser, small: Mapping[str, Any]) -> None:
+    """Give small values to options that were left at their defaults."""
+    for name, value in small.items():
+        if getattr(options, name) == parser.get_default(name):
+            setattr(options, name, value)
 
 
 def _budget(spec: str, steps: int) -> int:
@@ -146,9 +151,7 @@ def prepare(options: argparse.Namespace) -> tuple[Lab, Store]:
         records = [generated_records(400, seed=0), generated_target(40, seed=1), generated_target(40, seed=2)]
     else:
         records = [read_records(path) for path in (options.pool, options.target, options.test)]
-        name = options.model or str(smollm2(options.cache))
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model, tokenizer = pretrained(options.model, options.cache)
     setting = build_setting(
         *records,
         tokenizer,

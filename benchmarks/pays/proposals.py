@@ -62,17 +62,17 @@ def own_source(known: Known) -> Chooser:
 
 def similar(known: Known) -> Chooser:
     """Records that share the most tokens with the target rows."""
-    return _proposed_by(SimilarityProposal(_samples(known.guide), seed=known.seed))
+    return _proposed_by(SimilarityProposal(samples(known.guide), seed=known.seed))
 
 
 def similar_embeddings(known: Known) -> Chooser:
     """Records whose mean input embedding is most like that of the target rows."""
-    return _proposed_by(SimilarityProposal(_samples(known.guide), embedding=known.embeddings, seed=known.seed))
+    return _proposed_by(SimilarityProposal(samples(known.guide), embedding=known.embeddings, seed=known.seed))
 
 
 def learned(known: Known) -> Chooser:
     """Records like those with the best scores so far, at first like the target rows."""
-    return _proposed_by(LearnedProposal(_samples(known.guide), seed=known.seed))
+    return _proposed_by(LearnedProposal(samples(known.guide), seed=known.seed))
 
 
 def learned_from_scores(known: Known) -> Chooser:
@@ -82,12 +82,12 @@ def learned_from_scores(known: Known) -> Chooser:
 
 def _proposed_by(proposal: Proposal) -> Chooser:
     return Chooser(
-        choose=lambda read, count: [read[place] for place in proposal.propose(_samples(read), count).tolist()],
-        observe=lambda candidates, selection: proposal.observe(_samples(candidates), selection),
+        choose=lambda read, count: [read[place] for place in proposal.propose(samples(read), count).tolist()],
+        observe=lambda candidates, selection: proposal.observe(samples(candidates), selection),
     )
 
 
-def _samples(examples: Sequence[Example]) -> list[dict[str, Any]]:
+def samples(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """The examples as the package's proposals read them, without their sources, which no arm is told."""
     return [
         {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftw_optim import GreedyFilter, KeepAll, NonNegativeLeastSquares, SelectiveOptimizer, TopKFilter, UniformWeights
 
@@ -16,9 +16,12 @@ from ftw_optim import GreedyFilter, KeepAll, NonNegativeLeastSquares, SelectiveO
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from lens import command, ways
+from pays.arms import Sizes
+
+from tests.support.models import RowGradients
 
 POOL, TARGET, HELD_OUT = 9, 4, 5
-SIZES = ways.Sizes(candidates=5, keep=2, target_rows=3, read_ahead=7)
+SIZES = Sizes(candidates=5, keep=2, target_rows=3, read_ahead=7)
 
 
 @pytest.fixture
@@ -52,21 +55,9 @@ def test_agreement_is_the_cosine_with_the_held_out_gradient(vectors: Tensor) -> 
     assert rows.agreement(torch.zeros_like(weights)) == 0.0
 
 
-class Linear(nn.Module):
-    """A loss whose gradient is the row itself."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(width, 1, bias=False, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        losses: Tensor = self.layer(x)[:, 0]
-        return losses
-
-
 def library_weights(vectors: Tensor, candidates: list[int], target: list[int], **options: object) -> Tensor:
     """The weights of all rows that the optimizer itself gives."""
-    model = Linear(vectors.shape[1])
+    model = RowGradients(vectors.shape[1])
     optimizer = SelectiveOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1),
         model,

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftw_optim import (
-    GreedyFilter,
     KeepAll,
     Matching,
     NonNegativeLeastSquares,
@@ -22,17 +21,12 @@ from ftw_optim import (
     preconditioner_of,
 )
 from ftw_optim.testing import recorded
+from tests.support.checks import training_on_target as optimizer_of
 from tests.support.grids import slow
-from tests.support.models import CASES, Case, in_batches, precision, trained
+from tests.support.models import CASES, Case, RowGradients, in_batches, precision, trained
 from tests.support.oracles import candidate_gradients, explicit_matching, mean_gradient
 
 N = 6
-
-
-def optimizer_of(case: Case, **options: Any) -> SelectiveOptimizer:
-    options = {"filter": GreedyFilter(keep=3), "train_on_target": True, **options}
-    target = options.pop("target", case.target_losses)
-    return SelectiveOptimizer(torch.optim.AdamW(trained(case).values(), lr=0.01), case.model, target, **options)
 
 
 def asked(gram: Tensor, m: int) -> tuple[Tensor, Tensor, float]:
@@ -241,20 +235,8 @@ def test_a_copy_asks_for_the_rows_again() -> None:
 # --- what the fit does with target rows
 
 
-class Rows(nn.Module):
-    """A loss whose gradient is the row itself."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(width, 1, bias=False, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        losses: Tensor = self.layer(x)[:, 0]
-        return losses
-
-
 def step_on(candidates: Tensor, target: Tensor, **options: Any) -> SelectiveOptimizer:
-    model = Rows(candidates.shape[1])
+    model = RowGradients(candidates.shape[1])
     options = {"filter": KeepAll(), "train_on_target": True, **options}
     optimizer = SelectiveOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), model, lambda: model(target), metric="euclidean", **options

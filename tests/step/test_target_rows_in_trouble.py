@@ -9,16 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ftw_optim import GreedyFilter, KeepAll, NonNegativeLeastSquares, SelectiveOptimizer, TargetGradient
-from tests.support.models import CASES, Case, trained
+from ftw_optim import KeepAll, NonNegativeLeastSquares, SelectiveOptimizer, TargetGradient
+from tests.support.checks import training_on_target as optimizer_of
+from tests.support.models import CASES, trained
 
 N = 6
-
-
-def optimizer_of(case: Case, **options: Any) -> SelectiveOptimizer:
-    options = {"filter": GreedyFilter(keep=3), "train_on_target": True, **options}
-    target = options.pop("target", case.target_losses)
-    return SelectiveOptimizer(torch.optim.AdamW(trained(case).values(), lr=0.01), case.model, target, **options)
 
 
 @pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])

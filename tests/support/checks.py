@@ -75,5 +75,10 @@ def check_against_oracle(case: Case, optimizer: SelectiveOptimizer, dtype: torch
 
 def optimizer_of(case: Case, **options: Any) -> SelectiveOptimizer:
     trained = [parameter for parameter in case.model.parameters() if parameter.requires_grad]
-    options = {"filter": GreedyFilter(keep=3), "combine": "factors", **options}
-    return SelectiveOptimizer(OPTIMIZERS["adamw"](trained), case.model, case.target_losses, **options)
+    options = {"filter": GreedyFilter(keep=3), "combine": "factors", "target": case.target_losses, **options}
+    return SelectiveOptimizer(OPTIMIZERS["adamw"](trained), case.model, **options)
+
+
+def training_on_target(case: Case, **options: Any) -> SelectiveOptimizer:
+    """The same with target rows that take part in the step, combined as ``"auto"`` will have it."""
+    return optimizer_of(case, **{"train_on_target": True, "combine": "auto", **options})

@@ -126,6 +126,18 @@ class MLP(nn.Module):
         return logits
 
 
+class RowGradients(nn.Module):
+    """A loss whose gradient is the row itself."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 1, bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        losses: Tensor = self.layer(x)[:, 0]
+        return losses
+
+
 def mlp(dtype: torch.dtype, n: int) -> Case:
     generator = torch.Generator().manual_seed(3)
 
