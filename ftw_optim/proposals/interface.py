@@ -19,6 +19,10 @@ class Proposal(ABC):
     A sample is a mapping with ``input_ids`` (a list or a 1-D tensor of token ids), perhaps with ``labels`` (-100 where
     a token does not count) and ``source`` (a name). Calls come in turn: propose, step, observe. A proposal may learn
     from none, one or several observations between two calls of :meth:`propose`.
+
+    A proposal may also have a method ``features(samples)``, a row of a matrix for each sample that depends on this
+    sample alone, and take ``features=`` in both calls: then :class:`~ftw_optim.proposals.ProposedSampler` asks for the
+    features of a record once, and hands over the records' numbers as samples.
     """
 
     @abstractmethod
@@ -86,3 +90,13 @@ def check_state(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
             )
     if missing := own.keys() - state_dict.keys():
         raise ValueError(f"Expected a whole state of the proposal, but {', '.join(sorted(missing))} is missing.")
+
+
+def chosen_positions(found: Any, wanted: int, offered: int) -> list[int]:
+    """What :meth:`Proposal.propose` returned, as a list; a ValueError where it is not what it should be."""
+    positions = found.tolist() if isinstance(found, Tensor) else list(found)
+    if len(positions) != wanted or len(set(positions)) != wanted or not set(positions) <= set(range(offered)):
+        raise ValueError(
+            f"Expected the proposal to give {wanted} different positions of {offered} samples, got {positions}."
+        )
+    return positions

@@ -11,6 +11,7 @@ from torch import Tensor
 from ftw_optim._matching.selection import Selection
 from ftw_optim.integrations.streaming._screening import Sample
 from ftw_optim.proposals import Proposal
+from ftw_optim.proposals.interface import chosen_positions
 
 _TENSOR = "tensor of "  # before the dtype, the one key of the mapping that stands for a tensor
 
@@ -75,7 +76,7 @@ class Proposing:
             self._waiting = []
             return []
         wanted = min(self.size, len(offered))
-        chosen = _positions(self.proposal.propose(offered, self.size), wanted, len(offered))
+        chosen = chosen_positions(self.proposal.propose(offered, self.size), wanted, len(offered))
         counts = dict(self.chosen)
         for position in chosen:
             source = offered[position]["source"]
@@ -123,15 +124,6 @@ class Proposing:
             self.proposal.load_state_dict(state)
         self.read, self.chosen = dict(position["read"]), dict(position["chosen"])
         self._waiting, self._later = list(position["waiting"]), list(states[1:])
-
-
-def _positions(found: Any, wanted: int, offered: int) -> list[int]:
-    positions = found.tolist() if isinstance(found, Tensor) else list(found)
-    if len(positions) != wanted or len(set(positions)) != wanted or not set(positions) <= set(range(offered)):
-        raise ValueError(
-            f"Expected the proposal to give {wanted} different positions of {offered} samples, got {positions}."
-        )
-    return positions
 
 
 def packed(value: Any) -> Any:

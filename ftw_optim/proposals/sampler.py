@@ -1,0 +1,296 @@
+"""A sampler over data that are found by number, whose order a proposal decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from ftw_optim._matching.selection import Selection
+from ftw_optim.proposals.drawing import salt
+from ftw_optim.proposals.interface import Proposal, Sample, chosen_positions
+
+_KEPT_FEATURES = 1 << 30  # bytes: of a larger data set, features are computed whenever a record is on offer
+
+
+@final
+class ProposedSampler(Sampler[int]):
+    """The numbers of the records that a proposal makes candidates, for a ``DataLoader`` or a trainer.
+
+    ::
+
+        sampler = ProposedSampler(records, LearnedProposal(target), count=16, read_ahead=256)
+        loader = DataLoader(records, batch_size=16, sampler=sampler, collate_fn=collate, num_workers=2)
+        for batch in loader:
+            optimizer.step(lambda: losses(batch))
+            sampler.observe(optimizer.selection)
+
+    For each step, ``read_ahead`` records are read in an order that the seed decides, and the proposal chooses ``count``
+    of them. An epoch reads every record once. The same arguments give the same numbers, whatever the workers do; a
+    loader that asks for batches ahead gets them from what has been learned when it asks.
+
+    What was given out and :meth:`taken` by steps is counted by :meth:`observe` and :meth:`skip`. A new iterator within
+    an epoch begins behind what was taken, so a loader that had asked ahead loses nothing. Features of our proposals are
+    computed once for each record, and kept where those of all records fit into 1 GiB.
+
+    Args:
+        data: the records, with a length, found by number; the data set of the loader.
+        proposal: what chooses.
+        count: the number of candidates of a step.
+        read_ahead: number of records among which the proposal chooses, at least ``count``. None: all records of the
+            data set that were not given out in this epoch.
+        passed_over: ``"drop"``: records that were read and not chosen do not come back in this epoch. ``"keep"``: they
+            are offered again, so that an epoch gives out every record once, the least wanted last.
+        encode: makes of a record the sample that the proposal sees, with ``input_ids`` and perhaps ``labels`` and
+            ``source``; None: the record is one.
+        seed: seed of the order in which records are read.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described above.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        proposal: Proposal,
+        *,
+        count: int,
+        read_ahead: int | None = None,
+        passed_over: Literal["drop", "keep"] | None = None,
+        encode: Callable[[Any], Sample] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+            raise TypeError(
+                f"Expected data with a length, whose records are found by number, got {type(data).__name__}. For a "
+                "stream there is CandidateStream(..., proposal=, read_ahead=)."
+            )
+        if not isinstance(proposal, Proposal):
+            raise TypeError(f"Expected a Proposal of ftw_optim.proposals, got {type(proposal).__name__}.")
+        if not len(data):
+            raise ValueError("Expected at least one record, got none.")
+        if count < 1 or (read_ahead is not None and read_ahead < count):
+            raise ValueError(
+                f"Expected count of at least 1 and read_ahead of at least count, got count={count} and read_ahead="
+                f"{read_ahead}. read_ahead is the number of records among which the proposal chooses a step's "
+                "candidates: their number divided by the share of useful records."
+            )
+        if passed_over not in ("drop", "keep", None):
+            raise ValueError(f"passed_over must be 'drop' or 'keep', got {passed_over!r}.")
+        if read_ahead is None and passed_over == "drop":
+            raise ValueError(
+                "passed_over='drop' needs a number as read_ahead: all records are read for the first step, and none "
+                "would be left for the second."
+            )
+        self.data, self.proposal, self.count, self.seed, self.read_ahead = data, proposal, count, seed, read_ahead
+        self.keep = passed_over == "keep" or read_ahead is None
+        self._samples = _Samples(data, proposal, encode)
+        self._ended: bool
+        self._order: Tensor
+        self._waiting: Tensor
+        self._drawn: list[int]
+        self._first: int | None  # what the next iterator begins with, where that is not what was not taken
+        self._begin(0)
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch, counted from 0."""
+        return self._epoch
+
+    @property
+    def read(self) -> int:
+        """The number of records that were read in this epoch."""
+        return self._read
+
+    @property
+    def given(self) -> int:
+        """The number of records that were given out in this epoch."""
+        return len(self._drawn)
+
+    @property
+    def taken(self) -> int:
+        """The number of those that became candidates of a step, as far as :meth:`observe` and :meth:`skip` were told.
+
+        The others wait in a loader.
+        """
+        return self._taken
+
+    @property
+    def passed_over(self) -> int:
+        """The number of records that were read in this epoch and not given out, or not yet."""
+        return self._read - len(self._drawn)
+
+    def __len__(self) -> int:
+        """The number of records that an epoch gives out."""
+        total = len(self.data)
+        if self.keep or self.read_ahead is None:
+            return total
+        rounds, rest = divmod(total, self.read_ahead)
+        return rounds * self.count + min(self.count, rest)
+
+    def __iter__(self) -> Iterator[int]:
+        if self._ended:
+            self._begin(self._epoch + 1)
+        at = self._taken if self._first is None else self._first
+        epoch, self._first = self._epoch, None
+        while at < len(self._drawn) or self._draw():
+            yield self._drawn[at]
+            at += 1
+            if self._epoch != epoch:
+                raise RuntimeError(
+                    f"The sampler went on to epoch {self._epoch} while an iterator was in epoch {epoch}: iterate anew."
+                )
+        self._ended = True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch, unless it is the present one; trainers call this."""
+        if epoch != self._epoch:
+            self._begin(epoch)
+
+    def observe(self, selection: Selection) -> None:
+        """Let the proposal learn from a step, whose candidates were the next ones given out, in this order.
+
+        Raises:
+            ValueError: there are more candidates than were given out.
+        """
+        numbers = self._next(len(selection.losses))
+        self._samples.observe(numbers, selection)
+        self._taken += len(numbers)
+
+    def skip(self, count: int) -> None:
+        """Count the next ones given out as taken by a step without a selection.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        self._taken += len(self._next(count))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, with what was given out and waits in a loader, and the state of the proposal."""
+        return {
+            "settings": self._settings(),
+            "epoch": self._epoch,
+            "read": self._read,
+            "taken": self._taken,
+            "drawn": torch.tensor(self._drawn, dtype=torch.int64),
+            "proposal": self.proposal.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, from_start: bool = False) -> None:
+        """Go on as the sampler that gave this state would have, behind what was taken.
+
+        Args:
+            state_dict: a :meth:`state_dict`.
+            from_start: whether the next iterator gives out the epoch from its start, for trainers that skip what was
+                taken themselves.
+
+        Raises:
+            ValueError: the state is of a sampler with other settings; nothing is loaded.
+        """
+        if state_dict.get("settings") != self._settings():
+            raise ValueError(
+                f"Expected the state of a sampler with {self._settings()}, got {state_dict.get('settings')}: the "
+                "records would not be those of the run that is resumed."
+            )
+        self.proposal.load_state_dict(state_dict["proposal"])
+        self._begin(int(state_dict["epoch"]))
+        self._drawn = torch.as_tensor(state_dict["drawn"]).tolist()
+        self._read, self._taken = int(state_dict["read"]), int(state_dict["taken"])
+        self._first = 0 if from_start else None
+        # Behind its last record an epoch is over, though the loader may not have asked for another.
+        self._ended = not from_start and self._taken == len(self)
+        if self.keep:
+            given = torch.zeros(len(self.data), dtype=torch.bool)
+            given[self._drawn] = True
+            read = self._order[: self._read]
+            self._waiting = read[~given[read]]
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "records": len(self.data),
+            "count": self.count,
+            "read_ahead": self.read_ahead,
+            "passed_over": "keep" if self.keep else "drop",
+            "seed": self.seed,
+        }
+
+    def _begin(self, epoch: int) -> None:
+        self._epoch, self._ended = epoch, False
+        generator = torch.Generator().manual_seed(salt("order", self.seed, epoch))
+        self._order = torch.randperm(len(self.data), generator=generator)
+        self._read = self._taken = 0
+        self._first, self._drawn = None, []
+        self._waiting = torch.empty(0, dtype=torch.int64)
+
+    def _draw(self) -> bool:
+        """Give out the next candidates; False where no record is left."""
+        total = len(self.data)
+        upto = total if self.read_ahead is None else min(total, self._read + self.read_ahead - len(self._waiting))
+        offered = torch.cat([self._waiting, self._order[self._read : upto]])
+        if not len(offered):
+            return False
+        chosen = self._samples.propose(offered, self.count)
+        if self.keep:
+            left = torch.ones(len(offered), dtype=torch.bool)
+            left[chosen] = False
+            self._waiting = offered[left]
+        self._read = upto
+        self._drawn += offered[chosen].tolist()
+        return True
+
+    def _next(self, count: int) -> Sequence[int]:
+        numbers = self._drawn[self._taken : self._taken + count]
+        if len(numbers) < count:
+            raise ValueError(
+                f"Expected no more candidates than the {len(numbers)} given out and not taken, got {count}. Tell every "
+                "step once, in turn, and where a step makes no selection, call skip(count)."
+            )
+        return numbers
+
+
+class _Samples:
+    """The records as a proposal sees them: as features where it has such, which are kept, else as samples."""
+
+    def __init__(self, data: Any, proposal: Proposal, encode: Callable[[Any], Sample] | None) -> None:
+        self._data, self._encode = data, encode
+        self._proposal: Any = proposal
+        self._features: Tensor | None = None
+        if hasattr(proposal, "features"):
+            width = proposal.features(self._of([0])).shape[1]
+            if len(data) * width * 4 <= _KEPT_FEATURES:
+                # The system gives memory to those rows that are written.
+                self._features = torch.empty(len(data), width)
+                self._known = torch.zeros(len(data), dtype=torch.bool)
+
+    def propose(self, numbers: Tensor, count: int) -> list[int]:
+        """The positions of those records that the proposal chose."""
+        if self._features is None:
+            found = self._proposal.propose(self._of(numbers.tolist()), count)
+        else:
+            found = self._proposal.propose(numbers, count, features=self._features_of(numbers))
+        return chosen_positions(found, min(count, len(numbers)), len(numbers))
+
+    def observe(self, numbers: Sequence[int], selection: Selection) -> None:
+        """Let the proposal learn."""
+        if self._features is None:
+            self._proposal.observe(self._of(numbers), selection)
+        else:
+            at = torch.tensor(numbers, dtype=torch.int64)
+            self._proposal.observe(numbers, selection, features=self._features_of(at))
+
+    def _features_of(self, numbers: Tensor) -> Tensor:
+        assert self._features is not None
+        missing = numbers[~self._known[numbers]]
+        if len(missing):
+            self._features[missing] = self._proposal.features(self._of(missing.tolist()))
+            self._known[missing] = True
+        return self._features[numbers]
+
+    def _of(self, numbers: Sequence[int]) -> list[Sample]:
+        # What fetches many records at once, as datasets do, is asked for all of them.
+        many = getattr(self._data, "__getitems__", None)
+        records = [self._data[number] for number in numbers] if many is None else many(list(numbers))
+        return records if self._encode is None else [self._encode(record) for record in records]
