@@ -26,14 +26,17 @@ from ftw_optim._step.label_head import LabelLogits, label_logits, logits_of
 from ftw_optim._step.losses import shifted_labels
 from ftw_optim._step.optimizer import SelectiveOptimizer
 from ftw_optim._step.target import TargetGradient
+from ftw_optim.integrations._trainers import proposing
 from ftw_optim.integrations._trainers.columns import WithColumns
 from ftw_optim.integrations._trainers.metrics import Metrics
 from ftw_optim.integrations._trainers.overrides import of_framework, refuse_overrides
 from ftw_optim.integrations._trainers.own_loss import LossComparison
+from ftw_optim.integrations._trainers.proposing import Proposing
 from ftw_optim.integrations._trainers.realised import RealisedDecrease
 from ftw_optim.integrations._trainers.refusals import checked_options, refuse, refuse_settings
 from ftw_optim.integrations._trainers.targets import TargetBatches
-from ftw_optim.integrations._trainers.window import COLUMNS, MicroBatch, Recorder, Window
+from ftw_optim.integrations._trainers.window import COLUMNS, SOURCES, MicroBatch, Recorder, Window
+from ftw_optim.proposals import ProposedSampler
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -58,7 +61,9 @@ class SelectiveTrainerMixin(_Base):
             number.
         selective: options of :class:`SelectiveOptimizer`: ``filter``, ``weight``, ``metric``, ``train_on_target``,
             ``combine``, ``scored``, ``gram``, ``memory_limit``, ``self_check``, ``seed`` (by default that of the
-            training arguments).
+            training arguments). With a ``proposal`` the training data are sampled by it, see
+            :class:`~ftw_optim.proposals.ProposedSampler`, which has ``read_ahead`` and ``passed_over``: ``"learned"``,
+            ``"similarity"``, ``"uniform"``, or one of :mod:`ftw_optim.proposals`. It is in the checkpoints.
         sample_weighting: how a candidate's loss is formed. ``"token_sum"``: ``n`` times the sum over its labels,
             divided by the number of labels in the window, so that equal weights make the trainer's own step and long
             answers count more; ``"token_mean"``: the mean over its labels. Target losses are formed alike.
@@ -108,10 +113,11 @@ class SelectiveTrainerMixin(_Base):
         **kwargs: Any,
     ) -> None:
         self._options = checked_options(selective, sample_weighting, realised_every)
+        self._proposing = Proposing.of(self._options)
         refuse_settings(kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
         own = type(self).position_losses is not SelectiveTrainerMixin.position_losses
-        refuse(self, self._options, own_losses=own)
+        refuse(self, self._options, own_losses=own, proposes=self._proposing is not None)
         self._options.setdefault("seed", self.args.seed)
         self.sample_weighting, self.realised_every = sample_weighting, realised_every
         self.selection_log = selection_log
@@ -125,6 +131,8 @@ class SelectiveTrainerMixin(_Base):
             refresh_every=target_refresh_every,
         )
         self.trained_batches: TargetBatches | None = None
+        self._target_examples = self.target_batches.dataset
+        self.proposed_sampler: ProposedSampler | None = None
         if guide_share:
             self.target_batches, self.trained_batches = self.target_batches.parted(guide_share)
             if self._options.setdefault("train_on_target", True) is not True:
@@ -186,6 +194,7 @@ class SelectiveTrainerMixin(_Base):
         selection = optimizer.selection
         assert selection is not None
         self._metrics_of_selection.note(selection, window)
+        proposing.observe(self.proposed_sampler, selection)
         return window.token_loss(selection)
 
     def _check_selected(self) -> None:
@@ -345,6 +354,18 @@ class SelectiveTrainerMixin(_Base):
         finally:
             self.data_collator, self._signature_columns = collator, signature
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self._proposing is None:
+            return super()._get_train_sampler(train_dataset)
+        self.proposed_sampler = self._proposing.sampler(
+            self.train_dataset,  # with all of its columns
+            self._target_examples,
+            count=self._train_batch_size * self.args.gradient_accumulation_steps,
+            seed=self._options["seed"],
+            source_column=self._log_columns.get(SOURCES),
+        )
+        return self.proposed_sampler
+
     # ------------------------------------------------------------------ what it tells
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -357,12 +378,15 @@ class SelectiveTrainerMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            proposing.save(self.proposed_sampler, output_dir)
         if self.selection_log is not None and self.args.should_save:
             with open(os.path.join(output_dir, LOG_STATE), "w", encoding="utf-8") as file:
                 json.dump(self.selection_log.state_dict(), file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        proposing.load(self.proposed_sampler, checkpoint, skips=not self.args.ignore_data_skip)
         if self.selection_log is None or checkpoint is None:
             return
         if os.path.isfile(path := os.path.join(checkpoint, LOG_STATE)):

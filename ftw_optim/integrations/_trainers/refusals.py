@@ -7,21 +7,26 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ftw_optim._step.optimizer import SelectiveOptimizer
+from ftw_optim.integrations._trainers.proposing import OPTIONS as PROPOSING
 from ftw_optim.integrations._trainers.weighting import WEIGHTINGS
+from ftw_optim.proposals import Proposal, SimilarityProposal, UniformProposal
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-OPTIONS = tuple(
-    name
-    for name, parameter in inspect.signature(SelectiveOptimizer.__init__).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+OPTIONS = (
+    *(
+        name
+        for name, parameter in inspect.signature(SelectiveOptimizer.__init__).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ),
+    *PROPOSING,
 )
-"""The options of :class:`SelectiveOptimizer`, which a trainer takes as ``selective``."""
+"""The options that a trainer takes as ``selective``: those of :class:`SelectiveOptimizer`, and those of a proposal."""
 
 
 def checked_options(selective: Mapping[str, Any] | None, weighting: str, realised_every: int) -> dict[str, Any]:
-    """The checked options of the :class:`SelectiveOptimizer`.
+    """The checked options of the :class:`SelectiveOptimizer` and of a proposal.
 
     Raises:
         ValueError: an option is not known, or a value is out of range.
@@ -55,18 +60,22 @@ def refuse_settings(args: Any) -> None:
         )
 
 
-def refuse(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -> None:
+def refuse(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool, proposes: bool) -> None:
     """Refuse a trainer with settings that selection does not support.
 
     Args:
         trainer: the constructed trainer.
         options: the options of the :class:`SelectiveOptimizer`.
         own_losses: whether the trainer's class defines the losses of positions itself.
+        proposes: whether a proposal samples the training data.
 
     Raises:
         NotImplementedError: there is such a setting; the message lists all of them.
     """
-    if reasons := [*_processes(trainer), *_losses(trainer, options, own_losses=own_losses)]:
+    reasons = [*_processes(trainer), *_losses(trainer, options, own_losses=own_losses), *_streams(trainer)]
+    if proposes:
+        reasons += _proposals(trainer)
+    if reasons:
         raise NotImplementedError(f"{type(trainer).__name__} cannot be used like this: " + "; ".join(reasons) + ".")
 
 
@@ -134,6 +143,28 @@ def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -
         yield (
             "the model divides its loss by each micro-batch's own labels, which cannot be told apart in the one batch "
             'of combine="rerun": use "factors" or "graph"'
+        )
+
+
+def _proposals(trainer: Trainer) -> Iterator[str]:
+    args = trainer.args
+    if not hasattr(trainer.train_dataset, "__len__"):
+        yield (
+            "a proposal samples data with a length: for a stream pass a SimilarityProposal to CandidateStream, or any "
+            "proposal to a CandidateStream in a loop of your own"
+        )
+    if getattr(args, "packing", False) or getattr(trainer, "padding_free", False):
+        yield "a proposal chooses rows, which are no candidates where documents are packed: leave packing out"
+    if args.train_sampling_strategy != "random":
+        yield f"the proposal decides the order: leave train_sampling_strategy={args.train_sampling_strategy!r} out"
+
+
+def _streams(trainer: Trainer) -> Iterator[str]:
+    proposal = getattr(trainer.train_dataset, "proposal", None)
+    if isinstance(proposal, Proposal) and not isinstance(proposal, SimilarityProposal | UniformProposal):
+        yield (
+            f"a stream has a {type(proposal).__name__}, to which the trainer tells nothing: give the trainer data with "
+            'a length and selective={"proposal": ...}, or the stream a SimilarityProposal'
         )
 
 

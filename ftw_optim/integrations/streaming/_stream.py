@@ -140,6 +140,11 @@ class CandidateStream(IterableDataset[Any]):
         self._past.append((self._snapshot(), {}))
 
     @property
+    def proposal(self) -> Proposal | None:
+        """What chooses, if there is a proposal."""
+        return None if self._proposing is None else self._proposing.proposal
+
+    @property
     def skipped(self) -> dict[str, dict[str, int]]:
         """The number of skipped records, by source and reason."""
         return {source: dict(reasons) for source, reasons in self._screening.skipped.items()}

@@ -1,0 +1,227 @@
+"""Trainers whose candidates are proposed: which rows they are, what is learned of them, and a run that is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer
+from trl import SFTConfig
+
+from ftw_optim import GreedyFilter
+from ftw_optim.integrations.streaming import CandidateStream
+from ftw_optim.integrations.transformers import SelectiveTrainer
+from ftw_optim.integrations.trl import SelectiveSFTTrainer
+from ftw_optim.proposals import LearnedProposal, ProposedSampler, SimilarityProposal
+from tests.support.grids import slow
+from tests.support.trainer_runs import (
+    ARGUMENTS,
+    HARD,
+    Recording,
+    Stop,
+    arguments,
+    examples,
+    model,
+    numbered,
+    padded,
+    tokenizer,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    # An SFTConfig of TRL sets an option of Transformers by its old name.
+    "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning",
+)
+ROWS = numbered(examples(40))
+TARGETS = examples(5, seed=1)
+
+
+def trainer_of(
+    path: Path, recording: Recording, *callbacks: Any, selective: dict[str, Any], rows: Any = None, **changes: Any
+) -> SelectiveTrainer:
+    return SelectiveTrainer(
+        model(),
+        arguments(path, save_strategy="steps", save_steps=2, **changes),
+        data_collator=padded,
+        train_dataset=ROWS if rows is None else rows,
+        callbacks=list(callbacks),
+        target_dataset=TARGETS,
+        target_batch_size=3,
+        selective={"filter": GreedyFilter(keep=3), **selective},
+        selection_log=recording,
+        sample_id_column="number",
+        source_column="origin",
+    )
+
+
+def sample(row: dict[str, Any]) -> dict[str, Any]:
+    return {"input_ids": row["input_ids"], "labels": row["labels"], "source": row["origin"]}
+
+
+@pytest.mark.parametrize("data", [list, slow(Dataset.from_list)])
+@pytest.mark.parametrize("passed_over", ["drop", "keep"])
+def test_candidates_are_the_rows_that_the_proposal_chooses_by_what_it_has_learned(
+    passed_over: str, data: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    recording = Recording()
+    selective = {"proposal": "learned", "read_ahead": 14, "passed_over": passed_over}
+    trainer = trainer_of(tmp_path, recording, selective=selective, rows=data(ROWS))
+    trainer.train()
+    seed = trainer.args.seed
+    other = ProposedSampler(
+        ROWS,
+        LearnedProposal(TARGETS, seed=seed),
+        count=6,
+        read_ahead=14,
+        passed_over=passed_over,  # type: ignore[arg-type]
+        encode=sample,
+        seed=seed,
+    )
+    rows_of_epoch = len(other)
+    steps = -(-rows_of_epoch // 6)
+    assert len(recording.steps) == 2 * steps == trainer.state.global_step
+    for epoch in range(2):
+        numbers = iter(other)
+        # The loader reads one micro-batch of two rows ahead, and draws for six at a time.
+        ahead = [next(numbers) for _ in range(6)]
+        for step in recording.steps[epoch * steps : (epoch + 1) * steps]:
+            ids = step["ids"]
+            while len(ahead) < len(ids) + 2:
+                if (number := next(numbers, None)) is None:
+                    break
+                ahead.append(number)
+            assert ahead[: len(ids)] == ids
+            del ahead[: len(ids)]
+            other.observe(step["selection"])
+        assert not ahead
+    learned = trainer.proposed_sampler
+    assert learned is not None
+    found, expected = (one.proposal.state_dict()["learned"] for one in (learned, other))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("read_ahead", "passed_over", "killed", "workers"),
+    [(14, "drop", 5, 0), slow(14, "drop", 3, 2), slow(14, "keep", 9, 2), slow(None, None, 7, 0)],
+)
+def test_a_run_that_was_killed_goes_on_with_the_same_rows(
+    read_ahead: int | None, passed_over: str | None, killed: int, workers: int, tmp_path: Path
+) -> None:
+    selective = {"proposal": "learned", "read_ahead": read_ahead, "passed_over": passed_over}
+    options = {"selective": selective, "num_train_epochs": 3, "dataloader_num_workers": workers}
+    recordings = [Recording(), Recording()]
+    whole = trainer_of(tmp_path / "whole", recordings[0], **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tmp_path / "cut", recordings[1], Stop(killed), **options).train()
+    resumed = trainer_of(tmp_path / "cut", recordings[1], **options)
+    resumed.train(resume_from_checkpoint=True)
+    one, other = ([(step["step"], step["ids"]) for step in recording.steps] for recording in recordings)
+    assert one == other
+    state = resumed.model.state_dict()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(state[name], value), name
+
+
+def test_a_run_that_does_not_skip_goes_on_behind_what_was_taken(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"selective": {"proposal": "uniform", "passed_over": "keep"}, "num_train_epochs": 1}
+    recordings = [Recording(), Recording()]
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tmp_path, recordings[0], Stop(5), **options).train()
+    trainer_of(tmp_path, recordings[1], ignore_data_skip=True, **options).train(resume_from_checkpoint=True)
+    first = [number for step in recordings[0].steps if step["step"] <= 4 for number in step["ids"]]
+    then = [number for step in recordings[1].steps for number in step["ids"]]
+    assert len(first) == 24
+    assert not set(first) & set(then)
+
+
+def test_similar_rows_come_first_where_all_are_on_offer(tmp_path: Path) -> None:
+    rows, recording = numbered([*examples(30), *TARGETS]), Recording()
+    selective = {"proposal": SimilarityProposal(TARGETS)}
+    trainer = trainer_of(tmp_path, recording, selective=selective, rows=rows, num_train_epochs=1)
+    trainer.train()
+    assert {30, 31, 32, 33, 34} <= {*recording.steps[0]["ids"], *recording.steps[1]["ids"]}
+    assert sorted(number for step in recording.steps for number in step["ids"]) == list(range(35))
+
+
+def test_the_sft_trainer_proposes_among_its_tokenized_rows(tmp_path: Path) -> None:
+    words = [" ".join(f"w{(start * 7 + step) % 40}" for step in range(5)) for start in range(24)]
+    rows = Dataset.from_list([{"prompt": text, "completion": f" {text[:2]}", "origin": "a"} for text in words])
+    trainer = SelectiveSFTTrainer(
+        model(),
+        SFTConfig(str(tmp_path), **{**ARGUMENTS, **HARD, "num_train_epochs": 1}),
+        train_dataset=rows,
+        processing_class=tokenizer(),
+        target_dataset=rows.select([3, 4, 5, 6]),
+        selective={"filter": GreedyFilter(keep=3), "proposal": "learned", "read_ahead": 12},
+    )
+    trainer.train()
+    sampler = trainer.proposed_sampler
+    assert sampler is not None
+    assert sampler.taken == 12
+    assert trainer.state.global_step == 2
+    state = sampler.proposal.state_dict()["learned"]
+    assert state["rows"] > 10
+
+
+def test_a_checkpoint_of_a_run_without_a_proposal_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tmp_path, Recording(), Stop(3), selective={}).train()
+    other = trainer_of(tmp_path, Recording(), selective={"proposal": "learned", "read_ahead": 12})
+    with pytest.raises(ValueError, match=r"Expected proposal.pt in .*, got none"):
+        other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("selective", "error", "message"),
+    [
+        ({"proposal": "best"}, ValueError, "one of 'learned', 'similarity', 'uniform', got 'best'"),
+        ({"proposal": 3}, TypeError, "got int"),
+        ({"read_ahead": 8}, ValueError, "Expected a proposal beside read_ahead"),
+        ({"proposal": None, "passed_over": "keep"}, ValueError, "Expected a proposal beside passed_over"),
+    ],
+)
+def test_options_that_fit_no_proposal_are_refused(
+    selective: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        trainer_of(tmp_path, Recording(), selective=selective)
+
+
+def test_too_few_records_read_ahead_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, Recording(), selective={"proposal": "similarity", "read_ahead": 5})
+    with pytest.raises(ValueError, match="count=6 and read_ahead=5"):
+        trainer.train()
+
+
+def test_settings_that_a_proposal_cannot_have_are_refused(tmp_path: Path) -> None:
+    selective = {"proposal": "learned", "read_ahead": 8}
+    with pytest.raises(NotImplementedError, match="train_sampling_strategy='group_by_length'"):
+        trainer_of(tmp_path, Recording(), selective=selective, train_sampling_strategy="group_by_length")
+    with pytest.raises(NotImplementedError, match="samples data with a length"):
+        trainer_of(tmp_path, Recording(), selective=selective, rows=_stream(), max_steps=3)
+    rows = Dataset.from_list([{"text": "w1 w2 w3"}] * 8)
+    with pytest.raises(NotImplementedError, match="where documents are packed"):
+        SelectiveSFTTrainer(
+            model(),
+            SFTConfig(str(tmp_path), packing=True, max_length=16, **ARGUMENTS),
+            train_dataset=rows,
+            processing_class=tokenizer(),
+            target_dataset=rows,
+            selective=selective,
+        )
+
+
+def test_a_stream_whose_proposal_would_learn_nothing_is_refused(tmp_path: Path) -> None:
+    stream = _stream(proposal=LearnedProposal(dim=4), read_ahead=4)
+    with pytest.raises(NotImplementedError, match="a stream has a LearnedProposal, to which the trainer tells nothing"):
+        trainer_of(tmp_path, Recording(), selective={}, rows=stream, max_steps=3)
+    allowed = _stream(proposal=SimilarityProposal(TARGETS), read_ahead=4)
+    assert isinstance(trainer_of(tmp_path, Recording(), selective={}, rows=allowed, max_steps=3), Trainer)
+
+
+def _stream(**options: Any) -> CandidateStream:
+    return CandidateStream({"all": ROWS}, dict, batch_size=None, **options)
