@@ -5,6 +5,7 @@ from ftw_optim._capture.coverage import coverage as coverage
 from ftw_optim._factors.factors import Factors as Factors
 from ftw_optim._gram.sketch import Sketch as Sketch
 from ftw_optim._layers.registry import register_layer as register_layer
+from ftw_optim._matching.filters import AcceptFilter as AcceptFilter
 from ftw_optim._matching.filters import FilterStage as FilterStage
 from ftw_optim._matching.filters import GreedyFilter as GreedyFilter
 from ftw_optim._matching.filters import KeepAll as KeepAll

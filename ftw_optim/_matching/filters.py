@@ -103,6 +103,36 @@ class KeepAll(FilterStage):
         return torch.arange(len(matching))
 
 
+@final
+@dataclass(frozen=True, kw_only=True)
+class AcceptFilter(FilterStage):
+    """Keeps every candidate but those whose gradient certainly points away from the target.
+
+    A candidate is left out where its ``cross_gram`` is below zero by more than ``confidence`` standard errors. These
+    are known where the target rows take part in the step; else every negative product counts. With
+    :class:`UniformWeights` good candidates are not thinned out, as fitted weights do, and bad ones have no weight.
+
+    Args:
+        confidence: number of standard errors; 0: every candidate with a negative product is left out.
+
+    Raises:
+        ValueError: ``confidence`` is negative or not finite.
+    """
+
+    confidence: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.confidence < math.inf:
+            raise ValueError(f"confidence must be finite and not negative, got {self.confidence}: 1 is usual, 0 strict.")
+
+    def __call__(self, matching: Matching, *more: Matching) -> Tensor:
+        """See :class:`FilterStage`; in the order of the candidates."""
+        least = matching.cross_gram
+        if matching.cross_gram_error is not None:
+            least = least + self.confidence * matching.cross_gram_error
+        return (least >= 0).nonzero()[:, 0]
+
+
 def _check_keep(keep: int | float) -> None:
     if isinstance(keep, bool) or not isinstance(keep, int | float):
         raise TypeError(

@@ -11,11 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ftw_optim import FilterStage, GreedyFilter, KeepAll, Matching, NonNegativeLeastSquares, TopKFilter
+from ftw_optim import (
+    AcceptFilter,
+    FilterStage,
+    GreedyFilter,
+    KeepAll,
+    Matching,
+    NonNegativeLeastSquares,
+    TopKFilter,
+)
 from tests.support.oracles import greedy_from_scratch, objective
 from tests.support.strategies import Problem, problems, random_problem
 
-FILTERS: dict[str, FilterStage] = {"greedy": GreedyFilter(keep=4), "top-k": TopKFilter(keep=4), "all": KeepAll()}
+FILTERS: dict[str, FilterStage] = {
+    "greedy": GreedyFilter(keep=4),
+    "top-k": TopKFilter(keep=4),
+    "accept": AcceptFilter(),
+    "all": KeepAll(),
+}
 WITH_KEEP: list[Any] = [type(stage) for stage in FILTERS.values() if hasattr(stage, "keep")]
 """The classes of those that take a count or a share."""
 
@@ -226,6 +239,23 @@ def test_top_k_takes_the_largest_positive_products_and_the_lower_index_of_a_tie(
     matching = replace(matching, cross_gram=torch.tensor([1.0, 3.0, -9.0, 3.0, 0.0, 2.0]))
     assert TopKFilter(keep=3)(matching).tolist() == [1, 3, 5]
     assert TopKFilter(keep=1.0)(matching).tolist() == [1, 3, 5, 0]
+
+
+@given(problem=problems())
+def test_accepted_are_those_whose_products_are_not_certainly_negative(problem: Problem) -> None:
+    matching = problem.matching()
+    exact = (matching.cross_gram >= 0).nonzero()[:, 0].tolist()
+    assert AcceptFilter(confidence=5.0)(matching).tolist() == exact
+    matching = replace(matching, cross_gram_error=matching.cross_gram.abs() / 2)
+    assert AcceptFilter(confidence=0.0)(matching).tolist() == exact
+    assert AcceptFilter(confidence=1.9)(matching).tolist() == exact
+    assert AcceptFilter(confidence=2.1)(matching).tolist() == list(range(len(matching)))
+
+
+@pytest.mark.parametrize("confidence", [-0.1, float("nan"), float("inf")])
+def test_a_confidence_that_is_no_number_of_errors_is_refused(confidence: float) -> None:
+    with pytest.raises(ValueError, match="confidence must be finite and not negative"):
+        AcceptFilter(confidence=confidence)
 
 
 def test_keep_all_keeps_all_in_order() -> None:
