@@ -15,6 +15,9 @@ arm 60 steps). A quarter of the target rows validates, for stopping early, in ev
 and are judged on the same test rows, row by row. Learning rates are chosen for a family of arms, with --tune on a
 target that is not reported, and passed with --lr guide=1e-3 target=1e-3.
 
+With --damage looped=0.5 half of the stream's records keep their prompt and get a response that goes round in circles:
+what likeness hardly sees.
+
 A finished run is a file under FOLDER/runs: the same command goes on where it was stopped, and more --seeds or --arms
 add to what is there.
 """

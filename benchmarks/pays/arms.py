@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftw_optim import (
+    AcceptFilter,
     FilterStage,
     GreedyFilter,
     KeepAll,
@@ -23,8 +24,18 @@ from ftw_optim import (
     WeightStage,
 )
 
-from .peers import GreatsFilter, LessFilter
-from .proposals import Chooser, Known, first, learned, learned_from_scores, own_source, similar, similar_embeddings
+from .peers import GreatsFilter, LessFilter, RandomWeights, SmallLossFilter
+from .proposals import (
+    Chooser,
+    Known,
+    first,
+    learned,
+    learned_from_scores,
+    own_source,
+    similar,
+    similar_and_sound,
+    similar_embeddings,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,8 @@ class Method:
         weight: the weight stage.
         metric: of the matching problem.
         decay: of the moving average of target gradients.
+        guide_share: share of the target rows that only guide, where others are part of the step; 0: all are both.
+        refresh_every: steps from one batch of rows that only guide to the next.
         options: whatever else the optimizer is given.
     """
 
@@ -53,6 +66,8 @@ class Method:
     weight: WeightStage
     metric: str = "preconditioned"
     decay: float = 0.0
+    guide_share: float = 0.0
+    refresh_every: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -119,6 +134,17 @@ WEIGHTS_WITH_TARGET = Method(
     weight=NonNegativeLeastSquares(anchor=0.3, anchor_to="positive"),
     options={"train_on_target": True},
 )
+ACCEPTED_WITH_TARGET = Method(
+    filter=lambda keep, lr: AcceptFilter(), weight=UniformWeights(), options={"train_on_target": True}
+)
+HONEST = {"guide_share": 0.5, "refresh_every": 2, "decay": 0.5}
+"""Half of the target rows only guide: four of them at every second step, which half of the guides before outweigh."""
+HONEST_UNIFORM = Method(filter=_all, weight=UniformWeights(), **HONEST)
+HONEST_ACCEPTED = Method(filter=lambda keep, lr: AcceptFilter(), weight=UniformWeights(), **HONEST)
+SMALL_LOSS = Method(
+    filter=lambda keep, lr: SmallLossFilter(keep=0.5), weight=UniformWeights(), options={"train_on_target": True}
+)
+RANDOM_WEIGHTS = Method(filter=_all, weight=RandomWeights(), options={"train_on_target": True})
 
 
 def _guide(label: str, rows: Callable[[Sizes], int] = _n, **more: Any) -> Arm:
@@ -149,7 +175,14 @@ ARMS = {
     "target+random": _target("target + random"),
     "target+similarity": _target("target + similar", propose=similar),
     "target+own": _target("target + own source", propose=own_source),
+    "target+sound": _target("similar and sound", propose=similar_and_sound),
     "target+learned": _target("target + learned", propose=learned, method=UNIFORM_WITH_TARGET),
+    "target+honest": _target("learned, split", propose=learned, method=HONEST_UNIFORM),
+    "target+similarity+accept": _target("similar, accepted", propose=similar, method=ACCEPTED_WITH_TARGET),
+    "target+similarity+honest": _target("similar, acc., split", propose=similar, method=HONEST_ACCEPTED),
+    "target+honest+accept": _target("learned, acc., split", propose=learned, method=HONEST_ACCEPTED),
+    "target+similarity+small": _target("similar, small loss", propose=similar, method=SMALL_LOSS),
+    "target+similarity+chance": _target("similar, random w", propose=similar, method=RANDOM_WEIGHTS),
     "target+random+weights": _target("target + random, w", method=WEIGHTS_WITH_TARGET),
     "target+similarity+weights": _target("target + similar, w", propose=similar, method=WEIGHTS_WITH_TARGET),
     "target+learned+weights": _target("target + learned, w", propose=learned, method=WEIGHTS_WITH_TARGET),
@@ -158,3 +191,5 @@ ARMS = {
 BASELINES = {"guide": "adamw-n", "target": "target+random"}
 ORACLES = frozenset({"target+own"})
 """Arms that need to be told the target's own source."""
+SOUND = frozenset({"target+sound"})
+"""Arms that need to be told which records are damaged."""

@@ -18,7 +18,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from .arms import ARMS, BASELINES, ORACLES, Sizes
+from .arms import ARMS, BASELINES, ORACLES, SOUND, Sizes
+from .damage import DAMAGES
 from .report import Figures, as_json, figures_of, table
 from .setting import Setting, build_setting, generated_records, generated_target, read_records, texts
 from .split import Top, check_split
@@ -50,6 +51,9 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     data.add_argument("--own-source", default="", metavar="PREFIX", help="of the pool's sources related to the target")
     data.add_argument("--dirt", type=Path, help="records that replace some of the pool's")
     data.add_argument("--dirt-share", type=float, default=0.0, help="of the stream (%(default)s)")
+    data.add_argument(
+        "--damage", nargs="+", default=[], metavar="KIND=SHARE", help=f"of the stream's records: {', '.join(DAMAGES)}"
+    )
     data.add_argument("--target-rows", type=int, default=16, help="used, a quarter for validation (%(default)s)")
     data.add_argument("--test-rows", type=int, default=128, help="(%(default)s)")
     data.add_argument("--pool-rows", type=int, default=64, help="of the pool, held out (%(default)s)")
@@ -84,8 +88,10 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     if options.evaluations % 4:
         parser.error(f"--evaluations must be a multiple of four, got {options.evaluations}")
     if options.arms is None:
-        options.arms = [name for name in ARMS if options.own_source or name not in ORACLES]
+        untold = (ORACLES if not options.own_source else frozenset()) | (SOUND if not options.damage else frozenset())
+        options.arms = [name for name in ARMS if name not in untold]
     try:
+        options.damage = dict(map(_damage, options.damage))
         options.budgets = {spec: _budget(spec, options.steps) for spec in options.arms}
         options.rates = {**dict.fromkeys(BASELINES, 1e-3), **dict(map(_family_rate, options.lr))}
     except ValueError as error:
@@ -105,6 +111,13 @@ def _budget(spec: str, steps: int) -> int:
     if name not in ARMS:
         raise ValueError(f"--arms: {name!r} is not one of {', '.join(ARMS)}")
     return int(given) if given else steps
+
+
+def _damage(given: str) -> tuple[str, float]:
+    kind, _, share = given.partition("=")
+    if kind not in DAMAGES or not share:
+        raise ValueError(f"--damage: expected KIND=SHARE with one of {', '.join(DAMAGES)}, got {given!r}")
+    return kind, float(share)
 
 
 def _family_rate(given: str) -> tuple[str, float]:
@@ -162,6 +175,7 @@ def prepare(options: argparse.Namespace) -> tuple[Lab, Store]:
         own_source=options.own_source,
         dirt=read_records(options.dirt) if options.dirt else (),
         dirt_share=options.dirt_share,
+        damage=options.damage,
     )
     sizes = Sizes(
         candidates=options.candidates,
@@ -186,7 +200,9 @@ def _depended_on(options: argparse.Namespace, setting: Setting) -> Mapping[str, 
         for name in ("pool", "target", "test", "dirt")
     }
     counts = {name: len(getattr(setting, name)) for name in ("pool", "guide", "validation", "test", "pool_test")}
-    return {**{name: getattr(options, name) for name in names.split()}, "files": files, "counts": counts}
+    found = {**{name: getattr(options, name) for name in names.split()}, "files": files, "counts": counts}
+    # Named only where there is some, so that folders of before are still known.
+    return {**found, "damage": options.damage} if options.damage else found
 
 
 def tiny_model() -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -1,6 +1,7 @@
-"""Published selectors of others, as filter stages: which candidates they would keep, with uniform weights after them.
+"""Selectors of others, and controls, as stages: which candidates they would keep, and with which weights.
 
-Both judge in their own geometry, whatever the optimizer's metric: the first problem that a stage is given is not used.
+GREATS and LESS judge in their own geometry, whatever the optimizer's metric: the first problem that they are given is
+not used. Small losses and random weights do not look at gradients at all.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from ftw_optim import FilterStage, Matching
+from ftw_optim import FilterStage, Matching, WeightSolution, WeightStage
 
 
 @final
@@ -76,3 +77,36 @@ class LessFilter(FilterStage):
         # A candidate without a gradient has no direction: it comes last among those that do not point away.
         cosines = preconditioned.cross_gram.double() / lengths.clamp(min=torch.finfo(torch.float64).tiny)
         return cosines.sort(descending=True, stable=True).indices[: self.keep]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SmallLossFilter(FilterStage):
+    """The candidates with the smallest losses, as those with wrong labels are learned last.
+
+    Attributes:
+        keep: the share of the candidates to keep, in (0, 1].
+
+    Source: Han et al. (2018), Co-teaching, with one network.
+    """
+
+    keep: float
+
+    def __call__(self, matching: Matching, *more: Matching) -> Tensor:
+        """See :class:`ftw_optim.FilterStage`."""
+        count = max(1, round(self.keep * len(matching)))
+        return matching.losses.sort(stable=True).indices[:count]
+
+
+@final
+@dataclass(frozen=True)
+class RandomWeights(WeightStage):
+    """Weights drawn uniformly from all that sum to one: what fitted ones must beat."""
+
+    def __call__(self, matching: Matching, *more: Matching) -> WeightSolution:
+        """See :class:`ftw_optim.WeightStage`."""
+        draws = torch.rand(len(matching), generator=matching.generator, dtype=torch.float64)
+        weights = -(1.0 - draws).log()
+        weights = weights / weights.sum()
+        slack = matching.cross_gram.double() - matching.gram.double() @ weights
+        return WeightSolution(weights=weights, slack=slack, iterations=0, converged=True)

@@ -12,6 +12,8 @@ from torch import Tensor
 from ftw_optim import Selection
 from ftw_optim.proposals import LearnedProposal, Proposal, SimilarityProposal
 
+from .damage import MARK
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Known:
@@ -63,6 +65,17 @@ def own_source(known: Known) -> Chooser:
 def similar(known: Known) -> Chooser:
     """Records that share the most tokens with the target rows."""
     return _proposed_by(SimilarityProposal(samples(known.guide), seed=known.seed))
+
+
+def similar_and_sound(known: Known) -> Chooser:
+    """The same of the records that are not damaged: what nobody is told outside a benchmark."""
+    inner = similar(known)
+
+    def choose(read: Sequence[Example], count: int) -> list[Example]:
+        sound = [example for example in read if not example.source.endswith(MARK)]
+        return inner.choose(sound, count)
+
+    return Chooser(choose=choose)
 
 
 def similar_embeddings(known: Known) -> Chooser:

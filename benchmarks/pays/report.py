@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -13,6 +13,7 @@ from finetune.report import first_reached
 from torch import Tensor
 
 from .arms import ARMS, BASELINES
+from .damage import MARK
 from .training import Run
 
 DRAWS = 4000
@@ -60,6 +61,7 @@ class Figures:
         to_baseline: steps and seconds until the baseline's final loss; infinite where it is not reached.
         rows: candidates and target rows that took part.
         own: share of the candidates from the target's own source, and their share of the weight.
+        damaged: the same of candidates that are damaged.
     """
 
     arm: str
@@ -75,6 +77,7 @@ class Figures:
     to_baseline: tuple[float, float]
     rows: tuple[int, int]
     own: tuple[float, float]
+    damaged: tuple[float, float]
 
     def at_share(self, share: float) -> float:
         """The test loss at the first evaluation after a share of the budget."""
@@ -125,7 +128,8 @@ def figures_of(
                 pool=_mean([_mean(run.pool) for run in of_arm]),
                 to_baseline=to_baseline,
                 rows=tuple(of_arm[0].rows[-1]),
-                own=_share(of_arm, own_source),
+                own=_share(of_arm, lambda source: source.startswith(own_source)),
+                damaged=_share(of_arm, lambda source: source.endswith(MARK)),
             )
         )
     return found
@@ -141,12 +145,12 @@ def charged_seconds(run: Run, calibration: Mapping[str, float]) -> list[float]:
     return [own * scale + tokens * trunk for own, tokens in zip(run.seconds, run.run_tokens, strict=True)]
 
 
-def _share(runs: Sequence[Run], prefix: str) -> tuple[float, float]:
-    """Share of the candidates whose source has a prefix, and their share of the weight."""
+def _share(runs: Sequence[Run], counts: Callable[[str], bool]) -> tuple[float, float]:
+    """Share of the candidates whose source counts, and their share of the weight."""
     found = []
     for place in (0, 1):
         total = sum(values[place] for run in runs for values in run.sources.values())
-        own = sum(values[place] for run in runs for source, values in run.sources.items() if source.startswith(prefix))
+        own = sum(values[place] for run in runs for source, values in run.sources.items() if counts(source))
         found.append(own / total if total else 0.0)
     return found[0], found[1]
 
@@ -161,8 +165,12 @@ def _stopped(run: Run, zero_shot: Mapping[str, Sequence[float]]) -> tuple[float,
 
 def table(figures: Sequence[Figures], zero_shot: Mapping[str, Sequence[float]], *, own_source: str = "") -> str:
     """The table and its legend, in lines of at most 120 characters."""
+    spoiled = any(one.damaged[0] for one in figures)
     lines = [
-        _line("", "", "", "test loss after", "", "", "", "best", "", "s per", "rows", "baseline in", "", "own"),
+        _line(
+            *("", "", "", "test loss after", "", "", "", "best", "", "s per", "rows", "baseline in", "", "own"),
+            "dam." if spoiled else "",
+        ),
         _line(
             *("arm", "lr", "steps", "1/4", "1/2", "end", "beside baseline", "valid.", "pool", "step", "used"),
             *("steps", "s", "src"),
@@ -187,6 +195,7 @@ def table(figures: Sequence[Figures], zero_shot: Mapping[str, Sequence[float]], 
                     str(sum(one.rows)),
                     *(f"{value:.0f}" if math.isfinite(value) else "-" for value in one.to_baseline),
                     f"{100 * one.own[0]:.0f}%" if own_source else "",
+                    f"{100 * one.damaged[1]:.0f}%" if spoiled else "",
                 )
             )
     return "\n".join([*lines, "", LEGEND])
@@ -207,15 +216,15 @@ def _line(
     steps_to: str = "",
     seconds_to: str = "",
     own: str = "",
+    damaged: str = "",
 ) -> str:
     # The two headings that span columns start at the first of them.
     if quarter == "test loss after":
-        losses, to = f"{quarter:>18}", f" {steps_to:>12}"
+        losses, to = f"{quarter:>18}", f" {steps_to:>11}"
     else:
-        losses, to = f"{quarter:>6}{half:>6}{end:>6}", f"{steps_to:>7}{seconds_to:>6}"
-    return (
-        f"{arm:20}{lr:>6}{steps:>6}{losses} {difference:^24}{stopped:>7}{pool:>6}{per_step:>7}{rows:>6}{to}{own:>5}"
-    ).rstrip()
+        losses, to = f"{quarter:>6}{half:>6}{end:>6}", f"{steps_to:>6}{seconds_to:>6}"
+    whole = f"{arm:20}{lr:>6}{steps:>5}{losses} {difference:^24}{stopped:>7}{pool:>6}{per_step:>6}{rows:>5}{to}{own:>5}"
+    return f"{whole}{damaged:>5}".rstrip()
 
 
 def as_json(figures: Sequence[Figures]) -> list[dict[str, Any]]:
@@ -239,4 +248,5 @@ LEGEND = """\
 Test loss: mean over test rows of their mean token loss, and over seeds. Beside baseline: paired difference of the final
 loss, and the 95 % interval of its bootstrap over rows and seeds. Best valid.: test loss where the validation rows' loss
 was least. Pool: loss of held-out pool rows at the end. s: of the steps alone, the trunk at its calibrated cost.
-Rows used: candidates and target rows that took part. Baseline in: until the baseline's final loss (-: not reached)."""
+Rows used: candidates and target rows that took part. Baseline in: until the baseline's final loss (-: not reached).
+Own src: share of the candidates from the target's own source. Dam.: the damaged candidates' share of the weight."""

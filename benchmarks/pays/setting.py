@@ -7,12 +7,14 @@ import json
 import math
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.records import Encoder, Example, Record, encoder, first_examples, in_random_order, shuffled_examples
 from transformers import PreTrainedTokenizerBase
+
+from .damage import MARK, damaged
 
 VALIDATION_SHARE = 0.25
 
@@ -45,10 +47,11 @@ class Setting:
         return [flat[at : at + read_ahead] for at in range(0, len(flat), read_ahead)]
 
     def own_examples(self) -> list[Example]:
-        """All records of the target's own source; empty where none is named."""
+        """All records of the target's own source that are not damaged; empty where none is named."""
         if not self.own_source:
             return []
-        records = [record for record in self.pool if str(record.get("source") or "").startswith(self.own_source)]
+        sources = [(record, str(record.get("source") or "")) for record in self.pool]
+        records = [record for record, name in sources if name.startswith(self.own_source) and not name.endswith(MARK)]
         return first_examples(records, self.encode, sys.maxsize)[0]
 
 
@@ -65,10 +68,12 @@ def build_setting(
     own_source: str = "",
     dirt: Sequence[Record] = (),
     dirt_share: float = 0.0,
+    damage: Mapping[str, float] | None = None,
 ) -> Setting:
     """The splits, by a fixed order of the records: the same for all seeds.
 
-    The stream's records are those of the pool, a share of them replaced by ``dirt``; what is held out is clean.
+    The stream's records are those of the pool, a share of them replaced by ``dirt``, and a share damaged in each of
+    some ways, see :mod:`pays.damage`; what is held out is clean.
 
     Raises:
         ValueError: a split would be empty.
@@ -78,8 +83,9 @@ def build_setting(
     pool_test, skipped = first_examples(order, encode, pool_rows)
     given, _ = first_examples(in_random_order(target, seed=0), encode, target_rows)
     held_back = math.ceil(VALIDATION_SHARE * len(given))
+    stream = _mixed(order[len(pool_test) + skipped :], list(in_random_order(dirt, seed=0)), dirt_share)
     setting = Setting(
-        pool=_mixed(order[len(pool_test) + skipped :], list(in_random_order(dirt, seed=0)), dirt_share),
+        pool=damaged(stream, damage) if damage else stream,
         guide=given[held_back:],
         validation=given[:held_back],
         test=first_examples(in_random_order(test, seed=0), encode, test_rows)[0],

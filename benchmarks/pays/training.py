@@ -180,22 +180,31 @@ class _Step:
         self._chooser = arm.propose(known)
         inner = torch.optim.AdamW(lab.top.adapters(), lr=run.lr)
         self._schedule = LambdaLR(inner, lambda step: rate(step, run.steps))
-        self._targets: list[Example] = []
+        self._targets: list[Example] = []  # of the step, trained on or not
+        self._guides: list[Example] = []  # those that only guide, where others are part of the step
+        self._step = 0
         self._optimizer = inner
-        count = arm.trained_target_rows(self._sizes)
-        if arm.method is not None:
+        method, count = arm.method, arm.trained_target_rows(self._sizes)
+        guides = round(method.guide_share * len(known.guide)) if method is not None else 0
+        if method is not None:
             count = count or self._sizes.target_rows
+            guiding = (lambda: self._guides) if guides else (lambda: self._targets)
+            options = {**method.options, **({"train_on_target": self._losses(lambda: self._targets)} if guides else {})}
             self._optimizer = SelectiveOptimizer(
                 inner,
                 lab.top,
-                target=TargetGradient(lambda: lab.top(lab.entrance.rows(self._targets)), decay=arm.method.decay),
-                filter=arm.method.filter(self._sizes.keep, run.lr),
-                weight=arm.method.weight,
-                metric=arm.method.metric,
+                target=TargetGradient(self._losses(guiding), decay=method.decay, refresh_every=method.refresh_every),
+                filter=method.filter(self._sizes.keep, run.lr),
+                weight=method.weight,
+                metric=method.metric,
                 seed=run.seed,
-                **arm.method.options,
+                **options,
             )
-        self._target_batches = endless_batches(known.guide, count, seed=run.seed) if count else None
+        self._target_batches = endless_batches(known.guide[guides:], count, seed=run.seed) if count else None
+        self._guide_batches = endless_batches(known.guide[:guides], count, seed=run.seed) if guides else None
+
+    def _losses(self, rows: Callable[[], list[Example]]) -> Callable[[], Tensor]:
+        return lambda: self._lab.top(self._lab.entrance.rows(rows()))
 
     def __call__(self, read: Sequence[Example]) -> _Done:
         lab, arm = self._lab, self._arm
@@ -203,13 +212,17 @@ class _Step:
         candidates = self._chooser.choose(read, arm.rows(self._sizes))
         seconds = now(lab.top.device) - start
         self._targets = next(self._target_batches) if self._target_batches else []
+        asked = self._guide_batches is not None and self._step % arm.method.refresh_every == 0
+        self._guides = next(self._guide_batches) if asked else []
+        self._step += 1
         # The trunk runs where a record is new; every arm is charged for it by the token whenever the record is used.
-        lab.entrance.fill([*candidates, *self._targets])
+        lab.entrance.fill([*candidates, *self._targets, *self._guides])
         start = now(lab.top.device)
         weights = self._uniform(candidates) if arm.method is None else self._selective(candidates)
         self._schedule.step()
         seconds += now(lab.top.device) - start
-        return _Done(candidates=candidates, weights=weights, targets=self._targets, seconds=seconds)
+        targets = [*self._targets, *self._guides]
+        return _Done(candidates=candidates, weights=weights, targets=targets, seconds=seconds)
 
     def _uniform(self, candidates: list[Example]) -> Tensor:
         lab = self._lab
