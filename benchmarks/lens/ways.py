@@ -118,6 +118,14 @@ def agreement_of(way: Way, rows: Rows, drawn: Sequence[Drawn], sizes: Sizes) -> 
     return mean(found), stdev(found) / len(found) ** 0.5
 
 
+def among_target_rows(rows: Rows) -> tuple[float, float]:
+    """The mean product of two target rows that steps may run over their mean square, and its standard error."""
+    block = rows.gram[list(rows.target)][:, list(rows.target)]
+    first, second = torch.triu_indices(len(block), len(block), offset=1)
+    pairs = block[first, second] / block.diagonal().mean()
+    return float(pairs.mean()), float(pairs.std()) / len(pairs) ** 0.5
+
+
 def uniform(rows: Rows, chosen: Sequence[int]) -> Tensor:
     """The same weight on each of some rows."""
     weights = torch.zeros(len(rows.gram), dtype=torch.float64)

@@ -123,7 +123,9 @@ class AcceptFilter(FilterStage):
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.confidence < math.inf:
-            raise ValueError(f"confidence must be finite and not negative, got {self.confidence}: 1 is usual, 0 strict.")
+            raise ValueError(
+                f"confidence must be finite and not negative, got {self.confidence}: 1 is usual, 0 strict."
+            )
 
     def __call__(self, matching: Matching, *more: Matching) -> Tensor:
         """See :class:`FilterStage`; in the order of the candidates."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ftw_optim._gram.inner_products import Products
 from ftw_optim._gram.metric import Metric
+from ftw_optim._gram.target_rows import agreement_of
 from ftw_optim._matching.problem import Matching
 from ftw_optim._matching.selection import Selection, SketchReport
 from ftw_optim._matching.solution import WeightSolution
@@ -149,6 +150,7 @@ def selection_from(
 
 def _with_targets(selection: Selection, n: int, weights: list[float]) -> Selection:
     """The selection of ``n`` candidates beside target rows, which came behind them, with the weights of these."""
+    agreement, error = agreement_of(selection.gram[n:, n:])
     return replace(
         selection,
         losses=selection.losses[:n],
@@ -156,6 +158,8 @@ def _with_targets(selection: Selection, n: int, weights: list[float]) -> Selecti
         cross_gram=selection.cross_gram[:n],
         target_weights=torch.tensor(weights, dtype=torch.float64),
         target_losses=selection.losses[n:],
+        target_agreement=agreement,
+        target_agreement_error=error,
     )
 
 
