@@ -9,17 +9,18 @@ from pathlib import Path
 
 import torch
 import transformers
-from finetune.records import Example, endless_batches, first_examples, in_random_order
 from machine import hardware
 from pays.arms import Sizes
-from pays.command import make_quick, tiny_model
-from pays.setting import generated_records, generated_target, read_records, within
+from pays.command import make_quick
+from pays.records import Example, endless_batches, first_examples, in_random_order, read_records
+from pays.setting import within
 from pays.split import Entrance, Top, check_split
+from pays.tiny import generated_records, generated_target, tiny_model
 from pretrained import DEFAULT_CACHE, pretrained
 from tqdm import tqdm
 
 from .products import likeness, products_of
-from .ways import WAYS, Way, agreement_of, among_target_rows, draws
+from .ways import WAYS, Way, among_target_rows, draws, mean_agreement
 
 QUICK = {"pool_rows": 24, "target_rows": 6, "held_out": 6, "warm_up": 2, "train": 3, "draws": 12}
 QUICK |= {
@@ -42,8 +43,10 @@ Table = Mapping[str, tuple[float, float]]
 def parse_arguments(arguments: Sequence[str] | None = None, *, description: str | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--pool", type=Path, help="JSON lines with prompt, response and source; gzip too")
-    parser.add_argument("--target", type=Path, help="examples of the target, in the same form")
+    parser.add_argument(
+        "--pool", help="JSON lines (gzip too) or a data set, NAME[:CONFIG][:SPLIT], with prompt, response and source"
+    )
+    parser.add_argument("--target", help="examples of the target, in the same form")
     parser.add_argument(
         "--own-source", default="", metavar="PREFIX", help="of the pool's sources related to the target"
     )
@@ -127,7 +130,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
                 tick=bar.update,
             )
             drawn = draws(rows, sizes, options.draws, seed=options.seed)
-            tables[name] = {way.label: agreement_of(way, rows, drawn, sizes) for way in _told(options.own_source)}
+            tables[name] = {way.label: mean_agreement(way, rows, drawn, sizes) for way in _told(options.own_source)}
             tables[name] |= {EACH_OTHER: among_target_rows(rows)}
 
         random_batches = endless_batches(spare, options.candidates, seed=options.seed)

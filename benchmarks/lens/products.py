@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from finetune.records import Example
 from pays.proposals import samples
+from pays.records import Example
 from pays.split import Entrance, Top
 from torch import Tensor
 

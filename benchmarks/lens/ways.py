@@ -12,7 +12,7 @@ from pays.arms import Sizes
 from torch import Tensor
 
 from ftw_optim import FilterStage, GreedyFilter, Matching, NonNegativeLeastSquares, TopKFilter, WeightStage
-from ftw_optim.testing import matching_with_targets
+from ftw_optim.testing import agreement_of, matching_with_targets
 
 ANCHOR = 0.3
 
@@ -112,7 +112,7 @@ def draws(rows: Rows, sizes: Sizes, count: int, *, seed: int) -> list[Drawn]:
     ]
 
 
-def agreement_of(way: Way, rows: Rows, drawn: Sequence[Drawn], sizes: Sizes) -> tuple[float, float]:
+def mean_agreement(way: Way, rows: Rows, drawn: Sequence[Drawn], sizes: Sizes) -> tuple[float, float]:
     """The mean agreement over some steps, and its standard error."""
     found = [rows.agreement(way.weights(rows, one, sizes)) for one in drawn]
     return mean(found), stdev(found) / len(found) ** 0.5
@@ -120,10 +120,8 @@ def agreement_of(way: Way, rows: Rows, drawn: Sequence[Drawn], sizes: Sizes) -> 
 
 def among_target_rows(rows: Rows) -> tuple[float, float]:
     """The mean product of two target rows that steps may run over their mean square, and its standard error."""
-    block = rows.gram[list(rows.target)][:, list(rows.target)]
-    first, second = torch.triu_indices(len(block), len(block), offset=1)
-    pairs = block[first, second] / block.diagonal().mean()
-    return float(pairs.mean()), float(pairs.std()) / len(pairs) ** 0.5
+    target = list(rows.target)
+    return agreement_of(rows.gram[target][:, target])
 
 
 def uniform(rows: Rows, chosen: Sequence[int]) -> Tensor:

@@ -5,25 +5,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from finetune.models import train_tokenizer
 from machine import hardware
 from pretrained import DEFAULT_CACHE, pretrained
-from torch import nn
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from .arms import ARMS, BASELINES, ORACLES, SOUND, Sizes
 from .damage import DAMAGES
+from .records import read_records
 from .report import Figures, as_json, figures_of, table
-from .setting import Setting, build_setting, generated_records, generated_target, read_records, texts
+from .setting import Setting, build_setting
 from .split import Top, check_split
 from .store import Store, write
+from .tiny import generated_records, generated_target, tiny_model
 from .training import Lab, Run
 
 QUICK = {
@@ -44,12 +44,14 @@ QUICK = {
 def parse_arguments(arguments: Sequence[str] | None = None, *, description: str | None = None) -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(description=description)
-    data = parser.add_argument_group("data", "JSON-lines files, gzip too, with the fields prompt, response and source")
-    data.add_argument("--pool", type=Path, help="records of the stream")
-    data.add_argument("--target", type=Path, help="examples of the target")
-    data.add_argument("--test", type=Path, help="held-out examples of the target")
+    data = parser.add_argument_group(
+        "data", "JSON-lines files (gzip too) or data sets, NAME[:CONFIG][:SPLIT], with prompt, response and source"
+    )
+    data.add_argument("--pool", help="records of the stream")
+    data.add_argument("--target", help="examples of the target")
+    data.add_argument("--test", help="held-out examples of the target")
     data.add_argument("--own-source", default="", metavar="PREFIX", help="of the pool's sources related to the target")
-    data.add_argument("--dirt", type=Path, help="records that replace some of the pool's")
+    data.add_argument("--dirt", help="records that replace some of the pool's")
     data.add_argument("--dirt-share", type=float, default=0.0, help="of the stream (%(default)s)")
     data.add_argument(
         "--damage", nargs="+", default=[], metavar="KIND=SHARE", help=f"of the stream's records: {', '.join(DAMAGES)}"
@@ -150,11 +152,26 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
         return []
     by_arm = {spec: [run for run in done if run.arm == spec] for spec in options.budgets}
     figures = figures_of(by_arm, zero_shot, calibration, own_source=options.own_source)
-    text = table(figures, zero_shot, own_source=options.own_source)
+    machine = ", ".join(f"{key} {value}" for key, value in store.once("hardware", dict).items())
+    text = f"{machine}\n{described(options, lab)}\n\n{table(figures, zero_shot, own_source=options.own_source)}"
     print(f"\n{text}")
     (store.directory / "table.txt").write_text(text + "\n", encoding="utf-8")
     write(store.directory / "table.json", as_json(figures))
     return figures
+
+
+def described(options: argparse.Namespace, lab: Lab) -> str:
+    """What all arms had in common, in lines of at most 120 characters."""
+    sizes, setting, top = lab.sizes, lab.setting, lab.top
+    text = (
+        f"{'A tiny random model' if options.quick else options.model or 'SmolLM2-135M-Instruct'}, LoRA "
+        f"of rank {options.lora} on the last {options.blocks} blocks ({sum(p.numel() for p in top.adapters()):,} "
+        f"parameters), float32; n = {sizes.candidates}, k = {sizes.keep}, m = {sizes.target_rows}, proposals choose "
+        f"from {sizes.read_ahead}; {len(setting.guide)} target rows, {len(setting.validation)} more validate, "
+        f"{len(setting.test)} test rows; {options.seeds} seed{'s' * (options.seeds > 1)}"
+    )
+    text += "".join(f"; {100 * share:.0f} % of the stream {kind}" for kind, share in options.damage.items())
+    return textwrap.fill(text, 120)
 
 
 def prepare(options: argparse.Namespace) -> tuple[Lab, Store]:
@@ -195,31 +212,17 @@ def _depended_on(options: argparse.Namespace, setting: Setting) -> Mapping[str, 
         "model quick own_source target_rows test_rows pool_rows max_length blocks lora device threads candidates keep "
         "target_batch read_ahead evaluations dirt_share"
     )
-    files = {
-        name: hashlib.sha256(getattr(options, name).read_bytes()).hexdigest()[:16] if getattr(options, name) else None
-        for name in ("pool", "target", "test", "dirt")
-    }
+    files = {name: _identity(getattr(options, name)) for name in ("pool", "target", "test", "dirt")}
     counts = {name: len(getattr(setting, name)) for name in ("pool", "guide", "validation", "test", "pool_test")}
     found = {**{name: getattr(options, name) for name in names.split()}, "files": files, "counts": counts}
     # Named only where there is some, so that folders of before are still known.
     return {**found, "damage": options.damage} if options.damage else found
 
 
-def tiny_model() -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    tokenizer = train_tokenizer(list(texts(generated_records(200, seed=3))))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config), tokenizer
+def _identity(name: str | None) -> str | None:
+    """The content of a file, in short; the name of a data set."""
+    is_file = name is not None and Path(name).is_file()
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest()[:16] if is_file else name
 
 
 def perform(lab: Lab, store: Store, runs: Sequence[Run]) -> None:

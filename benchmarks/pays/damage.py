@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-from finetune.records import Record
+from .records import Record
 
 MARK = " (damaged)"
 """The end of a damaged record's source, which no arm but an oracle is told."""

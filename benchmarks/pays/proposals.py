@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.records import IGNORED, Example, endless_batches
 from torch import Tensor
 
 from ftw_optim import Selection
 from ftw_optim.proposals import LearnedProposal, Proposal, SimilarityProposal
 
 from .damage import MARK
+from .records import IGNORED, Example, endless_batches
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -9,7 +9,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from finetune.report import first_reached
 from torch import Tensor
 
 from .arms import ARMS, BASELINES
@@ -46,6 +45,17 @@ def paired_difference(losses: Tensor, baseline: Tensor, *, draws: int = DRAWS, s
     means = ((of_seeds @ difference) * of_rows).sum(dim=1) / (seeds * rows)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float(difference.mean()), low, high
+
+
+def first_reached(x: Sequence[float], losses: Sequence[float], level: float) -> float:
+    """The place where a curve first falls to ``level``, linear between evaluations; infinite if it never does."""
+    for at, loss in enumerate(losses):
+        if loss <= level:
+            if at == 0:
+                return float(x[0])
+            share = (losses[at - 1] - level) / (losses[at - 1] - loss)
+            return x[at - 1] + share * (x[at] - x[at - 1])
+    return math.inf
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,7 +120,7 @@ def figures_of(
         if shared:
             others = [final[run.seed] for run in shared]
             level = _mean(list(map(_mean, others)))
-            to_baseline = first_reached(list(map(float, at)), curve, level), first_reached(seconds, curve, level)
+            to_baseline = first_reached(at, curve, level), first_reached(seconds, curve, level)
             if name != BASELINES[family]:
                 difference = paired_difference(torch.tensor([run.test[-1] for run in shared]), torch.tensor(others))
         stopped = [_stopped(run, zero_shot) for run in of_arm]

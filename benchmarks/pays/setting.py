@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from finetune.records import Encoder, Example, Record, encoder, first_examples, in_random_order, shuffled_examples
 from transformers import PreTrainedTokenizerBase
 
 from .damage import MARK, damaged
+from .records import Encoder, Example, Record, encoder, first_examples, in_random_order, shuffled_examples
 
 VALIDATION_SHARE = 0.25
 
@@ -121,64 +117,3 @@ def within(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
         return None if example is None or len(example.tokens) > max_length else example
 
     return encode
-
-
-def read_records(path: Path) -> list[Record]:
-    """All records of a JSON-lines file, gzip too.
-
-    Raises:
-        ValueError: a record lacks ``prompt`` or ``response``, or there is none.
-    """
-    content = path.read_bytes()
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
-    # By line feeds alone: responses may hold other characters that end a line.
-    records = [json.loads(line) for line in text.split("\n") if line]
-    for number, record in enumerate(records or [{}]):
-        if not {"prompt", "response"} <= record.keys():
-            found = f"has the fields {', '.join(record)}" if record else "is missing"
-            raise ValueError(f"{path} needs records with the fields prompt and response; record {number} {found}.")
-    return records
-
-
-def generated_records(count: int, *, seed: int) -> list[Record]:
-    """Records of a few made-up sources, one of which counts: enough to run every part without a download."""
-    draw = random.Random(seed)
-    return [_generated(draw) for _ in range(count)]
-
-
-def generated_target(count: int, *, seed: int) -> list[Record]:
-    """Records of the source that counts."""
-    draw = random.Random(seed)
-    return [_counting(draw) for _ in range(count)]
-
-
-def _generated(draw: random.Random) -> Record:
-    return draw.choice([_counting, _naming, _spelling, _naming, _spelling])(draw)
-
-
-def _counting(draw: random.Random) -> Record:
-    first, second = draw.randrange(30), draw.randrange(30)
-    return _record("count/sums", f"What is {first} and {second}?", f"It is {first + second}.")
-
-
-def _naming(draw: random.Random) -> Record:
-    thing, colour = draw.choice(_THINGS), draw.choice(("red", "green", "blue", "old", "new"))
-    return _record("talk/names", f"Name something {colour}.", f"The {colour} {thing} that stands by the road.")
-
-
-def _spelling(draw: random.Random) -> Record:
-    thing = draw.choice(_THINGS)
-    return _record("talk/letters", f"Spell the word {thing}.", "-".join(thing))
-
-
-def _record(source: str, prompt: str, response: str) -> Record:
-    return {"source": source, "prompt": prompt, "response": response}
-
-
-_THINGS = ("house", "bicycle", "lantern", "mill", "garden", "wagon", "bridge", "letter", "kettle", "stone")
-
-
-def texts(records: Sequence[Record]) -> Iterator[list[str]]:
-    """Prompt and response of each record."""
-    for record in records:
-        yield [record["prompt"] or "", record["response"] or ""]

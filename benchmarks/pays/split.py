@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from finetune.records import IGNORED, Example, collate
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ftw_optim import token_losses
+
+from .records import IGNORED, Example, collate
 
 Rows = dict[str, Tensor]
 """A padded batch for :class:`Top`: ``inputs_embeds`` (hidden states), ``attention_mask`` and ``labels``."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import torch
-from finetune.records import Example, endless_batches
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -16,6 +15,7 @@ from ftw_optim import SelectiveOptimizer, TargetGradient
 
 from .arms import ARMS, Arm, Sizes
 from .proposals import Known
+from .records import Example, endless_batches
 from .setting import Setting
 from .split import Entrance, Rows, Top
 

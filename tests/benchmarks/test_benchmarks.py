@@ -1,4 +1,4 @@
-"""The benchmarks: their data, their batches, and a short run of each kind."""
+"""The main job: its records and batches, text that every machine has, and a short run."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerBase
 
 # The benchmarks are scripts: their folder is on the path only when one of them is run.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from finetune import command as finetune
-from finetune import corpus, models, records, report
-
-from tests.support.grids import slow
+from finetune import corpus
+from pays import command as pays
+from pays import records, report, tiny
 
 RECORDS = [
     {"source": f"s{index % 3}", "prompt": f"What is {index} and {index}?", "response": f"It is {2 * index}."}
@@ -29,7 +29,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return models.train_tokenizer([[record["prompt"], record["response"]] for record in RECORDS])
+    return tiny.train_tokenizer([[record["prompt"], record["response"]] for record in RECORDS])
 
 
 def write_lines(path: Path, lines: list[dict[str, object]]) -> Path:
@@ -124,31 +124,30 @@ def test_an_area_that_is_too_small_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", ["records.jsonl", "records.jsonl.gz"])
-def test_json_lines_are_read_as_a_stream(tmp_path: Path, name: str) -> None:
-    stream = records.open_records(str(write_lines(tmp_path / name, RECORDS)))
-    assert list(stream) == RECORDS
+def test_json_lines_are_read(tmp_path: Path, name: str) -> None:
+    assert records.read_records(str(write_lines(tmp_path / name, RECORDS))) == RECORDS
 
 
 def test_a_data_set_is_read_by_name_and_split(tmp_path: Path) -> None:
     for split, lines in (("train", RECORDS[:5]), ("test", RECORDS[5:])):
         write_lines(tmp_path / f"{split}.jsonl", lines)
-    assert list(records.open_records(str(tmp_path))) == RECORDS[:5]
-    assert list(records.open_records(f"{tmp_path}:test")) == RECORDS[5:]
+    assert records.read_records(str(tmp_path)) == RECORDS[:5]
+    assert records.read_records(f"{tmp_path}:test") == RECORDS[5:]
 
 
 def test_records_without_a_response_field_are_an_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "records.jsonl", [{"prompt": "?", "answer": "!"}])
-    with pytest.raises(ValueError, match="it has the fields prompt, answer"):
-        records.open_records(str(path))
+    with pytest.raises(ValueError, match="record 0 has the fields prompt, answer"):
+        records.read_records(str(path))
 
 
 def test_only_the_response_and_the_end_carry_a_loss(tokenizer: PreTrainedTokenizerBase) -> None:
     encode = records.encoder(tokenizer, 64)
     batch = records.collate([encode(record) for record in (RECORDS[1], RECORDS[59] | {"response": "No. " * 5})])
     counted = batch["labels"] != records.IGNORED
-    assert tokenizer.decode(batch["labels"][0][counted[0]]) == "It is 2." + models.END
+    assert tokenizer.decode(batch["labels"][0][counted[0]]) == "It is 2." + tiny.END
     assert tokenizer.decode(batch["input_ids"][0][batch["attention_mask"][0] == 1]) == (
-        "What is 1 and 1?\nIt is 2." + models.END
+        "What is 1 and 1?\nIt is 2." + tiny.END
     )
     assert torch.equal(batch["input_ids"][counted], batch["labels"][counted])
     assert not counted[batch["attention_mask"] == 0].any()
@@ -173,18 +172,14 @@ def test_a_prompt_may_be_empty(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_an_order_depends_on_the_seed_alone_and_every_round_is_complete(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    stream = records.open_records(str(write_lines(tmp_path / "records.jsonl", RECORDS)))
     encode = records.encoder(tokenizer, 64)
-    for source in (RECORDS, stream):
-        first, again, other = (records.shuffled_examples(source, encode, 150, seed=seed)[0] for seed in (0, 0, 1))
-        assert first == again
-        assert first != other
-        assert sorted(first[:60]) == sorted(first[60:120])
-        assert first[:60] != first[60:120]
-        even, odd = records.halves(source)
-        assert [list(even), list(odd)] == [RECORDS[0::2], RECORDS[1::2]]
+    first, again, other = (records.shuffled_examples(RECORDS, encode, 150, seed=seed)[0] for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+    assert sorted(first[:60]) == sorted(first[60:120])
+    assert first[:60] != first[60:120]
 
 
 def test_batches_go_through_all_examples_before_one_comes_back() -> None:
@@ -206,114 +201,83 @@ def test_a_level_is_reached_where_the_curve_first_comes_down_to_it(level: float,
 # --- the whole
 
 
-def save_model(kind: str, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Path:
-    torch.manual_seed(0)
-    if kind == "qwen3":
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=8,
-                max_position_embeddings=64,
-                eos_token_id=0,
-                bos_token_id=None,
-            )
-        )
-    else:
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=len(tokenizer),
-                n_embd=16,
-                n_layer=2,
-                n_head=2,
-                n_positions=64,
-                bos_token_id=0,
-                eos_token_id=0,
-            )
-        )
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
+@pytest.fixture
+def machine_text(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """Records in the place of the docstrings, of which the target's area has a sixth."""
+    found = [
+        {"source": corpus.TARGET_AREA if index % 6 == 0 else f"s{index % 3}", **_said(index)} for index in range(900)
+    ]
+    monkeypatch.setattr(corpus, "installation_records", lambda: found)
+    monkeypatch.setattr(corpus, "without_near_copies", list)
+    monkeypatch.setattr(finetune, "TARGET_RECORDS", 16)
+    monkeypatch.setattr(finetune, "TEST_RECORDS", 20)
+    monkeypatch.setattr(pays, "pretrained", lambda name, cache: tiny.tiny_model())
+    return found
 
 
-@pytest.mark.parametrize(
-    ("kind", "extra"),
-    [slow("qwen3", []), ("gpt2", ["--sequential"]), slow("qwen3", ["--lora", "2"]), slow("gpt2", ["--lora", "2"])],
-    ids=["qwen3", "gpt2", "qwen3-lora", "gpt2-lora"],
-)
-def test_a_model_from_disk_is_tuned_on_records_from_files(
-    kind: str,
-    extra: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def _said(index: int) -> dict[str, str]:
+    return {"prompt": f"What is {index} and {index}?", "response": f"It is {2 * index}."}
+
+
+SMALL = [
+    part
+    for name, value in {
+        "steps": 4,
+        "candidates": 6,
+        "keep": 2,
+        "target-batch": 3,
+        "read-ahead": 9,
+        "test-rows": 12,
+        "pool-rows": 8,
+        "blocks": 2,
+        "lora": 2,
+    }.items()
+    for part in (f"--{name}", str(value))
+]
+
+
+def test_the_default_job_is_towards_an_area_of_this_machine(
+    machine_text: list[dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    directory = save_model(kind, tokenizer, tmp_path / kind)
-    pool = write_lines(tmp_path / "pool.jsonl.gz", RECORDS[:40])
-    target = write_lines(tmp_path / "target.jsonl", RECORDS[40:50])
-    test = write_lines(tmp_path / "test.jsonl", [*RECORDS[50:], {"prompt": "?", "response": "", "source": ""}])
-    out = tmp_path / "out"
-    arguments = {
-        "--pool": pool,
-        "--target": target,
-        "--test": test,
-        "--model": directory,
-        "--out": out,
-        "--steps": 3,
-        "--eval-every": 2,
-        "--candidates": 6,
-        "--keep": 2,
-        "--target-batch": 3,
-        "--refresh-every": 2,
-        "--seeds": 2,
-    }
-    flat = [str(item) for pair in arguments.items() for item in pair]
-    finetune.main([*flat, "--lrs", "1e-3", "1e-2", *extra])
-
+    finetune.main(["--out", str(tmp_path), *SMALL])
     printed = capsys.readouterr().out
-    assert all(arm.label in printed for arm in finetune.ARMS.values())
-    assert max(map(len, printed.splitlines())) <= 100
-    assert (out / "finetune.png").stat().st_size > 10_000
-    results = json.loads((out / "results.json").read_text())
-    assert results["sizes"]["skipped"] == 1
-    assert len(results["runs"]) == 2 * len(finetune.ARMS)
-    for run in results["runs"]:
-        assert run["steps"] == [0, 2, 3]
-        assert run["losses"][0] == results["runs"][0]["losses"][0], "all arms start from the same weights"
-        assert run["losses"][1] != run["losses"][0]
-        if run["picks"]:
-            assert run["arm"] in ("keep_k", "tilt_all")
-            assert len(run["picks"]) == 3
-            assert sum(run["picks"][0]["shares"].values()) == pytest.approx(1)
-    assert [sum(counts.values()) for counts in results["offered"]["0"]] == [6, 6, 6]
-
-
-@pytest.mark.slow
-def test_the_small_gpt_is_made_once(tmp_path: Path) -> None:
-    first = models.small_gpt(RECORDS, tmp_path, steps=2)
-    made = (first / "model.safetensors").stat().st_mtime_ns
-    assert models.small_gpt(RECORDS, tmp_path, steps=2) == first
-    assert (first / "model.safetensors").stat().st_mtime_ns == made
-    assert models.small_gpt(RECORDS[:50], tmp_path, steps=2) != first
-    model, tokenizer = models.load_model(str(first))
-    assert 0.8e6 < sum(param.numel() for param in model.parameters()) < 1.5e6
-    assert tokenizer.eos_token == models.END
-    assert not model.training, "dropout must be off"
-
-
-def test_the_same_command_gives_the_same_losses(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    directory = save_model("qwen3", tokenizer, tmp_path / "model")
-    data = write_lines(tmp_path / "data.jsonl", RECORDS)
-    files = ["--pool", str(data), "--target", str(data), "--test", str(data), "--model", str(directory)]
-    small = ["--steps", "2", "--candidates", "4", "--keep", "2", "--seeds", "1", "--lrs", "1e-2"]
-    interleaved, sequential = (
-        finetune.main([*files, *small, "--out", str(tmp_path), *extra]) for extra in ([], ["--sequential"])
+    for label in (
+        "zero-shot",
+        "AdamW on n",
+        "filter-then-weight",
+        "n target rows",
+        "target + random",
+        "target + learned",
+    ):
+        assert label in printed
+    assert (tmp_path / "finetune.png").stat().st_size > 10_000
+    figures = json.loads((tmp_path / "table.json").read_text())
+    assert [one["arm"] for one in figures] == finetune.ARMS
+    shares = {one["arm"]: one["own"][0] for one in figures}
+    assert 0.0 < shares["adamw-n"] < 1.0
+    pool, target, test = (
+        records.read_records(tmp_path / "records" / f"{name}.jsonl") for name in ("pool", "target", "test")
     )
-    assert [run.losses for run in interleaved.runs] == [run.losses for run in sequential.runs]
+    assert {record["source"] for record in target + test} == {corpus.TARGET_AREA}
+    assert len(pool) + len(target) + len(test) == len(machine_text)
+    # The files are kept, and so are the runs: the same command does nothing anew.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    (tmp_path / "records" / "pool.jsonl").touch()
+    finetune.main(["--out", str(tmp_path), *SMALL])
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == before
+
+
+def test_records_and_options_of_ones_own(
+    machine_text: list[dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = write_lines(tmp_path / "pool.jsonl.gz", RECORDS[:40])
+    target, test = (write_lines(tmp_path / f"{name}.jsonl", RECORDS[40:]) for name in ("target", "test"))
+    files = ["--pool", str(pool), "--target", str(target), "--test", str(test), "--out", str(tmp_path / "out")]
+    finetune.main([*files, *SMALL, "--arms", "adamw-n", "--seeds", "2"])
+    assert "AdamW on n" in capsys.readouterr().out
+    (figures,) = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert (figures["arm"], figures["seeds"]) == ("adamw-n", 2)
+    assert not (tmp_path / "out" / "records").exists()
 
 
 def test_half_a_data_set_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,12 +26,12 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import pretrained
-from finetune.models import train_tokenizer
-from finetune.records import Example, collate
-from pays import command, report, setting, training
+from pays import command, records, report, setting, tiny, training
 from pays.arms import ARMS, BASELINES
 from pays.proposals import Known, own_source
+from pays.records import Example, collate
 from pays.split import Entrance, Top, check_split
+from pays.tiny import train_tokenizer
 
 from ftw_optim import coverage, token_losses
 from tests.support.grids import slow
@@ -52,7 +52,7 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def tiny(kind: str) -> nn.Module:
+def llama_or_qwen(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**SHAPE, tie_word_embeddings=False)).double().eval()
@@ -66,7 +66,7 @@ def tiny(kind: str) -> nn.Module:
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_the_last_blocks_on_kept_states_are_the_whole_model(kind: str, blocks: int) -> None:
     """Losses and LoRA's gradients; the whole model shares its blocks, and so their LoRA, with the top."""
-    model = tiny(kind)
+    model = llama_or_qwen(kind)
     top = Top(model, blocks=blocks, rank=2)
     for parameter in top.adapters():  # LoRA starts without effect, and then half of its gradients vanish
         torch.nn.init.normal_(parameter, std=0.3)
@@ -89,7 +89,7 @@ def test_the_last_blocks_on_kept_states_are_the_whole_model(kind: str, blocks: i
 
 
 def test_a_reset_takes_back_all_that_was_trained() -> None:
-    top = Top(tiny("llama"), blocks=2, rank=2)
+    top = Top(llama_or_qwen("llama"), blocks=2, rank=2)
     entrance = Entrance(top)
     entrance.fill(EXAMPLES)
     rows = entrance.rows(EXAMPLES)
@@ -110,8 +110,8 @@ def test_models_that_cannot_be_split_are_refused() -> None:
     with pytest.raises(ValueError, match="got GPT2LMHeadModel"):
         Top(gpt2, blocks=1, rank=2)
     with pytest.raises(ValueError, match="1 to 3 trained blocks"):
-        Top(tiny("llama"), blocks=4, rank=2)
-    model = tiny("llama")
+        Top(llama_or_qwen("llama"), blocks=4, rank=2)
+    model = llama_or_qwen("llama")
     top = Top(model, blocks=1, rank=2)
     check_split(top, model, EXAMPLES)
     model.model.norm = nn.Identity()
@@ -124,13 +124,13 @@ def test_models_that_cannot_be_split_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return train_tokenizer(list(setting.texts(setting.generated_records(100, seed=0))))
+    return train_tokenizer([[record["prompt"], record["response"]] for record in tiny.generated_records(100, seed=0)])
 
 
 def built(tokenizer: PreTrainedTokenizerBase, **options: Any) -> setting.Setting:
-    target = setting.generated_target(60, seed=1)
+    target = tiny.generated_target(60, seed=1)
     sizes: dict[str, Any] = {"max_length": 24, "target_rows": 16, "test_rows": 30, "pool_rows": 20}
-    pool = setting.generated_records(200, seed=0)
+    pool = tiny.generated_records(200, seed=0)
     return setting.build_setting(pool, target[:30], target[30:], tokenizer, **{**sizes, **options})
 
 
@@ -198,15 +198,15 @@ def test_the_oracle_draws_the_own_source_alone_and_needs_it(tokenizer: PreTraine
 
 
 def test_records_are_read_as_they_are_written(tmp_path: Path) -> None:
-    records = [{"prompt": "a\u2028b", "response": "x\u0085y\n", "source": ""}, {"prompt": "", "response": ""}]
-    content = "\n".join(json.dumps(record, ensure_ascii=False) for record in records).encode()
+    written = [{"prompt": "a\u2028b", "response": "x\u0085y\n", "source": ""}, {"prompt": "", "response": ""}]
+    content = "\n".join(json.dumps(record, ensure_ascii=False) for record in written).encode()
     (tmp_path / "plain.jsonl").write_bytes(content)
     (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(content + b"\n"))
     for name in ("plain.jsonl", "packed.jsonl.gz"):
-        assert setting.read_records(tmp_path / name) == records
+        assert records.read_records(tmp_path / name) == written
     (tmp_path / "other.jsonl").write_text('{"prompt": "", "response": ""}\n{"prompt": "", "answer": ""}\n')
     with pytest.raises(ValueError, match="record 1 has the fields prompt, answer"):
-        setting.read_records(tmp_path / "other.jsonl")
+        records.read_records(tmp_path / "other.jsonl")
 
 
 # --- arithmetic

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 # The benchmarks are scripts: their folder is on the path only when one of them is run.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from finetune import models
+from pays import tiny
 
 from tests.support.models import seeded
 
@@ -41,7 +41,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, records in (("pool", [*sums[:20], *other, {**other[0], "response": ""}]), ("target", sums[20:])):
         lines = [json.dumps(record) for record in records]
         (directory / f"{name}.jsonl").write_text("\n".join(lines))
-    tokenizer = models.train_tokenizer([[record["prompt"], record["response"]] for record in [*sums, *other]])
+    tokenizer = tiny.train_tokenizer([[record["prompt"], record["response"]] for record in [*sums, *other]])
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,

@@ -1,22 +1,22 @@
-"""Records and padded batches of them: JSON lines and data sets as streams, tokens, loss on the response only."""
+"""Records and padded batches of them: JSON lines and data sets, tokens, loss on the response only."""
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import IterableDataset, load_dataset
+from datasets import load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that no loss counts
-_SHUFFLE_BUFFER = 10_000
 
 Record = dict[str, Any]
-Records = Sequence[Record] | IterableDataset
 Batch = dict[str, Tensor]
 
 
@@ -31,33 +31,27 @@ class Example(NamedTuple):
 Encoder = Callable[[Record], Example | None]
 
 
-def open_records(name: str) -> IterableDataset:
-    """A stream over a JSON-lines file (gzip too) or a data set, ``NAME[:CONFIG][:SPLIT]`` (``train``).
+def read_records(name: str | Path) -> list[Record]:
+    """All records of a JSON-lines file (gzip too), or of a data set, ``NAME[:CONFIG][:SPLIT]`` (``train``).
 
     Raises:
-        ValueError: the first record lacks ``prompt`` or ``response``, or there is none.
+        ValueError: a record lacks ``prompt`` or ``response``, or there is none.
     """
-    if Path(name).is_file():
-        stream = load_dataset("json", data_files=name, split="train", streaming=True)
+    path = Path(name)
+    if path.is_file():
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+        # By line feeds alone: responses may hold other characters that end a line.
+        records = [json.loads(line) for line in text.split("\n") if line]
     else:
-        path, *rest = name.split(":")
+        where, *rest = str(name).split(":")
         config = rest[0] if len(rest) == 2 else None
-        stream = load_dataset(path, config, split=rest[-1] if rest else "train", streaming=True)
-    first = next(iter(stream), {})
-    if not {"prompt", "response"} <= first.keys():
-        found = f"the fields {', '.join(first)}" if first else "no record"
-        raise ValueError(f"{name!r} needs records with the fields prompt and response, it has {found}.")
-    return stream
-
-
-def halves(records: Records) -> tuple[Records, Records]:
-    """The records of even and of odd index."""
-    if isinstance(records, IterableDataset):
-        even, odd = (
-            records.filter(lambda _, index, rest=rest: index % 2 == rest, with_indices=True) for rest in (0, 1)
-        )
-        return even, odd
-    return records[0::2], records[1::2]
+        records = list(load_dataset(where, config, split=rest[-1] if rest else "train"))
+    for number, record in enumerate(records or [{}]):
+        if not {"prompt", "response"} <= record.keys():
+            found = f"has the fields {', '.join(record)}" if record else "is missing"
+            raise ValueError(f"{name} needs records with the fields prompt and response; record {number} {found}.")
+    return records
 
 
 def encoder(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoder:
@@ -91,14 +85,14 @@ def first_examples(records: Iterable[Record], encode: Encoder, count: int) -> tu
     return examples, skipped
 
 
-def in_random_order(records: Records, *, seed: int) -> Iterable[Record]:
-    """One pass over the records in a seeded order; a stream is shuffled through a buffer."""
-    if isinstance(records, IterableDataset):
-        return records.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+def in_random_order(records: Sequence[Record], *, seed: int) -> list[Record]:
+    """One pass over the records in a seeded order."""
     return random.Random(seed).sample(records, len(records))
 
 
-def shuffled_examples(records: Records, encode: Encoder, count: int, *, seed: int) -> tuple[list[Example], int]:
+def shuffled_examples(
+    records: Sequence[Record], encode: Encoder, count: int, *, seed: int
+) -> tuple[list[Example], int]:
     """``count`` examples in a seeded order, a new one for each round, and the number skipped.
 
     Raises:
