@@ -1,8 +1,8 @@
 """Tools for tests and measurements: an oracle for layer rules, and access to the Gram matrix of a step.
 
 :func:`check_layer` compares captured gradients with autograd's, one candidate at a time. :func:`products_of` forms one
-parameter's Gram matrix as a step does, :func:`matching_with_targets` and :func:`agreement_of` read off one what target
-rows ask for and how much they agree, and :func:`recorded` records the inputs from which a step forms its own.
+parameter's Gram matrix as a step does, :func:`matching_with_targets` reads off one what target rows ask for, and
+:func:`recorded` records the inputs from which a step forms its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ftw_optim._gram.inner_products import Products, on_host
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import Sketch, SketchSums
 from ftw_optim._gram.spec import DEFAULT_MEMORY_LIMIT, GramSpec
-from ftw_optim._gram.target_rows import agreement_of, leaving_one_out
+from ftw_optim._gram.target_rows import leaving_one_out
 from ftw_optim._matching.problem import Matching
 from ftw_optim._preconditioners.maps import Preconditioner
 from ftw_optim._step.optimizer import SelectiveOptimizer
@@ -38,7 +38,6 @@ __all__ = [
     "Buffer",
     "FormedProducts",
     "RecordedShare",
-    "agreement_of",
     "check_layer",
     "matching_with_targets",
     "products_of",

@@ -20,7 +20,7 @@ from pretrained import DEFAULT_CACHE, pretrained
 from tqdm import tqdm
 
 from .products import likeness, products_of
-from .ways import WAYS, Way, among_target_rows, draws, mean_agreement
+from .ways import WAYS, Way, agreement_of, draws
 
 QUICK = {"pool_rows": 24, "target_rows": 6, "held_out": 6, "warm_up": 2, "train": 3, "draws": 12}
 QUICK |= {
@@ -32,9 +32,6 @@ QUICK |= {
     "rank": 2,
     "own_source": "count/",
 }
-
-EACH_OTHER = "one target row with another"
-"""What a step can see of it by itself."""
 
 Table = Mapping[str, tuple[float, float]]
 """Agreement and its standard error, by the label of the way."""
@@ -130,8 +127,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
                 tick=bar.update,
             )
             drawn = draws(rows, sizes, options.draws, seed=options.seed)
-            tables[name] = {way.label: mean_agreement(way, rows, drawn, sizes) for way in _told(options.own_source)}
-            tables[name] |= {EACH_OTHER: among_target_rows(rows)}
+            tables[name] = {way.label: agreement_of(way, rows, drawn, sizes) for way in _told(options.own_source)}
 
         random_batches = endless_batches(spare, options.candidates, seed=options.seed)
         _train(top, entrance, optimizer, lambda: next(random_batches), options.warm_up, bar.update)
@@ -185,8 +181,6 @@ def report(tables: Mapping[str, Table], sizes: Sizes, machine: Mapping[str, obje
     for way in _told(own_source):
         figures = "".join("{:>9.2f} ± {:.2f}".format(*tables[name][way.label]) for name in names)
         lines.append(f"{way.label:<34}{way.rows(sizes):>5}{figures}{'   told the source' if way.oracle else ''}")
-    figures = "".join("{:>9.2f} ± {:.2f}".format(*tables[name][EACH_OTHER]) for name in names)
-    lines += ["", f"{EACH_OTHER:<39}{figures}"]
     return "\n".join([*lines, "", *map(_verdict, names, tables.values())])
 
 

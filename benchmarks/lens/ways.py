@@ -12,7 +12,7 @@ from pays.arms import Sizes
 from torch import Tensor
 
 from ftw_optim import FilterStage, GreedyFilter, Matching, NonNegativeLeastSquares, TopKFilter, WeightStage
-from ftw_optim.testing import agreement_of, matching_with_targets
+from ftw_optim.testing import matching_with_targets
 
 ANCHOR = 0.3
 
@@ -112,16 +112,10 @@ def draws(rows: Rows, sizes: Sizes, count: int, *, seed: int) -> list[Drawn]:
     ]
 
 
-def mean_agreement(way: Way, rows: Rows, drawn: Sequence[Drawn], sizes: Sizes) -> tuple[float, float]:
+def agreement_of(way: Way, rows: Rows, drawn: Sequence[Drawn], sizes: Sizes) -> tuple[float, float]:
     """The mean agreement over some steps, and its standard error."""
     found = [rows.agreement(way.weights(rows, one, sizes)) for one in drawn]
     return mean(found), stdev(found) / len(found) ** 0.5
-
-
-def among_target_rows(rows: Rows) -> tuple[float, float]:
-    """The mean product of two target rows that steps may run over their mean square, and its standard error."""
-    target = list(rows.target)
-    return agreement_of(rows.gram[target][:, target])
 
 
 def uniform(rows: Rows, chosen: Sequence[int]) -> Tensor:

@@ -7,11 +7,9 @@ its mean product with the target rows, a target row's by that with the *other* o
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from ftw_optim._gram.inner_products import Products
 
@@ -55,24 +53,3 @@ def leaving_one_out(products: Products, targets: int, *, remembered: float) -> P
         cross_gram_error=error.to(products.cross_gram),
         target_energy=torch.maximum(energy, ENERGY_FLOOR * own.mean()).to(products.target_energy),
     )
-
-
-def agreement_of(gram: Tensor) -> tuple[float, float]:
-    """How much target rows agree: their mean product in pairs over their mean square, and its standard error.
-
-    The error takes the products of different pairs as independent, which they are where nothing is shared.
-
-    Args:
-        gram: shape ``(m, m)``, the rows' products with each other.
-
-    Returns:
-        The two; NaN for fewer than two rows or no gradients, and for the error of a single pair.
-    """
-    m = len(gram)
-    square = float(gram.diagonal().double().mean()) if m > 1 else 0.0
-    if not square > 0.0:
-        return math.nan, math.nan
-    first, second = torch.triu_indices(m, m, offset=1)
-    pairs = gram[first, second].double()
-    error = float(pairs.std()) / len(pairs) ** 0.5 if len(pairs) > 1 else math.nan
-    return float(pairs.mean()) / square, error / square

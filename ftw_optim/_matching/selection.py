@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
@@ -55,9 +54,6 @@ class Selection:
         target_weights: shape ``(m,)``, the applied weights of the target rows where these take part in the step, which
             sum to one together with ``weights``; else empty.
         target_losses: shape ``(m,)``, the losses of these rows; else empty.
-        target_agreement: the mean product of two different ones of these rows over their mean square; 1 where they are
-            alike, near 0 where none tells anything of the others. NaN where fewer than two take part.
-        target_agreement_error: its standard error over pairs; NaN where there is a single pair.
         sketch: the sketch with which the products above were estimated; None where they are exact.
         milliseconds: host time by phase: ``target``, ``candidates`` (their forward and backward pass), ``gram``,
             ``solve`` (filter and weights, and waiting for the Gram system on an accelerator), ``combine``.
@@ -80,8 +76,6 @@ class Selection:
     combine: str
     target_weights: Tensor = field(default_factory=lambda: _NOTHING)
     target_losses: Tensor = field(default_factory=lambda: _NOTHING)
-    target_agreement: float = math.nan
-    target_agreement_error: float = math.nan
     sketch: SketchReport | None = None
     milliseconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -141,25 +135,12 @@ class Selection:
         weights = self.spread_weights()
         return torch.cat([weights, self.target_weights]) if len(self.target_weights) else weights
 
-    @property
-    def blind(self) -> bool:
-        """Whether target rows that guide each other agree no more than by chance, within one standard error.
-
-        So it is when they are memorised: what is left of their gradients is their own, and says nothing of other rows
-        of their kind. A single step may be so by chance; where many are, let rows guide that are not trained on.
-        """
-        return self.target_agreement <= (
-            0.0 if math.isnan(self.target_agreement_error) else self.target_agreement_error
-        )
-
     def target_numbers(self) -> dict[str, float]:
-        """The target rows' share of the weight, mean loss and agreement, by name; empty where none take part."""
+        """The target rows' share of the weight and their mean loss, by name; empty where none take part."""
         if not len(self.target_weights):
             return {}
-        found = {"target_share": float(self.target_weights.sum()), "target_loss": float(self.target_losses.mean())}
-        if not math.isnan(self.target_agreement):
-            found["target_agreement"] = self.target_agreement
-        return found
+        share, loss = float(self.target_weights.sum()), float(self.target_losses.mean())
+        return {"target_share": share, "target_loss": loss}
 
     def weighted_loss(self) -> Tensor:
         """The weighted mean of the kept losses and of the target rows'.

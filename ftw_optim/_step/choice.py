@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ftw_optim._gram.inner_products import Products
 from ftw_optim._gram.metric import Metric
-from ftw_optim._gram.target_rows import agreement_of
 from ftw_optim._matching.problem import Matching
 from ftw_optim._matching.selection import Selection, SketchReport
 from ftw_optim._matching.solution import WeightSolution
@@ -150,7 +149,6 @@ def selection_from(
 
 def _with_targets(selection: Selection, n: int, weights: list[float]) -> Selection:
     """The selection of ``n`` candidates beside target rows, which came behind them, with the weights of these."""
-    agreement, error = agreement_of(selection.gram[n:, n:])
     return replace(
         selection,
         losses=selection.losses[:n],
@@ -158,8 +156,6 @@ def _with_targets(selection: Selection, n: int, weights: list[float]) -> Selecti
         cross_gram=selection.cross_gram[:n],
         target_weights=torch.tensor(weights, dtype=torch.float64),
         target_losses=selection.losses[n:],
-        target_agreement=agreement,
-        target_agreement_error=error,
     )
 
 

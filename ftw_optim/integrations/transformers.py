@@ -87,9 +87,9 @@ class SelectiveTrainerMixin(_Base):
 
     The trainer's log gets averages over the steps since it was last written: ``selection/kept_share``,
     ``effective_size``, ``residual``, ``cosine``, ``predicted_decrease``, ``realised_decrease``, ``rejected`` and
-    ``skipped`` (see :class:`Selection`), where target examples take part also ``target_share`` of the weight,
-    ``target_loss`` and ``target_agreement``, and its milliseconds by phase, ``selection/ms_target`` and so on. The
-    logged loss is the mean loss of a token under the weights.
+    ``skipped`` (see :class:`Selection`), where target examples take part also ``target_share`` of the weight and
+    ``target_loss``, and its milliseconds by phase, ``selection/ms_target`` and so on. The logged
+    loss is the mean loss of a token under the weights.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:

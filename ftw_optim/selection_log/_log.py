@@ -31,7 +31,7 @@ class SelectionLog:
     - ``steps``: ``step``, ``offered``, ``kept``, ``kept_share``, ``effective_size``, ``residual``, ``cosine``,
       ``predicted_decrease``, ``fitted_scale``, ``rejected`` (ids), ``skipped``, ``converged``, ``combine``,
       ``metrics`` (those given, and, where target rows take part in the step, their share of the weight
-      ``target_share``, their mean loss ``target_loss`` and their ``target_agreement``);
+      ``target_share`` and their mean loss ``target_loss``);
     - ``times``: ``step``, ``ms``: the selection's milliseconds by phase, and other measured times. They have a table of
       their own, so that all other tables are the same in every repetition of a run;
     - ``texts``: ``id``, ``text``, once for each id.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ftw_optim import GreedyFilter, KeepAll, NonNegativeLeastSquares, SelectiveOptimizer, TopKFilter, UniformWeights
-from ftw_optim.testing import agreement_of
 
 # The benchmarks are scripts: their folder is on the path only when one of them is run.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -111,13 +110,6 @@ def test_likeness_chooses_among_the_records_read_and_acceptance_leaves_out_what_
     assert float(weights.sum()) == pytest.approx(1.0)
 
 
-def test_target_rows_agree_as_a_step_says_they_do(vectors: Tensor) -> None:
-    rows = rows_of(vectors)
-    target = list(rows.target)
-    found = ways.among_target_rows(rows)
-    assert found == pytest.approx(agreement_of(rows.gram[target][:, target]), nan_ok=True)
-
-
 @pytest.mark.parametrize("way", ways.WAYS, ids=lambda way: way.label)
 def test_every_way_weighs_what_it_may_see(vectors: Tensor, way: ways.Way) -> None:
     rows = rows_of(vectors)
@@ -134,10 +126,9 @@ def test_a_short_run_looks_twice_and_says_what_it_saw(capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert len(tables) == 2
     for table in tables.values():
-        assert table.keys() == {way.label for way in ways.WAYS} | {command.EACH_OTHER}
+        assert table.keys() == {way.label for way in ways.WAYS}
         assert all(-1.0 <= value <= 1.0 for value, _ in table.values())
     first = next(iter(tables.values()))
-    assert f"{command.EACH_OTHER} " in printed
     for way in ways.WAYS:
         (line,) = (line for line in printed.splitlines() if line.startswith(way.label.ljust(34)))
         assert f"{first[way.label][0]:.2f} ±" in line

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
@@ -21,13 +20,11 @@ from ftw_optim import (
     last_blocks,
     preconditioner_of,
 )
-from ftw_optim._gram.target_rows import agreement_of
 from ftw_optim.testing import recorded
 from tests.support.checks import training_on_target as optimizer_of
 from tests.support.grids import slow
 from tests.support.models import CASES, Case, RowGradients, in_batches, precision, trained
 from tests.support.oracles import candidate_gradients, explicit_matching, mean_gradient
-from tests.support.selections import selection
 
 N = 6
 
@@ -48,18 +45,6 @@ def asked(gram: Tensor, m: int) -> tuple[Tensor, Tensor, float]:
     return cross, error, max(sum(pairs) / len(pairs), least)
 
 
-def agreeing(gram: Tensor, m: int) -> tuple[float, float]:
-    """Pair by pair: the mean product of two target rows over their mean square, and its standard error over pairs."""
-    n = len(gram) - m
-    pairs = [float(gram[n + a, n + b]) for a in range(m) for b in range(a)]
-    square = sum(float(gram[n + a, n + a]) for a in range(m)) / m
-    mean = sum(pairs) / len(pairs)
-    if len(pairs) == 1:
-        return mean / square, float("nan")
-    spread = (sum((pair - mean) ** 2 for pair in pairs) / (len(pairs) - 1)) ** 0.5
-    return mean / square, spread / len(pairs) ** 0.5 / square
-
-
 def check(case: Case, optimizer: SelectiveOptimizer, *, scale: float = 1.0, closure: Any = None) -> None:
     """One backward against gradients that are formed one at a time."""
     rows = candidate_gradients(case) + candidate_gradients(case, target=True)
@@ -78,9 +63,6 @@ def check(case: Case, optimizer: SelectiveOptimizer, *, scale: float = 1.0, clos
             torch.testing.assert_close(share.reference, expected[share.name], rtol=1e-9, atol=1e-12)
     gram, _, _ = explicit_matching(rows, rows[0], maps, optimizer.metric)
     cross, error, energy = asked(gram, m)
-    agreement, chance = agreeing(gram, m)
-    assert selection.target_agreement == pytest.approx(agreement, abs=1e-9)
-    assert selection.target_agreement_error == pytest.approx(chance, abs=1e-9, nan_ok=True)
     size = gram.diagonal().sqrt()
     lengths = size[: case.n, None] * size
     torch.testing.assert_close(
@@ -346,20 +328,3 @@ def test_an_anchor_to_positive_rows_leaves_the_others_at_zero() -> None:
     )
     torch.testing.assert_close(weak, torch.tensor([(1 + 0.75) / 2, (2 + 0.75) / 4, 0.0], dtype=torch.float64))
     torch.testing.assert_close(strong, torch.tensor([0.75, 0.75, 0.0], dtype=torch.float64), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("m", [2, 3, 8])
-def test_rows_that_tell_nothing_of_each_other_are_blind(m: int) -> None:
-    """Gradients at right angles agree by nothing, equal ones by all; a single row cannot agree, and is not blind."""
-    nothing, everything = torch.eye(m).double() * 3, torch.full((m, m), 2.0).double()
-    for gram, agreement, blind in (
-        (nothing, 0.0, True),
-        (everything, 1.0, False),
-        (-everything + 9 * nothing, None, True),
-    ):
-        found, error = agreement_of(gram)
-        assert agreement is None or found == pytest.approx(agreement)
-        assert selection(0, target_agreement=found, target_agreement_error=error).blind == blind
-    assert not selection(0).blind
-    assert math.isnan(agreement_of(torch.ones(1, 1))[0])
-    assert math.isnan(agreement_of(torch.zeros(3, 3))[0])
