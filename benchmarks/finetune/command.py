@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from pays import command as pays
 from pays.records import Record
 
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
     """Runs the comparison, or what is missing of it, prints the table, and writes the picture."""
     options, others = parse_arguments(arguments, description=description)
     given = ["--out", str(options.out), "--arms", *ARMS, "--seeds", "1", "--lr", "guide=2e-3", "target=2e-3"]
+    given += ["--threads", str(torch.get_num_threads())]
     if options.quick:
         given.append("--quick")
     elif options.pool is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import final
@@ -54,6 +55,10 @@ class Selection:
         target_weights: shape ``(m,)``, the applied weights of the target rows where these take part in the step, which
             sum to one together with ``weights``; else empty.
         target_losses: shape ``(m,)``, the losses of these rows; else empty.
+        guide_loss: the mean loss of the target rows that guide, since the look at held-out rows before the last one;
+            NaN before the first look, or where there are none.
+        held_out_loss: the mean loss of the held-out rows at the last look.
+        blind: whether the former is certainly below the latter, by two standard errors: the guide is memorised.
         sketch: the sketch with which the products above were estimated; None where they are exact.
         milliseconds: host time by phase: ``target``, ``candidates`` (their forward and backward pass), ``gram``,
             ``solve`` (filter and weights, and waiting for the Gram system on an accelerator), ``combine``.
@@ -76,6 +81,9 @@ class Selection:
     combine: str
     target_weights: Tensor = field(default_factory=lambda: _NOTHING)
     target_losses: Tensor = field(default_factory=lambda: _NOTHING)
+    guide_loss: float = math.nan
+    held_out_loss: float = math.nan
+    blind: bool = False
     sketch: SketchReport | None = None
     milliseconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -136,11 +144,18 @@ class Selection:
         return torch.cat([weights, self.target_weights]) if len(self.target_weights) else weights
 
     def target_numbers(self) -> dict[str, float]:
-        """The target rows' share of the weight and their mean loss, by name; empty where none take part."""
-        if not len(self.target_weights):
-            return {}
-        share, loss = float(self.target_weights.sum()), float(self.target_losses.mean())
-        return {"target_share": share, "target_loss": loss}
+        """What is known of the target rows, by name.
+
+        Their share of the weight and their mean loss, where they take part; the losses of the guide and of held-out
+        rows, and whether the guide is blind, where these are looked at.
+        """
+        found = {}
+        if len(self.target_weights):
+            found["target_share"] = float(self.target_weights.sum())
+            found["target_loss"] = float(self.target_losses.mean())
+        if not math.isnan(self.held_out_loss):
+            found |= {"guide_loss": self.guide_loss, "held_out_loss": self.held_out_loss, "blind": float(self.blind)}
+        return found
 
     def weighted_loss(self) -> Tensor:
         """The weighted mean of the kept losses and of the target rows'.

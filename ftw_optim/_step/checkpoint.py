@@ -8,16 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ftw_optim._step.watch import Watch
 
-def written_state(backwards: int, seed: int, target: Mapping[str, Tensor] | None) -> dict[str, Any]:
-    """The extra state: number of selections, seed and, where it must outlive a step, the target gradient."""
+
+def written_state(backwards: int, seed: int, target: Mapping[str, Tensor] | None, watch: Watch) -> dict[str, Any]:
+    """The extra state: number of selections, seed and, where they must outlive a step, target gradient and losses."""
     extra: dict[str, Any] = {"backwards": torch.tensor(backwards), "seed": torch.tensor(seed)}
     if target is not None:
         extra["target"] = dict(target)
+    if not watch.new:
+        extra["watch"] = watch.state_dict()
     return extra
 
 
-def read_state(extra: Any, key: str, model: nn.Module, *, seed: int) -> tuple[int, int, dict[str, Tensor] | None]:
+def read_state(
+    extra: Any, key: str, model: nn.Module, *, seed: int
+) -> tuple[int, int, dict[str, Tensor] | None, Watch]:
     """The arguments that :func:`written_state` was given, read back from its result.
 
     Args:
@@ -30,7 +36,7 @@ def read_state(extra: Any, key: str, model: nn.Module, *, seed: int) -> tuple[in
         ValueError: ``extra`` is not such a state, or its target gradient is that of another model.
     """
     if extra is None:
-        return 0, seed, None
+        return 0, seed, None, Watch()
     if not (isinstance(extra, Mapping) and {"backwards", "seed"} <= extra.keys()):
         raise ValueError(
             f"Expected {key!r} of the state dict to hold 'backwards' and 'seed', got "
@@ -49,4 +55,4 @@ def read_state(extra: Any, key: str, model: nn.Module, *, seed: int) -> tuple[in
             name: gradient.to(parameters[name].device if name in parameters else gradient.device)
             for name, gradient in target.items()
         }
-    return int(extra["backwards"]), int(extra["seed"]), target
+    return int(extra["backwards"]), int(extra["seed"]), target, Watch.from_state(extra.get("watch"))

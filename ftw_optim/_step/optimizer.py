@@ -34,6 +34,7 @@ from ftw_optim._step.parameters import Scored, parameters_of
 from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.step import StepResult, selective_step
 from ftw_optim._step.target import TargetGradient
+from ftw_optim._step.watch import Watch
 from ftw_optim._step.way import way_of
 from ftw_optim._step.wrapper import OptimizerWrapper
 
@@ -109,6 +110,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         self.target = target
         self._selection: Selection | None = None
         self._kept_target: Mapping[str, Tensor] | None = None
+        self._watch = Watch()
         self._backwards = 0
         self._pending: bool | None = None  # since the last step: None no backward, False all skipped, True one applied
         self._checks = SelfChecks()
@@ -137,7 +139,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         if self.train_on_target is not None:  # not where a copy waits for its rows, too
             check_target(new, self.train_on_target)
         if "_target" in self.__dict__:  # not where a copy or checkpoint brought the gradient along
-            self._kept_target = None
+            self._kept_target, self._watch = None, Watch()
         self._target = new
 
     @property
@@ -313,6 +315,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             target=self.target,
             trains_on_target=self.train_on_target,
             kept_target=self._kept_target,
+            watch=self._watch,
             filter=self.filter,
             weight=self.weight,
             metric=Metric(self.metric),
@@ -342,17 +345,18 @@ class SelectiveOptimizer(OptimizerWrapper):
     def _commit(self, result: StepResult) -> None:
         self._selection = result.selection
         self._kept_target = result.kept_target
+        self._watch = result.watch
         self._last_capture = frozenset(result.parameters.scored), result.footprints
         self._backwards += 1
 
     def extra_state(self) -> dict[str, Any]:
-        """The number of selections, the seed and, where it must outlive a step, the target gradient."""
-        return written_state(self._backwards, self.seed, self._kept_target)
+        """The number of selections, the seed and, where they must outlive a step, target gradient and losses."""
+        return written_state(self._backwards, self.seed, self._kept_target, self._watch)
 
     def read_extra_state(self, extra: Mapping[str, Any] | None) -> dict[str, Any]:
         """The attributes restored from :meth:`extra_state`."""
-        backwards, seed, target = read_state(extra, self.EXTRA_KEY, self.model, seed=self.seed)
-        return {"_backwards": backwards, "seed": seed, "_kept_target": target, "_pending": None}
+        backwards, seed, target, watch = read_state(extra, self.EXTRA_KEY, self.model, seed=self.seed)
+        return {"_backwards": backwards, "seed": seed, "_kept_target": target, "_watch": watch, "_pending": None}
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: v for name, v in super().__getstate__().items() if name not in ("_target", "_observe")}

@@ -21,6 +21,7 @@ from ftw_optim._gram.spec import Observe
 from ftw_optim._step.clock import Clock
 from ftw_optim._step.parameters import StepParameters
 from ftw_optim._step.target import TargetGradient, TargetNow
+from ftw_optim._step.watch import Watch
 from ftw_optim._step.way import Way
 
 
@@ -41,6 +42,7 @@ class StepSetup:
         trains_on_target: whether the target rows take part in the step; or the closure of rows that do while the target
             only guides.
         kept_target: the target gradient of the step before, where it is remembered.
+        watch: the losses of the target rows until now, where held-out rows are looked at.
         filter: the filter stage.
         weight: the weight stage.
         metric: the metric of the first Matching that a stage sees.
@@ -64,6 +66,7 @@ class StepSetup:
     target: TargetGradient
     trains_on_target: bool | Callable[[], Tensor]
     kept_target: Mapping[str, Tensor] | None
+    watch: Watch
     filter: Callable[..., Any]
     weight: Callable[..., Any]
     metric: Metric
@@ -103,6 +106,17 @@ class StepSetup:
                 backwards=self.backwards,
                 scale=self.scale,
                 seed=self.seed_of("target"),
+            )
+
+    def watch_after(self, target: TargetNow) -> Watch:
+        """The watch over the guide after this step, with a look at held-out rows where one is due."""
+        with self.clock.phase("target"):
+            return self.watch.after(
+                target.guide_losses,
+                self.target,
+                self.structure,
+                backwards=self.backwards,
+                seed=self.seed_of("held out"),
             )
 
 

@@ -19,6 +19,7 @@ from ftw_optim._step.gathering import gather
 from ftw_optim._step.parameters import StepParameters
 from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.target_rows import target_of
+from ftw_optim._step.watch import Watch
 
 
 @final
@@ -32,6 +33,7 @@ class StepResult:
         loss: the weighted loss, detached.
         parameters: the parameters of the step.
         kept_target: the target gradient that the next step is given; None: it forms its own.
+        watch: the losses of the target rows, for the next step.
         footprints: number of uses, multiplications and bytes of the factors of each captured parameter.
     """
 
@@ -40,6 +42,7 @@ class StepResult:
     loss: Tensor
     parameters: StepParameters
     kept_target: Mapping[str, Tensor] | None
+    watch: Watch
     footprints: Mapping[str, Footprint]
 
 
@@ -72,11 +75,20 @@ def select(setup: StepSetup, closure: CandidateClosure) -> StepResult | Plain:
         comparison = compare(setup, factors, target)
         selection = choose(setup, comparison)
         selection, gradients = combine(setup, comparison, selection, factors, candidate_pass)
+    watch = setup.watch_after(target)
+    guide_loss, held_out_loss, _ = watch.found
     return StepResult(
-        selection=replace(selection, milliseconds=setup.clock.milliseconds),
+        selection=replace(
+            selection,
+            guide_loss=guide_loss,
+            held_out_loss=held_out_loss,
+            blind=watch.blind,
+            milliseconds=setup.clock.milliseconds,
+        ),
         gradients=gradients,
         loss=selection.weighted_loss().to(factors.candidates.losses.device),
         parameters=setup.parameters,
         kept_target=target.to_keep(overflowed=comparison.target_overflowed),
+        watch=watch,
         footprints=factors.candidates.footprints,
     )

@@ -31,19 +31,29 @@ class TargetGradient:
         refresh_every: number of selections from one evaluation of the gradient to the next; it is kept in between.
         decay: factor of the moving average at each evaluation, ``gradient = decay * kept + (1 - decay) * new``; in
             [0, 1).
+        held_out: called without arguments, returns the losses of rows of the same kind that nothing is trained on, so
+            that ``selection.blind`` can tell whether the target rows are memorised; run without gradients.
+        held_out_every: number of selections from one such look to the next.
     """
 
     closure: Callable[[], Tensor]
     refresh_every: int = 1
     decay: float = 0.0
+    held_out: Callable[[], Tensor] | None = None
+    held_out_every: int = 10
 
     def __post_init__(self) -> None:
         if not callable(self.closure):
             raise TypeError(
                 f"Expected a closure that returns the target losses (m,), got {type(self.closure).__name__}."
             )
-        if isinstance(self.refresh_every, bool) or not isinstance(self.refresh_every, int) or self.refresh_every < 1:
-            raise ValueError(f"refresh_every must be a positive integer, got {self.refresh_every!r}.")
+        if self.held_out is not None and not callable(self.held_out):
+            raise TypeError(
+                f"Expected held_out as a closure that returns losses (m,), got {type(self.held_out).__name__}."
+            )
+        for name, value in (("refresh_every", self.refresh_every), ("held_out_every", self.held_out_every)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         if not 0.0 <= self.decay < 1.0:
             raise ValueError(f"decay must be in [0, 1), got {self.decay!r}.")
 
@@ -101,7 +111,13 @@ class TargetGradient:
             for name, parameter in parameters.items()
         }
         flags = torch.stack([losses.detach().isfinite().all(), all_finite(new.values()).to(losses.device)])
-        return TargetNow(gradients=self.averaged(kept, new), finite=flags, before=previous, remembered=self.remembers)
+        return TargetNow(
+            gradients=self.averaged(kept, new),
+            finite=flags,
+            before=previous,
+            remembered=self.remembers,
+            guide_losses=losses.detach(),
+        )
 
     def averaged(self, kept: Mapping[str, Tensor] | None, new: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The moving average of the gradients, where there is a kept one and a decay."""
@@ -132,6 +148,7 @@ class TargetNow:
         rows: the target rows' losses and factors, where these take part in the step.
         share: the share of the remembered gradient in what these rows are to match.
         guides_itself: whether the rows tell what to match, rather than the gradient alone.
+        guide_losses: the losses of the rows that guide, on their device; None where they were not formed anew.
     """
 
     gradients: Mapping[str, Tensor]
@@ -142,6 +159,7 @@ class TargetNow:
     rows: CapturedRows | None = None
     share: float = 0.0
     guides_itself: bool = False
+    guide_losses: Tensor | None = None
 
     @property
     def count(self) -> int:

@@ -50,6 +50,7 @@ def _of_rows(setup: StepSetup, rows: CapturedRows) -> TargetNow:
         rows=rows,
         share=0.0 if kept is None else target.decay,
         guides_itself=True,
+        guide_losses=rows.losses.detach(),
     )
 
 
