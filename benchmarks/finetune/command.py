@@ -15,6 +15,7 @@ from .corpus import TARGET_AREA, build_corpus
 from .picture import write_picture
 
 ARMS = ["adamw-n", "ftw", "target-n", "target+random", "target+learned"]
+STEPS = 30
 TARGET_RECORDS, TEST_RECORDS = 64, 256
 
 
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
     """Runs the comparison, or what is missing of it, prints the table, and writes the picture."""
     options, others = parse_arguments(arguments, description=description)
     given = ["--out", str(options.out), "--arms", *ARMS, "--seeds", "1", "--lr", "guide=2e-3", "target=2e-3"]
-    given += ["--threads", str(torch.get_num_threads())]
+    given += ["--steps", str(STEPS), "--threads", str(torch.get_num_threads())]
     if options.quick:
         given.append("--quick")
     elif options.pool is None:
