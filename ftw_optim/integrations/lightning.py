@@ -89,7 +89,7 @@ class SelectiveModuleMixin(LightningModule):
         )
 
     def configure_selection(self) -> dict[str, Any]:
-        """The options of :class:`SelectiveOptimizer`, and ``refresh_every`` and ``decay`` of :class:`TargetGradient`.
+        """The options of :class:`SelectiveOptimizer`, and those of :class:`TargetGradient`.
 
         ``model`` is the module that :meth:`candidate_losses` calls: by default the only child that holds all of the
         optimizer's parameters, or else the ``LightningModule`` itself.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any, Protocol, cast, final
 
 import torch
@@ -20,7 +21,7 @@ from ftw_optim.integrations._lightning.settings import Settings
 from ftw_optim.integrations._trainers.rows import has_rows, rows_of
 from ftw_optim.integrations._trainers.targets import CycledBatches
 
-_OF_TARGET = ("refresh_every", "decay")
+_OF_TARGET = tuple(one.name for one in fields(TargetGradient) if one.name != "closure")
 
 
 class Selectable(Protocol):
