@@ -125,6 +125,9 @@ UNIFORM = Method(filter=_all, weight=UniformWeights())
 FILTER_THEN_WEIGHT = Method(filter=_greedy, weight=NonNegativeLeastSquares())
 EUCLIDEAN = Method(filter=_greedy, weight=NonNegativeLeastSquares(), metric="euclidean")
 TOP_K = Method(filter=lambda keep, lr: TopKFilter(keep=keep), weight=UniformWeights())
+# TracIn's score of a step, and GRAD-MATCH's choice and weights (its regularisation of 0.5), both in plain gradients.
+TRACIN = Method(filter=lambda keep, lr: TopKFilter(keep=keep), weight=UniformWeights(), metric="euclidean")
+GRAD_MATCH = Method(filter=_greedy, weight=NonNegativeLeastSquares(ridge=0.5), metric="euclidean")
 GREATS = Method(filter=lambda keep, lr: GreatsFilter(keep=keep, lr=lr), weight=UniformWeights())
 LESS = Method(filter=lambda keep, lr: LessFilter(keep=keep), weight=UniformWeights())
 
@@ -161,6 +164,8 @@ ARMS = {
     "ftw": _guide("filter-then-weight", method=FILTER_THEN_WEIGHT),
     "ftw-euclidean": _guide("same, euclidean", method=EUCLIDEAN),
     "topk": _guide("top-k, dot product", method=TOP_K),
+    "tracin": _guide("TracIn, top-k", method=TRACIN),
+    "gradmatch": _guide("GRAD-MATCH", method=GRAD_MATCH),
     "greats": _guide("GREATS' greedy", method=GREATS),
     "less": _guide("LESS, online", method=LESS),
     "similarity-n": _guide("n similar", propose=similar),

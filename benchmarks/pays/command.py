@@ -15,10 +15,11 @@ import transformers
 from machine import hardware
 from pretrained import DEFAULT_CACHE, pretrained
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from .arms import ARMS, BASELINES, ORACLES, SOUND, Sizes
 from .damage import DAMAGES
-from .records import read_records
+from .records import Record, read_records
 from .report import Figures, as_json, figures_of, table
 from .setting import Setting, build_setting
 from .split import Top, check_split
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
     options = parse_arguments(arguments, description=description)
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
-    lab, store = prepare(options)
+    lab, store = prepare(options, *load(options))
     store.once("hardware", lambda: hardware(options.device))
     seeds = range(options.seed, options.seed + (1 if options.tune else options.seeds))
     runs = [
@@ -174,14 +175,20 @@ def described(options: argparse.Namespace, lab: Lab) -> str:
     return textwrap.fill(text, 120)
 
 
-def prepare(options: argparse.Namespace) -> tuple[Lab, Store]:
-    """The model, the records, and the folder of results, all that runs share."""
+def load(options: argparse.Namespace) -> tuple[list[list[Record]], Any, PreTrainedTokenizerBase]:
+    """Pool, target and test records, the model and its tokenizer."""
     if options.quick:
-        model, tokenizer = tiny_model()
         records = [generated_records(400, seed=0), generated_target(40, seed=1), generated_target(40, seed=2)]
-    else:
-        records = [read_records(path) for path in (options.pool, options.target, options.test)]
-        model, tokenizer = pretrained(options.model, options.cache)
+        return records, *tiny_model()
+    return [read_records(path) for path in (options.pool, options.target, options.test)], *pretrained(
+        options.model, options.cache
+    )
+
+
+def prepare(
+    options: argparse.Namespace, records: Sequence[Sequence[Record]], model: Any, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Lab, Store]:
+    """What all runs share, and the folder of their results."""
     setting = build_setting(
         *records,
         tokenizer,

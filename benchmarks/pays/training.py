@@ -41,6 +41,7 @@ class Run:
         sources: of the candidates; of each, how many there were, and their weight in all steps, that of a step's
             candidates being one in all.
         cosines: the selection's, at each step; empty without selection.
+        scores: what :attr:`Lab.score` gave at the end, if there is one.
     """
 
     arm: str
@@ -57,6 +58,7 @@ class Run:
     paces: list[float] = field(default_factory=list)
     sources: dict[str, list[float]] = field(default_factory=dict)
     cosines: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -65,7 +67,15 @@ class Run:
 
 
 class Lab:
-    """The model, the records and the clock, shared by all runs of a comparison, one after the other."""
+    """The model, the records and the clock, shared by all runs of a comparison, one after the other.
+
+    Attributes:
+        keep_states: whether the trunk's hidden states of the stream's records are kept for later runs.
+        score: called at the end of each run, with the model trained.
+    """
+
+    keep_states: bool = True
+    score: Callable[[], list[float]] | None = None
 
     def __init__(self, top: Top, setting: Setting, sizes: Sizes, *, evaluations: int) -> None:
         self.top = top
@@ -152,8 +162,11 @@ class Lab:
                 run.run_tokens.append(tokens)
                 run.rows.append((candidates, targets))
                 run.paces.append(self.pace())
+            if not self.keep_states:
+                self.entrance.forget()
             tick()
         run.pool = self.losses("pool_test")
+        run.scores = [] if self.score is None else self.score()
 
     def _own(self) -> list[Example]:
         if self._own_examples is None:

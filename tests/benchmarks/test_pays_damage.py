@@ -25,6 +25,11 @@ from ftw_optim import Matching, UniformWeights
 RECORDS = [{"prompt": f"Say {n}.", "response": f"It is {n} of many words", "source": f"s{n % 2}"} for n in range(400)]
 
 
+def quick_lab(*arguments: str) -> training.Lab:
+    options = command.parse_arguments(["--quick", *arguments])
+    return command.prepare(options, *command.load(options))[0]
+
+
 def test_damage_is_a_share_of_the_records_each_by_its_prompt_alone() -> None:
     shares = {"foreign": 0.2, "looped": 0.3}
     found = damaged(RECORDS, shares, seed=1)
@@ -67,9 +72,7 @@ def test_damage_that_cannot_be_is_refused(shares: dict[str, float], message: str
 
 
 def test_only_the_stream_is_damaged_and_only_the_told_arm_avoids_it(tmp_path: Path) -> None:
-    lab, _ = command.prepare(
-        command.parse_arguments(["--quick", "--out", str(tmp_path), "--damage", "foreign=0.4", "looped=0.2"])
-    )
+    lab = quick_lab("--out", str(tmp_path), "--damage", "foreign=0.4", "looped=0.2")
     made = lab.setting
     read = made.stream(steps=1, read_ahead=100, seed=0)[0]
     assert sum(example.source.endswith(MARK) for example in read) > 40
@@ -125,7 +128,7 @@ def test_random_weights_are_uniform_over_all_that_sum_to_one() -> None:
 def test_rows_that_guide_are_not_trained_on_and_are_charged_when_they_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lab, _ = command.prepare(command.parse_arguments(["--quick", "--out", str(tmp_path)]))
+    lab = quick_lab("--out", str(tmp_path))
     rows: list[list[Any]] = []
     inner = lab.entrance.rows
 
