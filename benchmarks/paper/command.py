@@ -53,6 +53,8 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     parser.add_argument("--test", help="test questions; for MMLU with the fields choices and answer")
     parser.add_argument("--target-rows", type=int, default=285, help="used, a quarter for validation (%(default)s)")
     parser.add_argument("--questions", type=int, default=2000, help="that are scored (%(default)s)")
+    parser.add_argument("--test-rows", type=int, default=128, help="whose loss is followed (%(default)s)")
+    parser.add_argument("--pool-rows", type=int, default=64, help="of the pool, whose loss is followed (%(default)s)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens; longer records are left out (%(default)s)")
     parser.add_argument("--longest-prompt", type=int, default=2048, help="tokens of a scored question (%(default)s)")
     parser.add_argument("--score-batch", type=int, default=16, help="questions scored at a time (%(default)s)")
@@ -69,7 +71,6 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny random model on generated records")
     parser.add_argument("--out", type=Path, required=True, help="folder of results; what is there is not run again")
-    parser.set_defaults(test_rows=128, pool_rows=64)
     options = parser.parse_args(arguments)
     if options.quick:
         pays.make_quick(options, parser, QUICK)
