@@ -59,6 +59,7 @@ class Method:
         decay: of the moving average of target gradients.
         guide_share: share of the target rows that only guide, where others are part of the step; 0: all are both.
         refresh_every: steps from one batch of rows that only guide to the next.
+        watched: whether the validation rows tell the selection when the target rows are memorised.
         options: whatever else the optimizer is given.
     """
 
@@ -68,6 +69,7 @@ class Method:
     decay: float = 0.0
     guide_share: float = 0.0
     refresh_every: int = 1
+    watched: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -132,6 +134,7 @@ GREATS = Method(filter=lambda keep, lr: GreatsFilter(keep=keep, lr=lr), weight=U
 LESS = Method(filter=lambda keep, lr: LessFilter(keep=keep), weight=UniformWeights())
 
 UNIFORM_WITH_TARGET = Method(filter=_all, weight=UniformWeights(), options={"train_on_target": True})
+WATCHED_WITH_TARGET = Method(filter=_all, weight=UniformWeights(), watched=True, options={"train_on_target": True})
 WEIGHTS_WITH_TARGET = Method(
     filter=_all,
     weight=NonNegativeLeastSquares(anchor=0.3, anchor_to="positive"),
@@ -182,6 +185,7 @@ ARMS = {
     "target+own": _target("target + own source", propose=own_source),
     "target+sound": _target("similar and sound", propose=similar_and_sound),
     "target+learned": _target("target + learned", propose=learned, method=UNIFORM_WITH_TARGET),
+    "target+watched": _target("learned until blind", propose=learned, method=WATCHED_WITH_TARGET),
     "target+honest": _target("learned, split", propose=learned, method=HONEST_UNIFORM),
     "target+similarity+accept": _target("similar, accepted", propose=similar, method=ACCEPTED_WITH_TARGET),
     "target+similarity+honest": _target("similar, acc., split", propose=similar, method=HONEST_ACCEPTED),

@@ -20,6 +20,7 @@ from .setting import Setting
 from .split import Entrance, Rows, Top
 
 WARM_UP_SHARE = 0.1
+HELD_OUT_EVERY = 3
 _EVALUATION_BATCH = 32
 _PACE_ROWS = 4
 
@@ -198,6 +199,8 @@ class _Step:
         self._step = 0
         self._optimizer = inner
         method, count = arm.method, arm.trained_target_rows(self._sizes)
+        if method is not None and method.watched:
+            lab.entrance.fill(lab.setting.validation)
         guides = round(method.guide_share * len(known.guide)) if method is not None else 0
         if method is not None:
             count = count or self._sizes.target_rows
@@ -206,7 +209,13 @@ class _Step:
             self._optimizer = SelectiveOptimizer(
                 inner,
                 lab.top,
-                target=TargetGradient(self._losses(guiding), decay=method.decay, refresh_every=method.refresh_every),
+                target=TargetGradient(
+                    self._losses(guiding),
+                    decay=method.decay,
+                    refresh_every=method.refresh_every,
+                    held_out=self._losses(lambda: lab.setting.validation) if method.watched else None,
+                    held_out_every=HELD_OUT_EVERY,
+                ),
                 filter=method.filter(self._sizes.keep, run.lr),
                 weight=method.weight,
                 metric=method.metric,
@@ -216,7 +225,7 @@ class _Step:
         self._target_batches = endless_batches(known.guide[guides:], count, seed=run.seed) if count else None
         self._guide_batches = endless_batches(known.guide[:guides], count, seed=run.seed) if guides else None
 
-    def _losses(self, rows: Callable[[], list[Example]]) -> Callable[[], Tensor]:
+    def _losses(self, rows: Callable[[], Sequence[Example]]) -> Callable[[], Tensor]:
         return lambda: self._lab.top(self._lab.entrance.rows(rows()))
 
     def __call__(self, read: Sequence[Example]) -> _Done:

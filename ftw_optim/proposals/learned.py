@@ -113,8 +113,13 @@ class LearnedProposal(Proposal):
         return chosen
 
     def observe(self, samples: Sequence[Sample], selection: Selection, *, features: Tensor | None = None) -> None:
-        """See :class:`Proposal`; candidates without a score, such as rejected ones, teach nothing."""
+        """See :class:`Proposal`; candidates without a score, such as rejected ones, teach nothing.
+
+        Neither do those of a selection whose guide is blind, see :class:`Selection`: what was learned before stays.
+        """
         check_observed(samples, selection)
+        if selection.blind:
+            return
         known = self._features.given(samples, features)
         energy = selection.gram.diagonal().double() * selection.target_energy
         scores = selection.cross_gram.double() / energy.sqrt()

@@ -134,6 +134,17 @@ def test_a_step_without_a_target_gradient_changes_nothing(energy: float) -> None
     assert packed(proposal.state_dict()) == before
 
 
+def test_a_guide_that_is_blind_teaches_nothing() -> None:
+    records = [{"input_ids": [i, i + 1, 7]} for i in range(4)]
+    proposal = LearnedProposal(dim=8)
+    proposal.observe(records, of_scores(torch.tensor([0.1, 0.5, -0.2, 0.3])))
+    before = packed(proposal.state_dict())
+    proposal.observe(records, of_scores(torch.tensor([0.4, -0.5, 0.2, 0.3]), blind=True))
+    assert packed(proposal.state_dict()) == before
+    proposal.observe(records, of_scores(torch.tensor([0.4, -0.5, 0.2, 0.3])))
+    assert packed(proposal.state_dict()) != before
+
+
 def test_scores_of_a_sketch_are_at_most_one() -> None:
     records = offered(torch.Generator().manual_seed(1))[:2]
     one, other = LearnedProposal(dim=8), LearnedProposal(dim=8)
