@@ -109,7 +109,7 @@ class AcceptFilter(FilterStage):
     """Keeps every candidate but those whose gradient certainly points away from the target.
 
     A candidate is left out where its ``cross_gram`` is below zero by more than ``confidence`` standard errors. These
-    are known where the target rows take part in the step; else every negative product counts. With
+    are known where the target rows that guide take part in the step; else every negative product counts. With
     :class:`UniformWeights` good candidates are not thinned out, as fitted weights do, and bad ones have no weight.
 
     Args:

@@ -55,10 +55,11 @@ class Selection:
         target_weights: shape ``(m,)``, the applied weights of the target rows where these take part in the step, which
             sum to one together with ``weights``; else empty.
         target_losses: shape ``(m,)``, the losses of these rows; else empty.
-        guide_loss: the mean loss of the target rows that guide, since the look at held-out rows before the last one;
-            NaN before the first look, or where there are none.
+        guide_loss: the mean loss of the target rows that guide, at the last look at held-out rows; NaN before the first
+            look, or where there are none.
         held_out_loss: the mean loss of the held-out rows at the last look.
-        blind: whether the former is certainly below the latter, by two standard errors: the guide is memorised.
+        blind: whether the former is below the latter by more than two standard errors, as of a guide that is memorised;
+            never for a guide of one row, which says nothing of its kind.
         sketch: the sketch with which the products above were estimated; None where they are exact.
         milliseconds: host time by phase: ``target``, ``candidates`` (their forward and backward pass), ``gram``,
             ``solve`` (filter and weights, and waiting for the Gram system on an accelerator), ``combine``.

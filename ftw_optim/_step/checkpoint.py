@@ -12,7 +12,7 @@ from ftw_optim._step.watch import Watch
 
 
 def written_state(backwards: int, seed: int, target: Mapping[str, Tensor] | None, watch: Watch) -> dict[str, Any]:
-    """The extra state: number of selections, seed and, where they must outlive a step, target gradient and losses."""
+    """The extra state: number of selections, seed and, where they must outlive a step, target gradient and watch."""
     extra: dict[str, Any] = {"backwards": torch.tensor(backwards), "seed": torch.tensor(seed)}
     if target is not None:
         extra["target"] = dict(target)

@@ -350,7 +350,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._backwards += 1
 
     def extra_state(self) -> dict[str, Any]:
-        """The number of selections, the seed and, where they must outlive a step, target gradient and losses."""
+        """The number of selections, the seed and, where they must outlive a step, target gradient and watch."""
         return written_state(self._backwards, self.seed, self._kept_target, self._watch)
 
     def read_extra_state(self, extra: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class StepSetup:
         trains_on_target: whether the target rows take part in the step; or the closure of rows that do while the target
             only guides.
         kept_target: the target gradient of the step before, where it is remembered.
-        watch: the losses of the target rows until now, where held-out rows are looked at.
+        watch: what the last look at held-out rows found.
         filter: the filter stage.
         weight: the weight stage.
         metric: the metric of the first Matching that a stage sees.

@@ -33,7 +33,7 @@ class StepResult:
         loss: the weighted loss, detached.
         parameters: the parameters of the step.
         kept_target: the target gradient that the next step is given; None: it forms its own.
-        watch: the losses of the target rows, for the next step.
+        watch: what the last look at held-out rows found, for the next step.
         footprints: number of uses, multiplications and bytes of the factors of each captured parameter.
     """
 

@@ -32,7 +32,8 @@ class TargetGradient:
         decay: factor of the moving average at each evaluation, ``gradient = decay * kept + (1 - decay) * new``; in
             [0, 1).
         held_out: called without arguments, returns the losses of rows of the same kind that nothing is trained on, so
-            that ``selection.blind`` can tell whether the target rows are memorised; run without gradients.
+            that ``selection.blind`` can tell whether the target rows are memorised; run without gradients, with the
+            model in the mode of the step.
         held_out_every: number of selections from one such look to the next.
     """
 

@@ -8,8 +8,8 @@ not show it, as memorised rows still do.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -26,21 +26,21 @@ CERTAIN = 2.0
 @final
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Watch:
-    """The guide's losses since the last look at held-out rows, and what that look found; never changed.
+    """What the last look at held-out rows found; never changed.
 
     Attributes:
-        losses: of the guide's rows, a tensor for each time they were formed.
         found: the mean loss of the guide and of the held-out rows at the last look, and the standard error of the
             difference; NaN before the first look.
+        due: whether a look waits for a step that forms the guide's losses.
     """
 
-    losses: Sequence[Tensor] = ()
-    found: tuple[float, float, float] = field(default=(math.nan, math.nan, math.nan))
+    found: tuple[float, float, float] = (math.nan, math.nan, math.nan)
+    due: bool = False
 
     @property
     def new(self) -> bool:
         """Whether nothing has been watched yet."""
-        return not self.losses and math.isnan(self.found[0])
+        return not self.due and math.isnan(self.found[1])
 
     @property
     def blind(self) -> bool:
@@ -53,6 +53,8 @@ class Watch:
     ) -> Watch:
         """The watch after a step, at which it looks where a look is due.
 
+        Both losses are of the same parameters: those of earlier steps would make any rise look like memory.
+
         Args:
             losses: of the guide's rows, detached; None where they were not formed anew.
             target: has the closure of the held-out rows.
@@ -61,28 +63,28 @@ class Watch:
             seed: of the random state that the closure runs under.
 
         Raises:
-            TypeError, ValueError: the closure returned no finite losses, one for each row.
+            TypeError, ValueError: the closure did not return losses, one for each row.
         """
         if target.held_out is None:
+            return Watch()
+        if not (self.due or backwards % target.held_out_every == 0):
             return self
-        since = self.losses if losses is None else [*self.losses, losses]
-        if backwards % target.held_out_every or not since:
-            return replace(self, losses=since)
-        with own_randomness(structure.parameters.values(), seed), torch.no_grad():
-            held_out = _checked(target.held_out())
-        guide = torch.cat([one.detach().double().cpu() for one in since])
-        # The rows come again from step to step, so all losses together are worth no more than those of one.
-        error = math.sqrt(_square_error(guide, len(guide) / len(since)) + _square_error(held_out, len(held_out)))
+        if losses is None:
+            return replace(self, due=True)
+        modes = [(module, module.training) for module in structure.modules.values()]
+        try:
+            with own_randomness(structure.parameters.values(), seed), torch.no_grad():
+                held_out = _checked(target.held_out())
+        finally:
+            for module, training in modes:
+                module.training = training
+        guide = losses.double().cpu()
+        error = math.sqrt(_square_error(guide) + _square_error(held_out))
         return Watch(found=(float(guide.mean()), float(held_out.mean()), error))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The losses and what was found, as tensors."""
-        losses = [one.detach().double().cpu() for one in self.losses]
-        return {
-            "losses": torch.cat(losses) if losses else torch.empty(0, dtype=torch.float64),
-            "sizes": torch.tensor([len(one) for one in losses], dtype=torch.int64),
-            "found": torch.tensor(self.found, dtype=torch.float64),
-        }
+        """What was found, and whether a look is due, as tensors."""
+        return {"found": torch.tensor(self.found, dtype=torch.float64), "due": torch.tensor(self.due)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any] | None) -> Watch:
@@ -90,12 +92,12 @@ class Watch:
         if state is None:
             return cls()
         guide, held_out, error = state["found"].tolist()
-        return cls(losses=state["losses"].split(state["sizes"].tolist()), found=(guide, held_out, error))
+        return cls(found=(guide, held_out, error), due=bool(state["due"]))
 
 
-def _square_error(losses: Tensor, rows: float) -> float:
+def _square_error(losses: Tensor) -> float:
     """The squared standard error of a mean over rows; infinite for one row, which tells nothing of its kind."""
-    return float(losses.var()) / rows if rows > 1 else math.inf
+    return float(losses.var()) / len(losses) if len(losses) > 1 else math.inf
 
 
 def _checked(losses: Any) -> Tensor:
@@ -106,7 +108,4 @@ def _checked(losses: Any) -> Tensor:
             "The held_out closure must return one loss per row, shape (m,) with m > 0, got shape "
             f"{tuple(losses.shape)}."
         )
-    found = losses.detach().double().cpu()
-    if not bool(found.isfinite().all()):
-        raise ValueError("Expected finite losses of the held-out rows, got NaN or infinity. Nothing was changed.")
-    return found
+    return losses.detach().double().cpu()

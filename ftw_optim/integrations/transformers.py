@@ -133,6 +133,7 @@ class SelectiveTrainerMixin(_Base):
         self.trained_batches: TargetBatches | None = None
         self._target_examples = self.target_batches.dataset
         self.proposed_sampler: ProposedSampler | None = None
+        self._sampling = self._resumed = False
         if guide_share:
             self.target_batches, self.trained_batches = self.target_batches.parted(guide_share)
             if self._options.setdefault("train_on_target", True) is not True:
@@ -185,6 +186,8 @@ class SelectiveTrainerMixin(_Base):
 
     def _select(self, optimizer: SelectiveOptimizer, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
         window = self._window(model, batches, joined=optimizer.combine == "rerun", passed=self._note_batch)
+        if self.proposed_sampler is not None:
+            self._check_rows(self.proposed_sampler, batches, candidates=sum(map(len, window.batches)))
         if not window.batches:
             return torch.zeros(())
         scaler = self.accelerator.scaler  # float16 on a GPU
@@ -194,7 +197,8 @@ class SelectiveTrainerMixin(_Base):
         selection = optimizer.selection
         assert selection is not None
         self._metrics_of_selection.note(selection, window)
-        proposing.observe(self.proposed_sampler, selection)
+        if self.proposed_sampler is not None:
+            self.proposed_sampler.observe(selection)
         return window.token_loss(selection)
 
     def _check_selected(self) -> None:
@@ -357,14 +361,34 @@ class SelectiveTrainerMixin(_Base):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._proposing is None:
             return super()._get_train_sampler(train_dataset)
-        self.proposed_sampler = self._proposing.sampler(
+        count = self._train_batch_size * self.args.gradient_accumulation_steps
+        made = self._proposing.sampler(
             self.train_dataset,  # with all of its columns
             self._target_examples,
-            count=self._train_batch_size * self.args.gradient_accumulation_steps,
+            count=count,
             seed=self._options["seed"],
             source_column=self._log_columns.get(SOURCES),
+            before=self.proposed_sampler,
         )
-        return self.proposed_sampler
+        # Others may ask for a loader while the run goes on.
+        if not self._sampling or self.proposed_sampler is None or self.proposed_sampler.count != count:
+            self.proposed_sampler, self._sampling = made, True
+        return made
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as the trainer does."""
+        self._sampling = self._resumed = False
+        return super().train(*args, **kwargs)
+
+    def _check_rows(self, sampler: ProposedSampler, batches: Sequence[Mapping[str, Any]], *, candidates: int) -> None:
+        size = self._train_batch_size
+        if self._resumed:
+            self._resumed, args = False, self.args
+            windows, drop_last = args.gradient_accumulation_steps, args.dataloader_drop_last
+            proposing.check_place(
+                sampler, self.state.global_step, batch_size=size, windows=windows, drop_last=drop_last
+            )
+        proposing.check_rows(sampler, batches, candidates=candidates, batch_size=size)
 
     # ------------------------------------------------------------------ what it tells
 
@@ -386,7 +410,8 @@ class SelectiveTrainerMixin(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        proposing.load(self.proposed_sampler, checkpoint, skips=not self.args.ignore_data_skip)
+        proposing.load(self.proposed_sampler, checkpoint)
+        self._resumed = checkpoint is not None
         if self.selection_log is None or checkpoint is None:
             return
         if os.path.isfile(path := os.path.join(checkpoint, LOG_STATE)):

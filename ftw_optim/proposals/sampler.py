@@ -32,9 +32,10 @@ class ProposedSampler(Sampler[int]):
     of them. An epoch reads every record once. The same arguments give the same numbers, whatever the workers do; a
     loader that asks for batches ahead gets them from what has been learned when it asks.
 
-    What was given out and :meth:`taken` by steps is counted by :meth:`observe` and :meth:`skip`. A new iterator within
-    an epoch begins behind what was taken, so a loader that had asked ahead loses nothing. Features of our proposals are
-    computed once for each record, and kept where those of all records fit into 1 GiB.
+    What was given out and :attr:`taken` by steps is counted by :meth:`observe` and :meth:`skip`. A new iterator begins
+    behind what was taken, so what a loader had asked for ahead comes again. An epoch ends where everything was asked
+    for and fewer than ``count`` records were not taken, as with ``drop_last``, or where nobody ever told what was
+    taken. Features of our proposals are computed once for each record, and kept where those of all fit into 1 GiB.
 
     Args:
         data: the records, with a length, found by number; the data set of the loader.
@@ -72,11 +73,11 @@ class ProposedSampler(Sampler[int]):
             raise TypeError(f"Expected a Proposal of ftw_optim.proposals, got {type(proposal).__name__}.")
         if not len(data):
             raise ValueError("Expected at least one record, got none.")
-        if count < 1 or (read_ahead is not None and read_ahead < count):
+        if not _counts(count, 1) or (read_ahead is not None and not _counts(read_ahead, count)):
             raise ValueError(
-                f"Expected count of at least 1 and read_ahead of at least count, got count={count} and read_ahead="
-                f"{read_ahead}. read_ahead is the number of records among which the proposal chooses a step's "
-                "candidates: their number divided by the share of useful records."
+                f"Expected integers, count of at least 1 and read_ahead of at least count, got count={count} and "
+                f"read_ahead={read_ahead}. read_ahead is the number of records among which the proposal chooses a "
+                "step's candidates: their number divided by the share of useful records."
             )
         if passed_over not in ("drop", "keep", None):
             raise ValueError(f"passed_over must be 'drop' or 'keep', got {passed_over!r}.")
@@ -88,6 +89,7 @@ class ProposedSampler(Sampler[int]):
         self.data, self.proposal, self.count, self.seed, self.read_ahead = data, proposal, count, seed, read_ahead
         self.keep = passed_over == "keep" or read_ahead is None
         self._samples = _Samples(data, proposal, encode)
+        self._total, self._position = len(data), 0
         self._ended: bool
         self._order: Tensor
         self._waiting: Tensor
@@ -132,22 +134,24 @@ class ProposedSampler(Sampler[int]):
         return rounds * self.count + min(self.count, rest)
 
     def __iter__(self) -> Iterator[int]:
-        if self._ended:
+        if self._ended and (not self._taken or len(self._drawn) - self._taken < self.count):
             self._begin(self._epoch + 1)
+        self._ended = False
         at = self._taken if self._first is None else self._first
-        epoch, self._first = self._epoch, None
+        position, self._first = self._position, None
         while at < len(self._drawn) or self._draw():
             yield self._drawn[at]
             at += 1
-            if self._epoch != epoch:
+            if self._position != position:
                 raise RuntimeError(
-                    f"The sampler went on to epoch {self._epoch} while an iterator was in epoch {epoch}: iterate anew."
+                    "The sampler was set to another epoch, or to the state of a checkpoint, while an iterator was on "
+                    "its way: iterate anew."
                 )
         self._ended = True
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch, unless it is the present one; trainers call this."""
-        if epoch != self._epoch:
+        """Begin an epoch, unless it is the present one and not over; trainers call this."""
+        if epoch != self._epoch or self._ended:
             self._begin(epoch)
 
     def observe(self, selection: Selection) -> None:
@@ -175,6 +179,7 @@ class ProposedSampler(Sampler[int]):
             "epoch": self._epoch,
             "read": self._read,
             "taken": self._taken,
+            "ended": self._ended,
             "drawn": torch.tensor(self._drawn, dtype=torch.int64),
             "proposal": self.proposal.state_dict(),
         }
@@ -195,18 +200,19 @@ class ProposedSampler(Sampler[int]):
                 f"Expected the state of a sampler with {self._settings()}, got {state_dict.get('settings')}: the "
                 "records would not be those of the run that is resumed."
             )
+        drawn = torch.as_tensor(state_dict["drawn"]).tolist()
+        epoch, read, taken = (int(state_dict[name]) for name in ("epoch", "read", "taken"))
         self.proposal.load_state_dict(state_dict["proposal"])
-        self._begin(int(state_dict["epoch"]))
-        self._drawn = torch.as_tensor(state_dict["drawn"]).tolist()
-        self._read, self._taken = int(state_dict["read"]), int(state_dict["taken"])
+        self._begin(epoch)
+        self._drawn, self._read, self._taken = drawn, read, taken
         self._first = 0 if from_start else None
         # Behind its last record an epoch is over, though the loader may not have asked for another.
-        self._ended = not from_start and self._taken == len(self)
+        self._ended = not from_start and (bool(state_dict["ended"]) or taken == len(self))
         if self.keep:
             given = torch.zeros(len(self.data), dtype=torch.bool)
             given[self._drawn] = True
-            read = self._order[: self._read]
-            self._waiting = read[~given[read]]
+            offered = self._order[:read]
+            self._waiting = offered[~given[offered]]
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -218,7 +224,9 @@ class ProposedSampler(Sampler[int]):
         }
 
     def _begin(self, epoch: int) -> None:
+        self._check_length()
         self._epoch, self._ended = epoch, False
+        self._position += 1
         generator = torch.Generator().manual_seed(salt("order", self.seed, epoch))
         self._order = torch.randperm(len(self.data), generator=generator)
         self._read = self._taken = 0
@@ -227,7 +235,8 @@ class ProposedSampler(Sampler[int]):
 
     def _draw(self) -> bool:
         """Give out the next candidates; False where no record is left."""
-        total = len(self.data)
+        self._check_length()
+        total = self._total
         upto = total if self.read_ahead is None else min(total, self._read + self.read_ahead - len(self._waiting))
         offered = torch.cat([self._waiting, self._order[self._read : upto]])
         if not len(offered):
@@ -241,6 +250,13 @@ class ProposedSampler(Sampler[int]):
         self._drawn += offered[chosen].tolist()
         return True
 
+    def _check_length(self) -> None:
+        if len(self.data) != self._total:
+            raise ValueError(
+                f"Expected the {self._total} records that the sampler was made for, got {len(self.data)}: make another "
+                "one when records come or go."
+            )
+
     def _next(self, count: int) -> Sequence[int]:
         numbers = self._drawn[self._taken : self._taken + count]
         if len(numbers) < count:
@@ -249,6 +265,10 @@ class ProposedSampler(Sampler[int]):
                 "step once, in turn, and where a step makes no selection, call skip(count)."
             )
         return numbers
+
+
+def _counts(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 class _Samples:

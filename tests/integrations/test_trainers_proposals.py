@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from trl import SFTConfig
 
 from ftw_optim import GreedyFilter
@@ -126,16 +126,84 @@ def test_a_run_that_was_killed_goes_on_with_the_same_rows(
         assert torch.equal(state[name], value), name
 
 
-def test_a_run_that_does_not_skip_goes_on_behind_what_was_taken(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"selective": {"proposal": "uniform", "passed_over": "keep"}, "num_train_epochs": 1}
-    recordings = [Recording(), Recording()]
+class _EndEpoch(TrainerCallback):
+    """Ends the epoch at some step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_epoch_stop = state.global_step == self.step
+
+
+def test_a_checkpoint_of_another_place_is_refused(tmp_path: Path) -> None:
+    """An epoch that a callback has ended early: by its steps the trainer would skip rows of another epoch."""
+    options: dict[str, Any] = {"selective": {"proposal": "learned", "passed_over": "keep"}}
     with pytest.raises(KeyboardInterrupt):
-        trainer_of(tmp_path, recordings[0], Stop(5), **options).train()
-    trainer_of(tmp_path, recordings[1], ignore_data_skip=True, **options).train(resume_from_checkpoint=True)
-    first = [number for step in recordings[0].steps if step["step"] <= 4 for number in step["ids"]]
-    then = [number for step in recordings[1].steps for number in step["ids"]]
-    assert len(first) == 24
-    assert not set(first) & set(then)
+        trainer_of(tmp_path, Recording(), _EndEpoch(3), Stop(5), **options).train()
+    with pytest.raises(ValueError, match=r"epoch 0 after 24 rows, as 4 steps.*of another place"):
+        trainer_of(tmp_path, Recording(), _EndEpoch(3), **options).train(resume_from_checkpoint=True)
+
+
+def test_rows_that_a_collator_packs_or_drops_are_refused(tmp_path: Path) -> None:
+    def without_the_last(rows: list[dict[str, Any]]) -> Any:
+        return padded(rows[:-1])
+
+    for collator in (without_the_last, _flattened):
+        trainer = trainer_of(tmp_path, Recording(), selective={"proposal": "learned", "read_ahead": 14})
+        trainer.data_collator = collator
+        with pytest.raises(NotImplementedError, match="a collator that packs, drops or adds rows"):
+            trainer.train()
+        assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def _flattened(rows: list[dict[str, Any]]) -> Any:
+    """As DataCollatorWithFlattening: one row, whose position ids tell where documents begin."""
+    labels = [label for row in rows for label in [-100, *row["labels"][1:]]]
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "labels": torch.tensor([labels]),
+        "position_ids": torch.tensor([[at for row in rows for at in range(len(row["input_ids"]))]]),
+    }
+
+
+def test_another_loader_and_a_second_run_leave_the_sampler_in_its_place(tmp_path: Path) -> None:
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            next(iter(trainer.get_train_dataloader()))
+
+    recording = Recording()
+    trainer = trainer_of(tmp_path, recording, Look(), selective={"proposal": "learned", "read_ahead": 14})
+    trainer.train()
+    sampler = trainer.proposed_sampler
+    assert sampler is not None
+    assert sampler.taken == len(sampler)
+    learned = sampler.proposal
+    trainer.train()
+    assert trainer.proposed_sampler is not sampler
+    assert trainer.proposed_sampler is not None
+    assert trainer.proposed_sampler.proposal is learned
+
+
+def test_data_with_a_transform_of_its_own_are_read_through_it(tmp_path: Path) -> None:
+    numbers = Dataset.from_list([{"row": number} for number in range(len(ROWS))])
+
+    def transform(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        found = [ROWS[number] for number in batch["row"]]
+        return {key: [row[key] for row in found] for key in ("input_ids", "labels", "number", "origin")}
+
+    recording = Recording()
+    trainer = trainer_of(
+        tmp_path,
+        recording,
+        selective={"proposal": "similarity", "read_ahead": 14},
+        rows=numbers.with_transform(transform),
+        remove_unused_columns=False,
+    )
+    trainer._log_columns.pop("selection_sources")
+    trainer.train()
+    assert trainer.proposed_sampler is not None
+    assert trainer.proposed_sampler.taken == len(trainer.proposed_sampler)
 
 
 def test_similar_rows_come_first_where_all_are_on_offer(tmp_path: Path) -> None:
@@ -165,6 +233,13 @@ def test_the_sft_trainer_proposes_among_its_tokenized_rows(tmp_path: Path) -> No
     assert trainer.state.global_step == 2
     state = sampler.proposal.state_dict()["learned"]
     assert state["rows"] > 10
+
+
+def test_a_checkpoint_of_a_run_with_a_proposal_is_refused_without_one(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tmp_path, Recording(), Stop(3), selective={"proposal": "learned", "read_ahead": 12}).train()
+    with pytest.raises(ValueError, match="Expected the proposal in selective"):
+        trainer_of(tmp_path, Recording(), selective={}).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_a_run_without_a_proposal_is_refused(tmp_path: Path) -> None:
@@ -201,6 +276,8 @@ def test_settings_that_a_proposal_cannot_have_are_refused(tmp_path: Path) -> Non
     selective = {"proposal": "learned", "read_ahead": 8}
     with pytest.raises(NotImplementedError, match="train_sampling_strategy='group_by_length'"):
         trainer_of(tmp_path, Recording(), selective=selective, train_sampling_strategy="group_by_length")
+    with pytest.raises(NotImplementedError, match="leave ignore_data_skip out"):
+        trainer_of(tmp_path, Recording(), selective=selective, ignore_data_skip=True)
     with pytest.raises(NotImplementedError, match="samples data with a length"):
         trainer_of(tmp_path, Recording(), selective=selective, rows=_stream(), max_steps=3)
     rows = Dataset.from_list([{"text": "w1 w2 w3"}] * 8)

@@ -204,8 +204,63 @@ def test_an_iterator_of_an_epoch_that_is_over_says_so() -> None:
     stale = iter(sampler)
     next(stale)
     sampler.set_epoch(3)
-    with pytest.raises(RuntimeError, match="went on to epoch 3"):
+    with pytest.raises(RuntimeError, match="another epoch"):
         next(stale)
+    state = sampler.state_dict()
+    stale = iter(sampler)
+    next(stale)
+    sampler.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="the state of a checkpoint"):
+        next(stale)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_leaving_an_epoch_early_loses_nothing_that_was_asked_for_ahead(workers: int) -> None:
+    sampler = sampler_of("similar", 20, count=4, passed_over="keep")
+    loader = loader_of(sampler, num_workers=workers, persistent_workers=workers > 0)
+    found = steps(sampler, loader, 3)  # behind which a loader with workers has asked for everything
+    state = sampler.state_dict()
+    found += steps(sampler, loader)
+    assert sorted(number for batch in found for number in batch) == list(range(20))
+    resumed = sampler_of("similar", 20, count=4, passed_over="keep")
+    resumed.load_state_dict(state)
+    assert steps(resumed, loader_of(resumed, num_workers=workers)) == found[3:]
+    assert (sampler.epoch, resumed.epoch) == (0, 0)
+    assert len(steps(sampler, loader)) == 5
+    assert sampler.epoch == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_that_fill_no_batch_are_left_out_with_their_epoch(workers: int) -> None:
+    sampler = sampler_of("similar", 20, count=6, passed_over="keep")
+    loader = loader_of(sampler, num_workers=workers, drop_last=True)
+    for epoch in range(3):
+        assert len(steps(sampler, loader)) == 3
+        assert (sampler.epoch, sampler.taken) == (epoch, 18)
+
+
+def test_an_epoch_of_which_nobody_tells_what_was_taken_ends_as_others_do() -> None:
+    sampler = sampler_of("similar", 20, count=4, passed_over="keep")
+    for epoch in range(3):
+        assert sorted(sampler) == list(range(20))
+        assert sampler.epoch == epoch
+
+
+def test_an_epoch_that_is_over_can_be_begun_again() -> None:
+    sampler = sampler_of("uniform", 20, passed_over="keep")
+    sampler.set_epoch(4)
+    first = list(sampler)
+    sampler.set_epoch(4)
+    assert sampler.given == 0
+    assert sorted(first) == sorted(sampler)
+
+
+def test_data_that_have_grown_are_refused() -> None:
+    sampler = sampler_of("similar", 20)
+    list(sampler)
+    sampler.data.append(records(21)[-1])
+    with pytest.raises(ValueError, match="Expected the 20 records that the sampler was made for, got 21"):
+        list(sampler)
 
 
 def test_it_learns_where_the_useful_records_are() -> None:
@@ -264,6 +319,8 @@ def test_records_are_fetched_together_and_encoded() -> None:
         ({"data": []}, ValueError, "at least one record"),
         ({"proposal": lambda samples: samples}, TypeError, "Expected a Proposal"),
         ({"count": 0}, ValueError, "count of at least 1"),
+        ({"count": 2.5}, ValueError, "Expected integers"),
+        ({"read_ahead": 8.5}, ValueError, "Expected integers"),
         ({"read_ahead": 2}, ValueError, "count=3 and read_ahead=2"),
         ({"passed_over": "lose"}, ValueError, "'drop' or 'keep', got 'lose'"),
         ({"read_ahead": None, "passed_over": "drop"}, ValueError, "needs a number as read_ahead"),

@@ -155,6 +155,8 @@ def _proposals(trainer: Trainer) -> Iterator[str]:
         )
     if getattr(args, "packing", False) or getattr(trainer, "padding_free", False):
         yield "a proposal chooses rows, which are no candidates where documents are packed: leave packing out"
+    if args.ignore_data_skip:
+        yield "what a proposal has given out is skipped when a run is resumed: leave ignore_data_skip out"
     if args.train_sampling_strategy != "random":
         yield f"the proposal decides the order: leave train_sampling_strategy={args.train_sampling_strategy!r} out"
 
