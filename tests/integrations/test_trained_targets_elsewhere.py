@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ftw_optim import GreedyFilter, Selection, SelectiveOptimizer
 from ftw_optim.integrations.accelerate import loss_scale
+from tests.support.grids import slow
 from tests.support.lightning_runs import CASES, QUIET, Loader, Selective, losses_of, rows_of, trainer_of
 from tests.support.models import Case
 from tests.support.oracles import candidate_gradients
@@ -39,8 +40,10 @@ def expected_of(selection: Selection, model: Any, batches: list[Batch], target: 
     return found
 
 
-@pytest.mark.parametrize("select_from", ["window", "batch"])
-@pytest.mark.parametrize("trains", ["the target", "others"])
+@pytest.mark.parametrize(
+    ("trains", "select_from"),
+    [("the target", "window"), slow("the target", "batch"), slow("others", "window"), ("others", "batch")],
+)
 def test_lightning_sees_the_gradient_of_candidates_and_target_rows(trains: str, select_from: str) -> None:
     case = CASES["gpt2 with lora"]()
     others = rows_of(case.target, slice(0, 3))

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from ftw_optim import Selection
 from ftw_optim.proposals import LearnedProposal, Proposal, ProposedSampler, SimilarityProposal, UniformProposal
+from tests.support.grids import slow
 from tests.support.selections import selection
 
 TARGET = [{"input_ids": [1, 30, 31, 32]}]
@@ -105,7 +106,7 @@ def test_an_epoch_reads_every_record_once(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(read_ahead=st.integers(3, 12), keep=st.booleans(), n=st.integers(1, 40), seed=st.integers(0, 3))
 def test_candidates_are_what_the_proposal_chooses_among_the_records_read(
     kind: str, read_ahead: int, keep: bool, n: int, seed: int
@@ -134,8 +135,9 @@ def _in_batches(numbers: Any) -> Any:
         yield batch
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", ["learned", "one's own"])
+@pytest.mark.parametrize(
+    ("kind", "workers"), [("learned", 0), ("one's own", 0), slow("learned", 2), slow("one's own", 2)]
+)
 @pytest.mark.parametrize(("read_ahead", "passed_over"), READ)
 def test_a_run_that_is_resumed_goes_on_to_the_bit(
     kind: str, read_ahead: int | None, passed_over: Literal["drop", "keep"] | None, workers: int
@@ -214,7 +216,7 @@ def test_an_iterator_of_an_epoch_that_is_over_says_so() -> None:
         next(stale)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 2])  # the second has asked for everything
 def test_leaving_an_epoch_early_loses_nothing_that_was_asked_for_ahead(workers: int) -> None:
     sampler = sampler_of("similar", 20, count=4, passed_over="keep")
     loader = loader_of(sampler, num_workers=workers, persistent_workers=workers > 0)
