@@ -233,7 +233,7 @@ def _line(
         losses, to = f"{quarter:>18}", f" {steps_to:>11}"
     else:
         losses, to = f"{quarter:>6}{half:>6}{end:>6}", f"{steps_to:>6}{seconds_to:>6}"
-    whole = f"{arm:20}{lr:>6}{steps:>5}{losses} {difference:^24}{stopped:>7}{pool:>6}{per_step:>6}{rows:>5}{to}{own:>5}"
+    whole = f"{arm:19}{lr:>6}{steps:>6}{losses} {difference:^24}{stopped:>7}{pool:>6}{per_step:>6}{rows:>5}{to}{own:>5}"
     return f"{whole}{damaged:>5}".rstrip()
 
 
