@@ -233,14 +233,30 @@ def target_losses(closure: Callable[[], Tensor]) -> Tensor:
         TypeError: the closure returned no tensor.
         ValueError: the shape of the losses is not ``(m,)`` with m > 0, or they are detached.
     """
-    losses: Any = closure()
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"The target closure must return a tensor of losses (m,), got {type(losses).__name__}.")
-    if losses.ndim != 1 or losses.numel() == 0:
-        raise ValueError(
-            "The target closure must return one loss per target example, shape (m,) with m > 0, got shape "
-            f"{tuple(losses.shape)}. Their mean is taken afterwards."
-        )
+    losses = losses_of_rows(closure, name="target", row="target example")
     if not losses.requires_grad:
         raise ValueError("The target closure returned losses without a gradient; do not detach them.")
+    return losses
+
+
+def losses_of_rows(closure: Callable[[], Tensor], *, name: str, row: str) -> Tensor:
+    """What a closure returns, which must be losses of shape ``(m,)``.
+
+    Args:
+        closure: called without arguments.
+        name: of the closure, for the messages.
+        row: what each loss is of, for the messages.
+
+    Raises:
+        TypeError: the closure returned no tensor.
+        ValueError: the shape of the losses is not ``(m,)`` with m > 0.
+    """
+    losses: Any = closure()
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"The {name} closure must return a tensor of losses (m,), got {type(losses).__name__}.")
+    if losses.ndim != 1 or losses.numel() == 0:
+        raise ValueError(
+            f"The {name} closure must return one loss per {row}, shape (m,) with m > 0, got shape "
+            f"{tuple(losses.shape)}. Their mean is taken afterwards."
+        )
     return losses

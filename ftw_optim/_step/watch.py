@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ftw_optim._capture.structure import Structure
 from ftw_optim._layers.randomness import own_randomness
-from ftw_optim._step.target import TargetGradient
+from ftw_optim._step.target import TargetGradient, losses_of_rows
 
 CERTAIN = 2.0
 """The number of standard errors by which the guide's loss must lie below that of the held-out rows."""
@@ -74,7 +74,7 @@ class Watch:
         modes = [(module, module.training) for module in structure.modules.values()]
         try:
             with own_randomness(structure.parameters.values(), seed), torch.no_grad():
-                held_out = _checked(target.held_out())
+                held_out = losses_of_rows(target.held_out, name="held_out", row="row").double().cpu()
         finally:
             for module, training in modes:
                 module.training = training
@@ -98,14 +98,3 @@ class Watch:
 def _square_error(losses: Tensor) -> float:
     """The squared standard error of a mean over rows; infinite for one row, which tells nothing of its kind."""
     return float(losses.var()) / len(losses) if len(losses) > 1 else math.inf
-
-
-def _checked(losses: Any) -> Tensor:
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"The held_out closure must return a tensor of losses (m,), got {type(losses).__name__}.")
-    if losses.ndim != 1 or losses.numel() == 0:
-        raise ValueError(
-            "The held_out closure must return one loss per row, shape (m,) with m > 0, got shape "
-            f"{tuple(losses.shape)}."
-        )
-    return losses.detach().double().cpu()

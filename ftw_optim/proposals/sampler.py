@@ -89,7 +89,8 @@ class ProposedSampler(Sampler[int]):
         self.data, self.proposal, self.count, self.seed, self.read_ahead = data, proposal, count, seed, read_ahead
         self.keep = passed_over == "keep" or read_ahead is None
         self._samples = _Samples(data, proposal, encode)
-        self._total, self._position = len(data), 0
+        self._total = len(data)
+        self._placed = 0  # how often the position was set anew
         self._ended: bool
         self._order: Tensor
         self._waiting: Tensor
@@ -127,10 +128,9 @@ class ProposedSampler(Sampler[int]):
 
     def __len__(self) -> int:
         """The number of records that an epoch gives out."""
-        total = len(self.data)
         if self.keep or self.read_ahead is None:
-            return total
-        rounds, rest = divmod(total, self.read_ahead)
+            return self._total
+        rounds, rest = divmod(self._total, self.read_ahead)
         return rounds * self.count + min(self.count, rest)
 
     def __iter__(self) -> Iterator[int]:
@@ -138,11 +138,11 @@ class ProposedSampler(Sampler[int]):
             self._begin(self._epoch + 1)
         self._ended = False
         at = self._taken if self._first is None else self._first
-        position, self._first = self._position, None
+        placed, self._first = self._placed, None
         while at < len(self._drawn) or self._draw():
             yield self._drawn[at]
             at += 1
-            if self._position != position:
+            if self._placed != placed:
                 raise RuntimeError(
                     "The sampler was set to another epoch, or to the state of a checkpoint, while an iterator was on "
                     "its way: iterate anew."
@@ -209,14 +209,14 @@ class ProposedSampler(Sampler[int]):
         # Behind its last record an epoch is over, though the loader may not have asked for another.
         self._ended = not from_start and (bool(state_dict["ended"]) or taken == len(self))
         if self.keep:
-            given = torch.zeros(len(self.data), dtype=torch.bool)
+            given = torch.zeros(self._total, dtype=torch.bool)
             given[self._drawn] = True
             offered = self._order[:read]
             self._waiting = offered[~given[offered]]
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "records": len(self.data),
+            "records": self._total,
             "count": self.count,
             "read_ahead": self.read_ahead,
             "passed_over": "keep" if self.keep else "drop",
@@ -226,9 +226,9 @@ class ProposedSampler(Sampler[int]):
     def _begin(self, epoch: int) -> None:
         self._check_length()
         self._epoch, self._ended = epoch, False
-        self._position += 1
+        self._placed += 1
         generator = torch.Generator().manual_seed(salt("order", self.seed, epoch))
-        self._order = torch.randperm(len(self.data), generator=generator)
+        self._order = torch.randperm(self._total, generator=generator)
         self._read = self._taken = 0
         self._first, self._drawn = None, []
         self._waiting = torch.empty(0, dtype=torch.int64)
