@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -362,16 +363,19 @@ class SelectiveTrainerMixin(_Base):
         if self._proposing is None:
             return super()._get_train_sampler(train_dataset)
         count = self._train_batch_size * self.args.gradient_accumulation_steps
+        before = self.proposed_sampler
+        of_the_run = not self._sampling or before is None or before.count != count
+        proposal = None if before is None else before.proposal
         made = self._proposing.sampler(
             self.train_dataset,  # with all of its columns
             self._target_examples,
             count=count,
             seed=self._options["seed"],
             source_column=self._log_columns.get(SOURCES),
-            before=self.proposed_sampler,
+            # Others may ask for a loader while the run goes on, whose proposal must not notice.
+            proposal=proposal if of_the_run else copy.deepcopy(proposal),
         )
-        # Others may ask for a loader while the run goes on.
-        if not self._sampling or self.proposed_sampler is None or self.proposed_sampler.count != count:
+        if of_the_run:
             self.proposed_sampler, self._sampling = made, True
         return made
 

@@ -172,9 +172,13 @@ def test_another_loader_and_a_second_run_leave_the_sampler_in_its_place(tmp_path
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             next(iter(trainer.get_train_dataloader()))
 
-    recording = Recording()
-    trainer = trainer_of(tmp_path, recording, Look(), selective={"proposal": "learned", "read_ahead": 14})
+    selective = {"proposal": "learned", "read_ahead": 14}
+    recordings = [Recording(), Recording()]
+    trainer_of(tmp_path / "alone", recordings[0], selective=selective).train()
+    trainer = trainer_of(tmp_path, recordings[1], Look(), selective=selective)
     trainer.train()
+    alone, looked_at = ([step["ids"] for step in recording.steps] for recording in recordings)
+    assert looked_at == alone
     sampler = trainer.proposed_sampler
     assert sampler is not None
     assert sampler.taken == len(sampler)

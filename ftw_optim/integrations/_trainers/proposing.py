@@ -75,7 +75,7 @@ class Proposing:
         count: int,
         seed: int,
         source_column: str | None = None,
-        before: ProposedSampler | None = None,
+        proposal: Proposal | None = None,
     ) -> ProposedSampler:
         """The sampler over the training data.
 
@@ -85,15 +85,15 @@ class Proposing:
             count: number of candidates of a step.
             seed: of the order of the data, and of a proposal that was named.
             source_column: column of the data that is the ``source`` of a sample.
-            before: the sampler of the trainer's run before; its proposal goes on.
+            proposal: one that goes on, of the trainer's run before; None: the one that was asked for.
 
         Raises:
             TypeError: the data have no length.
             ValueError: they have no such column.
         """
-        proposal = self.proposal if before is None else before.proposal
-        if isinstance(proposal, str):
-            proposal = NAMED[proposal]([_sample(targets[number]) for number in range(len(targets))], seed)
+        wanted = self.proposal if proposal is None else proposal
+        if isinstance(wanted, str):
+            wanted = NAMED[wanted]([_sample(targets[number]) for number in range(len(targets))], seed)
         columns = getattr(data, "column_names", None) or ()
         if source_column is not None and columns and source_column not in columns:
             raise ValueError(
@@ -104,7 +104,7 @@ class Proposing:
             data = data.select_columns([name for name in ("input_ids", "labels", source_column) if name in columns])
         return ProposedSampler(
             data,
-            proposal,
+            wanted,
             count=count,
             read_ahead=self.read_ahead,
             passed_over=self.passed_over,
