@@ -82,6 +82,8 @@ class Arm:
         family: ``"guide"`` or ``"target"``.
         rows: how many records of the stream a step runs.
         trained_target_rows: how many target rows are part of the step itself.
+        target_after: share of the steps before target rows are part of them; until then they only guide, or with no
+            method are not run, and as many records are in their place.
         propose: which of the records read they are.
         method: how a step selects among them; None: the mean over all rows of the step.
     """
@@ -90,6 +92,7 @@ class Arm:
     family: str
     rows: Callable[[Sizes], int]
     trained_target_rows: Callable[[Sizes], int] = lambda sizes: 0
+    target_after: float = 0.0
     propose: Callable[[Known], Chooser] = first
     method: Method | None = None
 
@@ -153,6 +156,10 @@ SMALL_LOSS = Method(
 RANDOM_WEIGHTS = Method(filter=_all, weight=RandomWeights(), options={"train_on_target": True})
 
 
+LATE = 0.5
+"""Share of the steps in which the target rows only guide, where they are trained on in the later ones."""
+
+
 def _guide(label: str, rows: Callable[[Sizes], int] = _n, **more: Any) -> Arm:
     return Arm(label=label, family="guide", rows=rows, **more)
 
@@ -187,6 +194,8 @@ ARMS = {
     "target+learned": _target("target + learned", propose=learned, method=UNIFORM_WITH_TARGET),
     "target+watched": _target("learned until blind", propose=learned, method=WATCHED_WITH_TARGET),
     "target+honest": _target("learned, split", propose=learned, method=HONEST_UNIFORM),
+    "late+similarity": _target("similar, target late", propose=similar, target_after=LATE),
+    "late+learned": _target("learned, target late", propose=learned, method=UNIFORM, target_after=LATE),
     "target+similarity+accept": _target("similar, accepted", propose=similar, method=ACCEPTED_WITH_TARGET),
     "target+similarity+honest": _target("similar, acc, split", propose=similar, method=HONEST_ACCEPTED),
     "target+honest+accept": _target("learned, acc, split", propose=learned, method=HONEST_ACCEPTED),

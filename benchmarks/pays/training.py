@@ -231,16 +231,19 @@ class _Step:
     def __call__(self, read: Sequence[Example]) -> _Done:
         lab, arm = self._lab, self._arm
         start = now(lab.top.device)
-        candidates = self._chooser.choose(read, arm.rows(self._sizes))
+        late = self._step >= round(arm.target_after * self._run.steps)
+        run_targets = self._target_batches is not None and (late or arm.method is not None)
+        instead = 0 if run_targets or self._target_batches is None else arm.trained_target_rows(self._sizes)
+        candidates = self._chooser.choose(read, arm.rows(self._sizes) + instead)
         seconds = now(lab.top.device) - start
-        self._targets = next(self._target_batches) if self._target_batches else []
+        self._targets = next(self._target_batches) if run_targets else []
         asked = self._guide_batches is not None and self._step % arm.method.refresh_every == 0
         self._guides = next(self._guide_batches) if asked else []
         self._step += 1
         # The trunk runs where a record is new; every arm is charged for it by the token whenever the record is used.
         lab.entrance.fill([*candidates, *self._targets, *self._guides])
         start = now(lab.top.device)
-        weights = self._uniform(candidates) if arm.method is None else self._selective(candidates)
+        weights = self._uniform(candidates) if arm.method is None else self._selective(candidates, late=late)
         self._schedule.step()
         seconds += now(lab.top.device) - start
         targets = [*self._targets, *self._guides]
@@ -254,13 +257,16 @@ class _Step:
         self._optimizer.step()
         return torch.full((len(candidates),), 1 / len(rows), dtype=torch.float64)
 
-    def _selective(self, candidates: list[Example]) -> Tensor:
+    def _selective(self, candidates: list[Example], *, late: bool) -> Tensor:
         lab, optimizer, method = self._lab, self._optimizer, self._arm.method
+        if self._arm.target_after > 0.0 and late:
+            optimizer.train_on_target = True
         optimizer.filter = method.filter(self._sizes.keep, self._schedule.get_last_lr()[0])
         rows = lab.entrance.rows(candidates)
         optimizer.step(lambda: lab.top(rows))
         selection = optimizer.selection
-        if self._chooser.observe is not None:
+        # Rows that have been trained on guide to what they have memorised.
+        if self._chooser.observe is not None and not (self._arm.target_after > 0.0 and late):
             self._chooser.observe(candidates, selection)
         self._run.cosines.append(float(selection.cosine))
         return selection.spread_weights()
