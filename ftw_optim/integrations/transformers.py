@@ -10,10 +10,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +27,14 @@ from ftw_optim._step.label_head import LabelLogits, label_logits, logits_of
 from ftw_optim._step.losses import shifted_labels
 from ftw_optim._step.optimizer import SelectiveOptimizer
 from ftw_optim._step.target import TargetGradient
-from ftw_optim.integrations._trainers import proposing
 from ftw_optim.integrations._trainers.columns import WithColumns
-from ftw_optim.integrations._trainers.metrics import Metrics
+from ftw_optim.integrations._trainers.metrics import PREFIX, Metrics
 from ftw_optim.integrations._trainers.overrides import of_framework, refuse_overrides
 from ftw_optim.integrations._trainers.own_loss import LossComparison
 from ftw_optim.integrations._trainers.proposing import Proposing
 from ftw_optim.integrations._trainers.realised import RealisedDecrease
 from ftw_optim.integrations._trainers.refusals import checked_options, refuse, refuse_settings
+from ftw_optim.integrations._trainers.sampling import Sampling
 from ftw_optim.integrations._trainers.targets import TargetBatches
 from ftw_optim.integrations._trainers.window import COLUMNS, SOURCES, MicroBatch, Recorder, Window
 from ftw_optim.proposals import ProposedSampler
@@ -73,6 +73,10 @@ class SelectiveTrainerMixin(_Base):
             the guides ask for. 0: all guide, and take part where ``selective`` has ``train_on_target``. Which is which
             is decided by the seed.
         target_refresh_every: number of steps from one evaluation of the target gradient to the next.
+        held_out_dataset: examples of the same task that nothing is trained on, prepared alike: ``selection.blind`` then
+            tells whether the target examples are memorised, and a learned proposal learns nothing from such a guide.
+            All of them run, without gradients, at every look: a few dozen are enough.
+        held_out_every: number of steps from one look to the next.
         realised_every: number of steps from one measurement of the realised decrease of the target loss to the next
             (two evaluations of the target batch, a copy of parameters and optimizer state); 0: never.
         selection_log: takes every step's selection, under the step's number in the trainer's log. Its state is saved
@@ -89,8 +93,8 @@ class SelectiveTrainerMixin(_Base):
     The trainer's log gets averages over the steps since it was last written: ``selection/kept_share``,
     ``effective_size``, ``residual``, ``cosine``, ``predicted_decrease``, ``realised_decrease``, ``rejected`` and
     ``skipped`` (see :class:`Selection`), where target examples take part also ``target_share`` of the weight and
-    ``target_loss``, and its milliseconds by phase, ``selection/ms_target`` and so on. The logged
-    loss is the mean loss of a token under the weights.
+    ``target_loss``, with held-out examples ``guide_loss``, ``held_out_loss`` and ``blind``, and its milliseconds by phase, ``selection/ms_target`` and so on. With
+    a proposal it gets the numbers of records of the epoch that were ``read`` and ``passed_over``. The logged loss is the mean loss of a token under the weights.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -106,6 +110,8 @@ class SelectiveTrainerMixin(_Base):
         target_batch_size: int | None = None,
         guide_share: float = 0.0,
         target_refresh_every: int = 1,
+        held_out_dataset: Any = None,
+        held_out_every: int = 10,
         realised_every: int = 0,
         selection_log: Recorder | None = None,
         sample_id_column: str | None = None,
@@ -114,11 +120,11 @@ class SelectiveTrainerMixin(_Base):
         **kwargs: Any,
     ) -> None:
         self._options = checked_options(selective, sample_weighting, realised_every)
-        self._proposing = Proposing.of(self._options)
+        self._sampling = Sampling(Proposing.of(self._options))
         refuse_settings(kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
         own = type(self).position_losses is not SelectiveTrainerMixin.position_losses
-        refuse(self, self._options, own_losses=own, proposes=self._proposing is not None)
+        refuse(self, self._options, own_losses=own, proposes=self._sampling.proposes)
         self._options.setdefault("seed", self.args.seed)
         self.sample_weighting, self.realised_every = sample_weighting, realised_every
         self.selection_log = selection_log
@@ -131,10 +137,15 @@ class SelectiveTrainerMixin(_Base):
             seed=self._options["seed"],
             refresh_every=target_refresh_every,
         )
+        self._held_out: TargetBatches | None = None
+        self._held_out_every = held_out_every
+        if held_out_dataset is not None:
+            held_out = self._prepared_targets(held_out_dataset)
+            self._held_out = replace(
+                self.target_batches, dataset=held_out, collate=self._target_collator(held_out_dataset)
+            )
         self.trained_batches: TargetBatches | None = None
         self._target_examples = self.target_batches.dataset
-        self.proposed_sampler: ProposedSampler | None = None
-        self._sampling = self._resumed = False
         if guide_share:
             self.target_batches, self.trained_batches = self.target_batches.parted(guide_share)
             if self._options.setdefault("train_on_target", True) is not True:
@@ -151,6 +162,11 @@ class SelectiveTrainerMixin(_Base):
         )
         self._selected = False  # since the last step
         self.add_callback(_AroundStep(self._check_selected, self._metrics_of_selection.record))
+
+    @property
+    def proposed_sampler(self) -> ProposedSampler | None:
+        """The sampler by which a proposal chooses the candidates; None without one, and before the first run."""
+        return self._sampling.sampler
 
     # ------------------------------------------------------------------ one step
 
@@ -187,8 +203,14 @@ class SelectiveTrainerMixin(_Base):
 
     def _select(self, optimizer: SelectiveOptimizer, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
         window = self._window(model, batches, joined=optimizer.combine == "rerun", passed=self._note_batch)
-        if self.proposed_sampler is not None:
-            self._check_rows(self.proposed_sampler, batches, candidates=sum(map(len, window.batches)))
+        self._sampling.check(
+            batches,
+            candidates=sum(map(len, window.batches)),
+            step=self.state.global_step,
+            batch_size=self._train_batch_size,
+            windows=self.args.gradient_accumulation_steps,
+            drop_last=self.args.dataloader_drop_last,
+        )
         if not window.batches:
             return torch.zeros(())
         scaler = self.accelerator.scaler  # float16 on a GPU
@@ -198,8 +220,7 @@ class SelectiveTrainerMixin(_Base):
         selection = optimizer.selection
         assert selection is not None
         self._metrics_of_selection.note(selection, window)
-        if self.proposed_sampler is not None:
-            self.proposed_sampler.observe(selection)
+        self._sampling.observe(selection)
         return window.token_loss(selection)
 
     def _check_selected(self) -> None:
@@ -289,14 +310,21 @@ class SelectiveTrainerMixin(_Base):
         return self._losses_of(self.target_batches)
 
     def _losses_of(self, batches: TargetBatches) -> Tensor:
-        batch = self._prepare_inputs(batches.at(self.state.global_step))
-        window = self._window(self.model_wrapped, [batch])
+        return self._losses_of_batch(batches.at(self.state.global_step))
+
+    def _losses_of_batch(self, batch: Any) -> Tensor:
+        window = self._window(self.model_wrapped, [self._prepare_inputs(batch)])
         if not any(bool(one.counted.any()) for one in window.batches):
             raise ValueError(
                 f"Expected target examples with labels, but none of the batch of step {self.state.global_step} has any "
-                "(all are -100): look at the labels of target_dataset."
+                "(all are -100): look at the labels of target_dataset and held_out_dataset."
             )
         return window.losses()
+
+    def _held_out_losses(self) -> Tensor:
+        """The losses of all held-out examples."""
+        assert self._held_out is not None
+        return torch.cat([self._losses_of_batch(batch) for batch in self._held_out.in_order()])
 
     def _prepared_targets(self, dataset: Any) -> Any:
         """The target examples, ready to be collated."""
@@ -333,7 +361,12 @@ class SelectiveTrainerMixin(_Base):
         self.selective_optimizer = SelectiveOptimizer(
             optimizer,
             self.model,
-            TargetGradient(self._target_losses, refresh_every=self.target_batches.refresh_every),
+            TargetGradient(
+                self._target_losses,
+                refresh_every=self.target_batches.refresh_every,
+                held_out=None if self._held_out is None else self._held_out_losses,
+                held_out_every=self._held_out_every,
+            ),
             **options,
         )
         RealisedDecrease(
@@ -360,39 +393,20 @@ class SelectiveTrainerMixin(_Base):
             self.data_collator, self._signature_columns = collator, signature
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self._proposing is None:
+        if not self._sampling.proposes:
             return super()._get_train_sampler(train_dataset)
-        count = self._train_batch_size * self.args.gradient_accumulation_steps
-        before = self.proposed_sampler
-        of_the_run = not self._sampling or before is None or before.count != count
-        proposal = None if before is None else before.proposal
-        made = self._proposing.sampler(
+        return self._sampling.sampler_for(
             self.train_dataset,  # with all of its columns
             self._target_examples,
-            count=count,
+            count=self._train_batch_size * self.args.gradient_accumulation_steps,
             seed=self._options["seed"],
-            source_column=self._log_columns.get(SOURCES),
-            # Others may ask for a loader while the run goes on, whose proposal must not notice.
-            proposal=proposal if of_the_run else copy.deepcopy(proposal),
+            source=self._log_columns.get(SOURCES),
         )
-        if of_the_run:
-            self.proposed_sampler, self._sampling = made, True
-        return made
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as the trainer does."""
-        self._sampling = self._resumed = False
+        self._sampling.start()
         return super().train(*args, **kwargs)
-
-    def _check_rows(self, sampler: ProposedSampler, batches: Sequence[Mapping[str, Any]], *, candidates: int) -> None:
-        size = self._train_batch_size
-        if self._resumed:
-            self._resumed, args = False, self.args
-            windows, drop_last = args.gradient_accumulation_steps, args.dataloader_drop_last
-            proposing.check_place(
-                sampler, self.state.global_step, batch_size=size, windows=windows, drop_last=drop_last
-            )
-        proposing.check_rows(sampler, batches, candidates=candidates, batch_size=size)
 
     # ------------------------------------------------------------------ what it tells
 
@@ -400,6 +414,7 @@ class SelectiveTrainerMixin(_Base):
         """Add the metrics of the selections since the last training log, averaged over them."""
         if "loss" in logs:
             logs.update(self._metrics_of_selection.averages())
+            logs.update({PREFIX + name: value for name, value in self._sampling.numbers().items()})
         super().log(logs, start_time)
 
     # ------------------------------------------------------------------ checkpoints
@@ -407,15 +422,14 @@ class SelectiveTrainerMixin(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            proposing.save(self.proposed_sampler, output_dir)
+            self._sampling.save(output_dir)
         if self.selection_log is not None and self.args.should_save:
             with open(os.path.join(output_dir, LOG_STATE), "w", encoding="utf-8") as file:
                 json.dump(self.selection_log.state_dict(), file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        proposing.load(self.proposed_sampler, checkpoint)
-        self._resumed = checkpoint is not None
+        self._sampling.load(checkpoint)
         if self.selection_log is None or checkpoint is None:
             return
         if os.path.isfile(path := os.path.join(checkpoint, LOG_STATE)):

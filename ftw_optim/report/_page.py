@@ -15,6 +15,9 @@ from ftw_optim.selection_log import LoggedRun
 _TEXT_SHOWN = 400  # characters at once
 _TEXT_KEPT = 5000  # characters at all
 _METRICS_SHOWN = 12
+_TARGET_LOSSES = {"target_loss": "trained on", "guide_loss": "guide", "held_out_loss": "held out"}
+_KNOWN = frozenset({*_TARGET_LOSSES, "target_share", "blind"})
+"""Metrics of a selection with a place of their own on the page."""
 
 
 def page(run: LoggedRun, *, title: str, progress: bool = False) -> str:
@@ -56,6 +59,9 @@ def _figures(found: Digest) -> str:
         "steps skipped": f"{sum(found.skipped):,}",
         "candidates rejected": f"{sum(found.rejected):,}",
     }
+    blind = only_numbers(found.metrics.get("blind", []))
+    if blind:
+        shown["steps with a memorised guide"] = number(sum(blind) / len(blind), percent=True)
     if phases:
         shown["ms a step in named phases"] = number(sum(median(values) for values in phases if values))
     boxes = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in shown.items())
@@ -115,6 +121,20 @@ def _charts(found: Digest) -> str:
             "loss",
             {"offered": curves["loss, offered"], "by weight": curves["loss, by weight"]},
         ),
+        chart(
+            "Target rows in the step",
+            "The share of the weight of target rows that are trained on.",
+            "share of the weight",
+            {"target rows": found.metrics.get("target_share", [])},
+            limits=(0.0, 1.0),
+            percent=True,
+        ),
+        chart(
+            "Loss of the target rows",
+            "The guide is memorised where its loss falls below that of rows that nothing is trained on.",
+            "loss",
+            {label: found.metrics.get(name, []) for name, label in _TARGET_LOSSES.items()},
+        ),
         chart("Cost of a step", "Mean time by phase.", "milliseconds", found.phases, kind="stack"),
     ]
     if any(found.skipped) or any(found.rejected):
@@ -127,12 +147,13 @@ def _charts(found: Digest) -> str:
                 kind="bars",
             )
         )
-    if len(found.metrics) > _METRICS_SHOWN:
-        names = ", ".join(list(found.metrics)[_METRICS_SHOWN:])
+    metrics = {name: values for name, values in found.metrics.items() if name not in _KNOWN}
+    if len(metrics) > _METRICS_SHOWN:
+        names = ", ".join(list(metrics)[_METRICS_SHOWN:])
         charts.append(f'<p class="wide">Further metrics in the log: {escape(names)}.</p>')
     charts += [
         chart(name, "A metric of the training loop.", "value", {name: values})
-        for name, values in list(found.metrics.items())[:_METRICS_SHOWN]
+        for name, values in list(metrics.items())[:_METRICS_SHOWN]
     ]
     drawn = [one if isinstance(one, str) else one.html(i) for i, one in enumerate(charts)]
     return f'<section aria-label="Charts" class="charts">{"".join(drawn)}</section>'

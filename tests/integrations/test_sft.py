@@ -209,6 +209,7 @@ def test_texts_and_columns_for_the_log(tmp_path: Path) -> None:
         {},
         rows=numbered(rows),
         target_dataset=rows[:4],
+        held_out_dataset=rows[4:],
         selection_log=recording,
         sample_id_column="number",
         source_column="origin",
@@ -218,6 +219,7 @@ def test_texts_and_columns_for_the_log(tmp_path: Path) -> None:
         assert step["sources"] == [f"source {number % 3}" for number in step["ids"]]
         assert step["metrics"] == {}
         assert len(step["selection"].losses) == 6
+        assert math.isfinite(step["selection"].held_out_loss)
     # Beside the end of the sequence, the completion alone: 2 to 5 words.
     batch = next(iter(trainer.get_train_dataloader()))
     assert set(batch) == {"input_ids", "labels", "attention_mask", IDS, SOURCES}

@@ -120,3 +120,65 @@ def test_target_examples_run_at_every_step_or_not_at_all(tmp_path: Path) -> None
             target_refresh_every=2,
             selective={"train_on_target": True},
         )
+
+
+@pytest.mark.parametrize("weighting", ["token_sum", slow("token_mean")])
+def test_held_out_examples_are_watched(weighting: str, tmp_path: Path) -> None:
+    held_out, targets = examples(7, seed=2), examples(5, seed=1)
+    recording = Recording()
+    trainer, watch = trained(
+        SelectiveTrainer,
+        model().double(),
+        arguments(tmp_path, max_grad_norm=0.0, learning_rate=1e-2, logging_steps=1),
+        rows=examples(12),
+        target_dataset=targets,
+        target_batch_size=4,
+        held_out_dataset=held_out,
+        held_out_every=2,
+        selective={"train_on_target": True},
+        sample_weighting=weighting,
+        selection_log=recording,
+    )
+    net = model().double()
+    found = [step["selection"] for step in recording.steps]
+    assert len(found) > 2
+    for number in range(0, len(found), 2):
+        if number:
+            for name, value in watch.parameters[number - 1].items():
+                dict(net.named_parameters())[name].data.copy_(value)
+        parts = [gradients_alone(net, held_out[at : at + 4], weighting)[0] for at in (0, 4)]
+        assert found[number].held_out_loss == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
+        assert found[number].guide_loss == pytest.approx(float(found[number].target_losses.mean()), rel=1e-5)
+    assert found[1].held_out_loss == found[0].held_out_loss
+    assert all("selection/blind" in line for line in trainer.state.log_history if "loss" in line)
+
+
+def test_a_memorised_target_is_blind_and_one_of_rows_like_the_held_out_ones_is_not(tmp_path: Path) -> None:
+    recording = Recording()
+    trained(
+        SelectiveTrainer,
+        model().double(),
+        arguments(tmp_path, learning_rate=0.03, num_train_epochs=16),
+        rows=examples(12),
+        target_dataset=examples(4, seed=1),
+        target_batch_size=4,
+        held_out_dataset=examples(16, seed=2),
+        held_out_every=1,
+        selective={"train_on_target": True},
+        selection_log=recording,
+    )
+    blind = [step["selection"].blind for step in recording.steps]
+    assert not blind[0]
+    assert blind[-1]
+
+
+def test_a_batch_of_held_out_examples_without_labels_is_refused(tmp_path: Path) -> None:
+    unlabelled = [{**row, "labels": [-100] * len(row["input_ids"])} for row in examples(4)]
+    with pytest.raises(ValueError, match="look at the labels of target_dataset and held_out_dataset"):
+        trained(
+            SelectiveTrainer,
+            model(),
+            arguments(tmp_path),
+            target_dataset=examples(5),
+            held_out_dataset=unlabelled,
+        )

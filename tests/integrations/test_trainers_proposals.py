@@ -99,6 +99,9 @@ def test_candidates_are_the_rows_that_the_proposal_chooses_by_what_it_has_learne
         assert not ahead
     learned = trainer.proposed_sampler
     assert learned is not None
+    told = [line for line in trainer.state.log_history if "loss" in line][-1]
+    assert told["selection/read"] == other.read
+    assert told["selection/passed_over"] == other.passed_over
     found, expected = (one.proposal.state_dict()["learned"] for one in (learned, other))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 

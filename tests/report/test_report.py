@@ -196,6 +196,26 @@ def test_runs_of_every_size_have_a_page(tmp_path: Path, steps: int, sources: int
     assert parsed.says("other sources") == (sources > SOURCES_SHOWN and steps > 2)
 
 
+def test_target_rows_have_charts_of_their_own(tmp_path: Path) -> None:
+    watched = {
+        "target_losses": torch.tensor([1.0, 3.0]),
+        "target_weights": torch.tensor([0.1, 0.2], dtype=torch.float64),
+        "guide_loss": 2.0,
+        "held_out_loss": 2.5,
+    }
+    with SelectionLog(tmp_path) as log:
+        for step in range(1, 5):
+            log.record(step, selection(step, blind=step > 1, **watched), ids=range(5))
+    parsed = check(page(read_log(tmp_path), title="A run"))
+    for words in ("Target rows in the step", "Loss of the target rows", "steps with a memorised guide75.0"):
+        assert parsed.says(words), words
+    told = " ".join("".join(parsed.text).split())
+    assert all(told.count(name) >= 2 for name in ("trained on", "held out")), "in the legend and in the table"
+    assert not parsed.says("A metric of the training loop")
+    alone = check(page(logged(tmp_path / "other", 4), title="A run"))
+    assert not any(alone.says(words) for words in ("Target rows in", "Loss of the target rows", "memorised guide"))
+
+
 def test_what_the_log_says_is_escaped(tmp_path: Path) -> None:
     with SelectionLog(tmp_path) as log:
         log.record(

@@ -1,18 +1,12 @@
-"""What a trainer does with a proposal: it samples the training data by it, learns from steps, and is resumed."""
+"""The options that ask a trainer for a proposal, and the sampler over its training data that they make."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
-import torch
-
 from ftw_optim.proposals import LearnedProposal, Proposal, ProposedSampler, SimilarityProposal, UniformProposal
-
-STATE = "proposal.pt"
-"""The file of a checkpoint that holds the state of the sampler and of its proposal."""
 
 OPTIONS = ("proposal", "read_ahead", "passed_over")
 """The options that go to the sampler."""
@@ -118,86 +112,3 @@ def _sample(record: Mapping[str, Any], source_column: str | None = None) -> dict
     if source_column is not None:
         sample["source"] = record[source_column]
     return sample
-
-
-def check_rows(
-    sampler: ProposedSampler, batches: Sequence[Mapping[str, Any]], *, candidates: int, batch_size: int
-) -> None:
-    """Check that the candidates of a step are the next rows that were given out, one for one.
-
-    Args:
-        sampler: what gave out the rows.
-        batches: the micro-batches of the step, as the loader gave them.
-        candidates: their number.
-        batch_size: number of rows that the loader puts into one batch.
-
-    Raises:
-        NotImplementedError: they are not.
-    """
-    left = len(sampler) - sampler.taken
-    rows = [len(batch["labels"] if "labels" in batch else batch["input_ids"]) for batch in batches]
-    expected = [min(batch_size, max(0, left - number * batch_size)) for number in range(len(rows))]
-    if rows != expected or sum(rows) != candidates:
-        raise NotImplementedError(
-            f"Expected batches of {expected} rows, each of them a candidate, as the proposal chose them, got {rows} "
-            f"rows and {candidates} candidates: a collator that packs, drops or adds rows cannot be used with a "
-            "proposal."
-        )
-
-
-def check_place(sampler: ProposedSampler, step: int, *, batch_size: int, windows: int, drop_last: bool) -> None:
-    """Check that a run goes on where the sampler's state was saved.
-
-    Args:
-        sampler: the sampler, with a state that was loaded.
-        step: number of steps made before.
-        batch_size: number of rows in a micro-batch.
-        windows: number of micro-batches of a step.
-        drop_last: whether the last rows of an epoch are left out if they do not fill a micro-batch.
-
-    Raises:
-        ValueError: by the number of steps the run is elsewhere.
-    """
-    batches = len(sampler) // batch_size if drop_last else -(-len(sampler) // batch_size)
-    of_epoch = max(1, -(-batches // windows))
-    place = step // of_epoch, step % of_epoch * windows * batch_size
-    if (sampler.epoch, sampler.taken) != place:
-        raise ValueError(
-            f"Expected to go on in epoch {place[0]} after {place[1]} rows, as {step} steps of {windows} batches of "
-            f"{batch_size} rows make it, but the checkpoint is of another place: an epoch was ended "
-            "early, or batches had another size. Resume with the same sizes, or start from its weights."
-        )
-
-
-def save(sampler: ProposedSampler | None, directory: str) -> None:
-    """Write the state of the sampler into a checkpoint, if there is one."""
-    if sampler is not None:
-        torch.save(sampler.state_dict(), os.path.join(directory, STATE))
-
-
-def load(sampler: ProposedSampler | None, directory: str | None) -> None:
-    """Read the state of the sampler from a checkpoint; the trainer itself skips what was taken in its epoch.
-
-    Args:
-        sampler: the sampler, if the trainer has one.
-        directory: the checkpoint; None: the run starts anew.
-
-    Raises:
-        ValueError: only one of the two has a sampler, or the state is of another one.
-    """
-    if directory is None:
-        return
-    path = os.path.join(directory, STATE)
-    if sampler is None:
-        if os.path.isfile(path):
-            raise ValueError(
-                f"Expected the proposal in selective of which {path} has the state: without it the run would be given "
-                "other data. Start from its weights alone, or resume it as it was."
-            )
-        return
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"Expected {STATE} in {directory}, got none: its run had no proposal, so it was given other data. Resume "
-            "it without one, or start from its weights alone."
-        )
-    sampler.load_state_dict(torch.load(path, weights_only=True), from_start=True)

@@ -65,6 +65,12 @@ class TargetBatches:
         others: Any = Subset(examples, order[first:])
         return replace(self, dataset=guides), replace(self, dataset=others, refresh_every=1)
 
+    def in_order(self) -> Iterator[Any]:
+        """All examples once, in batches."""
+        for first in range(0, len(self.dataset), self.size):
+            last = min(first + self.size, len(self.dataset))
+            yield self.collate([self.dataset[number] for number in range(first, last)])
+
     def at(self, step: int) -> Any:
         """The batch of a step, counted from 0; no larger than the dataset."""
         total, size = len(self.dataset), min(self.size, len(self.dataset))
