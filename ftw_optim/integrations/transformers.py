@@ -93,8 +93,9 @@ class SelectiveTrainerMixin(_Base):
     The trainer's log gets averages over the steps since it was last written: ``selection/kept_share``,
     ``effective_size``, ``residual``, ``cosine``, ``predicted_decrease``, ``realised_decrease``, ``rejected`` and
     ``skipped`` (see :class:`Selection`), where target examples take part also ``target_share`` of the weight and
-    ``target_loss``, with held-out examples ``guide_loss``, ``held_out_loss`` and ``blind``, and its milliseconds by phase, ``selection/ms_target`` and so on. With
-    a proposal it gets the numbers of records of the epoch that were ``read`` and ``passed_over``. The logged loss is the mean loss of a token under the weights.
+    ``target_loss``, with held-out examples ``guide_loss``, ``held_out_loss`` and ``blind``, and its milliseconds by
+    phase, ``selection/ms_target`` and so on. With a proposal it gets the numbers of records of the epoch that were
+    ``read`` and ``passed_over``. The logged loss is the mean loss of a token under the weights.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
