@@ -60,6 +60,8 @@ class Selection:
         held_out_loss: the mean loss of the held-out rows at the last look.
         blind: whether the former is below the latter by more than two standard errors, as of a guide that is memorised;
             never for a guide of one row, which says nothing of its kind.
+        mine: which of the candidates are those of this process: ``values[selection.mine]``; all where it is alone. In a
+            run of several processes everything else is of all of them, in the order of the ranks.
         sketch: the sketch with which the products above were estimated; None where they are exact.
         milliseconds: host time by phase: ``target``, ``candidates`` (their forward and backward pass), ``gram``,
             ``solve`` (filter and weights, and waiting for the Gram system on an accelerator), ``combine``.
@@ -85,6 +87,7 @@ class Selection:
     guide_loss: float = math.nan
     held_out_loss: float = math.nan
     blind: bool = False
+    mine: slice = field(default_factory=lambda: slice(None))
     sketch: SketchReport | None = None
     milliseconds: Mapping[str, float] = field(default_factory=dict)
 

@@ -91,10 +91,7 @@ class CandidatePass:
             with own_randomness(setup.structure.parameters.values(), setup.seed_of("rows")), torch.enable_grad():
                 losses = target_losses(closure)
             if len(losses) < at_least:
-                raise ValueError(
-                    "train_on_target=True needs two target rows in a step or more: each is weighed by what the others "
-                    "ask for. Got one; return the losses of several, or leave it to guide alone."
-                )
+                raise ValueError(FEW_TARGET_ROWS)
             return self._differentiated(capture, losses, None, self._of_target)
 
     def weighted_losses(self, weights: Tensor, *, of_target: bool = False) -> Iterator[Tensor]:
@@ -244,4 +241,8 @@ def collecting_later() -> Iterator[None]:
             gc.enable()
 
 
+FEW_TARGET_ROWS = (
+    "train_on_target=True needs two target rows in a step or more: each is weighed by what the others ask for. Got "
+    "one; return the losses of several, or leave it to guide alone."
+)
 _END = object()

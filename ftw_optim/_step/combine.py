@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.closures import checked_losses
 from ftw_optim._step.comparison import Comparison
 from ftw_optim._step.gathering import PassFactors
+from ftw_optim._step.kept_factors import Own
 from ftw_optim._step.setup import StepSetup, full_precision
 from ftw_optim._step.way import WAYS
 
@@ -49,15 +51,38 @@ def combine(
     """
     if comparison.overflowed:
         updated = setup.parameters.updated
-        return selection, {name: torch.full_like(updated[name], torch.inf) for name in factors.candidates.footprints}
+        return selection, {name: torch.full_like(updated[name], torch.inf) for name in factors.reached}
     for way in _usable_ways(setup, selection, candidate_pass):
-        precision = nullcontext() if WAYS[way].needs_rows else full_precision(factors.candidates.losses)
-        with torch.enable_grad(), precision, setup.clock.phase("combine"):
-            gradients, is_finite = _FUNCTIONS[way](setup, selection, factors, candidate_pass)
-        # Where nothing is captured, a candidate's infinite gradient shows only now. A scaler wants to see it.
-        if setup.scale > 1.0 or is_finite:
-            return selection.applied_by(way), gradients
+        with setup.clock.phase("combine"):
+            (gradients, _), told = setup.ranks.told(
+                partial(_formed, way, setup, selection, factors, candidate_pass),
+                lambda found: (list(found[0]), found[1]),
+            )
+            # Where nothing is captured, a candidate's infinite gradient shows only now. A scaler wants to see it.
+            if setup.scale > 1.0 or all(is_finite for _, is_finite in told):
+                gradients = gradients if setup.ranks.alone else _of_all(setup, gradients, [names for names, _ in told])
+                return selection.applied_by(way), gradients
     return selection.applied_by(None), {}
+
+
+def _formed(
+    way: str, setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
+) -> Combined:
+    """The combined gradient of this process's candidates."""
+    precision = nullcontext() if WAYS[way].needs_rows else full_precision(factors.candidates.losses)
+    with torch.enable_grad(), precision:
+        return _FUNCTIONS[way](setup, selection, factors, candidate_pass)
+
+
+def _of_all(setup: StepSetup, gradients: Mapping[str, Tensor], reached: Sequence[list[str]]) -> dict[str, Tensor]:
+    """The sums of the gradients over all ranks, for the parameters that any of them reached."""
+    named = {name for names in reached for name in names}
+    names = [name for name in setup.parameters.updated if name in named]
+    own = [
+        gradients[name].detach() if name in gradients else torch.zeros_like(setup.parameters.updated[name])
+        for name in names
+    ]
+    return dict(zip(names, setup.ranks.summed(own), strict=True))
 
 
 def _usable_ways(setup: StepSetup, selection: Selection, candidate_pass: CandidatePass) -> list[str]:
@@ -79,7 +104,7 @@ def _from_factors(
     setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> Combined:
     """The weighted sum of the captured factors."""
-    weights, updated = selection.row_weights(), setup.parameters.updated
+    weights, updated = factors.own(selection).rows(), setup.parameters.updated
     gradients = {
         name: weighted_sum(uses, weights, updated[name].shape).to(updated[name].dtype)
         for name, uses in factors.alone.items()
@@ -96,7 +121,7 @@ def _from_graph(
     setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> Combined:
     """A weighted backward over the same graph, checked against the factors that were captured from it."""
-    weights = selection.row_weights()
+    weights = factors.own(selection).rows()
     # The target rows' graph is wanted once more where the candidates are run again after all.
     keep_graph = len(selection.target_weights) > 0 and candidate_pass.closure.takes_rows
     gradients = _ordinary_backward(setup, candidate_pass.weighted_losses(weights), keep_graph=keep_graph)
@@ -118,7 +143,7 @@ def _from_rerun(
     setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> Combined:
     """A weighted backward over the kept candidates, run once more."""
-    gradients = _ordinary_backward(setup, _losses_again(setup, selection, candidate_pass))
+    gradients = _ordinary_backward(setup, _losses_again(setup, factors.own(selection), candidate_pass))
     return gradients, all(told([all_finite(gradients.values())]))
 
 
@@ -129,7 +154,7 @@ _FUNCTIONS: dict[str, Callable[[StepSetup, Selection, PassFactors, CandidatePass
 }
 
 
-def _losses_again(setup: StepSetup, selection: Selection, candidate_pass: CandidatePass) -> Iterator[Tensor]:
+def _losses_again(setup: StepSetup, selection: Own, candidate_pass: CandidatePass) -> Iterator[Tensor]:
     """The weighted losses of the kept candidates, a micro-batch at a time, and of target rows that take part."""
     kept, weights = selection.kept, selection.weights
     value, done = candidate_pass.again(kept), 0

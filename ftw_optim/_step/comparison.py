@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import torch
@@ -55,7 +56,8 @@ def compare(setup: StepSetup, factors: PassFactors, target: TargetNow) -> Compar
         target_overflowed = target.overflowed(seen.target, setup.scale)
         left = before & seen.clean & seen.measurable
         if target_overflowed or not torch.equal(left, before):
-            target_overflowed |= target.rows_overflowed(seen.finite, setup.parameters.scored, setup.scale)
+            overflow = partial(target.rows_overflowed, seen.finite, setup.parameters.scored, setup.scale)
+            target_overflowed |= setup.ranks.any(overflow)
             clean = before & factors.clean(seen)
             # Without selection, an infinite gradient would make a GradScaler lower its scale: so it must here.
             overflowed = setup.scale > 1.0 and bool((before & seen.finite & ~clean).any())

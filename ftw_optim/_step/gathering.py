@@ -2,18 +2,83 @@
 
 from __future__ import annotations
 
-from ftw_optim._step.candidates import CandidatePass
+from collections.abc import Sequence
+
+import torch
+
+from ftw_optim._step.candidates import FEW_TARGET_ROWS, CandidatePass
 from ftw_optim._step.captured_rows import together
 from ftw_optim._step.closures import Plain
+from ftw_optim._step.digest import digest_of, refuse_differences
 from ftw_optim._step.kept_factors import KeptFactors
 from ftw_optim._step.setup import StepSetup
+from ftw_optim._step.shared_factors import SharedFactors, Told, shared_target
 from ftw_optim._step.streamed_factors import Stream, StreamedFactors
 from ftw_optim._step.target import TargetNow
+from ftw_optim._step.target_rows import target_of
 
-PassFactors = KeptFactors | StreamedFactors
+PassFactors = KeptFactors | StreamedFactors | SharedFactors
+
+OwnRows = tuple[TargetNow, KeptFactors | StreamedFactors | Plain]
+"""The target and the factors of this process alone."""
 
 
-def gather(setup: StepSetup, candidate_pass: CandidatePass, target: TargetNow) -> PassFactors | Plain:
+def target_and_factors(setup: StepSetup, candidate_pass: CandidatePass) -> tuple[TargetNow, PassFactors | Plain]:
+    """The target of this step, and the candidates' factors: of all ranks, which have run their own by then."""
+    if setup.ranks.alone:
+        return _own(setup, candidate_pass)
+    (target, own), told = setup.ranks.told(lambda: _own(setup, candidate_pass), lambda found: _told(setup, *found))
+    refuse_differences([one.digest for one in told])
+    setup.ranks.met = True
+    if any(one.plain is not None for one in told):
+        _refuse_plain(told)
+        return target, own
+    if setup.trains_on_target is True and sum(one.targets for one in told) < 2:
+        raise ValueError(FEW_TARGET_ROWS)
+    assert isinstance(own, KeptFactors)
+    target = shared_target(setup.ranks, target, told)
+    return target, SharedFactors(setup, own.candidates, target, told)
+
+
+def _own(setup: StepSetup, candidate_pass: CandidatePass) -> OwnRows:
+    target = target_of(setup, candidate_pass)
+    return target, gather(setup, candidate_pass, target)
+
+
+def _told(setup: StepSetup, target: TargetNow, own: KeptFactors | StreamedFactors | Plain) -> Told:
+    """What the other ranks are told of this one's pass."""
+    plain = isinstance(own, Plain)
+    guides = target.guide_losses
+    return Told(
+        digest=digest_of(setup),
+        plain=own.value is not None if isinstance(own, Plain) else None,
+        losses=torch.empty(0) if isinstance(own, Plain) else own.candidates.losses.detach().cpu(),
+        targets=0 if plain else target.count,
+        guide_losses=None if guides is None else guides.detach().cpu(),
+        reached=[] if isinstance(own, Plain) else list(own.reached),
+    )
+
+
+def _refuse_plain(told: Sequence[Told]) -> None:
+    """Refuse closures without candidates in several processes, but where none has any and none ran a backward.
+
+    Raises:
+        RuntimeError: there are others.
+    """
+    without = [rank for rank, one in enumerate(told) if one.plain is not None]
+    if len(without) < len(told):
+        raise RuntimeError(
+            f"Expected the losses of candidates from every rank, but the closure of rank {without[0]} returned none. "
+            "Skip the step on all ranks, or on none."
+        )
+    if any(one.plain for one in told):
+        raise RuntimeError(
+            "Expected the losses of candidates: in several processes a closure with a backward of its own is not "
+            "supported, as nothing would sum its gradients over the ranks."
+        )
+
+
+def gather(setup: StepSetup, candidate_pass: CandidatePass, target: TargetNow) -> KeptFactors | StreamedFactors | Plain:
     """The candidates' factors, kept or dropped layer by layer; or the request of a closure without candidates."""
     stream = Stream(setup, target) if setup.drops_factors else None
     candidates = candidate_pass.candidates(taker=None if stream is None else stream.begin)

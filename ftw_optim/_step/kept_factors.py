@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -13,11 +14,46 @@ from ftw_optim._factors.factors import Factors
 from ftw_optim._factors.finiteness import finite_candidates
 from ftw_optim._gram.exact import GramSums
 from ftw_optim._gram.inner_products import on_host
+from ftw_optim._matching.selection import Selection
 from ftw_optim._preconditioners.lookup import Preconditioners
 from ftw_optim._step.captured_rows import CapturedRows
 from ftw_optim._step.measuring import Measured, preconditioners_of, sums_of
 from ftw_optim._step.setup import StepSetup, full_precision
 from ftw_optim._step.target import TargetNow
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Own:
+    """The part of this process in a selection.
+
+    Attributes:
+        count: number of its candidates.
+        kept: which of them are kept, indices among them, shape ``(k,)`` int64.
+        weights: shape ``(k,)``.
+        target_weights: the weights of its target rows that take part, shape ``(m,)``.
+    """
+
+    count: int
+    kept: Tensor
+    weights: Tensor
+    target_weights: Tensor
+
+    @classmethod
+    def all_of(cls, selection: Selection) -> Own:
+        """The part of a process that is alone."""
+        return cls(
+            count=len(selection.losses),
+            kept=selection.kept,
+            weights=selection.weights,
+            target_weights=selection.target_weights,
+        )
+
+    def rows(self) -> Tensor:
+        """The weights of all rows that it ran, float64: ``(n + m,)``, those of the target rows at the end."""
+        weights = torch.zeros(self.count, dtype=torch.float64)
+        weights[self.kept] = self.weights
+        return torch.cat([weights, self.target_weights]) if len(self.target_weights) else weights
 
 
 @final
@@ -35,6 +71,17 @@ class KeptFactors:
         self.buckets: Sequence[Bucket] = ()
         """The buckets of those that are alike; none before they are measured."""
         self.accepted = torch.ones(len(candidates.losses), dtype=torch.bool)
+        self.mine = slice(0, len(candidates.losses) - (0 if target.rows is None else len(target.rows.losses)))
+        """The candidates of this process among all."""
+
+    @property
+    def reached(self) -> Sequence[str]:
+        """The captured parameters that some candidate reached."""
+        return list(self.candidates.footprints)
+
+    def own(self, selection: Selection) -> Own:
+        """The part of this process in a selection."""
+        return Own.all_of(selection)
 
     @property
     def alone(self) -> dict[str, Sequence[Factors]]:
@@ -53,7 +100,7 @@ class KeptFactors:
         scored = setup.parameters.scored
         with full_precision(losses), setup.clock.phase("gram"):
             preconditioners = preconditioners_of(setup)
-            self.buckets = self._alike(preconditioners)
+            self.buckets = self.alike(preconditioners)
             sums = sums_of(setup, self.accepted, self._target, losses.device, preconditioners)
             for bucket in self.buckets:
                 if bucket.names[0] in scored:
@@ -76,7 +123,7 @@ class KeptFactors:
             )
         return Measured(problem=problem, losses=values, finite=finite, clean=clean, target=flags)
 
-    def _alike(self, preconditioners: Preconditioners) -> list[Bucket]:
+    def alike(self, preconditioners: Preconditioners) -> list[Bucket]:
         """The parameters that are alike, in buckets."""
         parameters, found = self._setup.parameters, self.found
         kinds: dict[str, Hashable] = {}

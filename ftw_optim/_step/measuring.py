@@ -53,9 +53,15 @@ def preconditioners_of(setup: StepSetup) -> Preconditioners:
 
 
 def sums_of(
-    setup: StepSetup, accepted: Tensor, target: TargetNow, device: torch.device, preconditioners: Preconditioners
+    setup: StepSetup,
+    accepted: Tensor,
+    target: TargetNow,
+    device: torch.device,
+    preconditioners: Preconditioners,
+    *,
+    scale: float | None = None,
 ) -> MatchingSums:
-    """The sums of this step's Gram matrix, before anything is added."""
+    """The sums of this step's Gram matrix, before anything is added; ``scale`` None: the factors have the step's."""
     parameters, groups = setup.parameters.scored, setup.parameters.groups
     dtype = torch.float32
     for parameter in parameters.values():
@@ -67,7 +73,7 @@ def sums_of(
         metrics=setup.metrics,
         dtype=dtype,
         device=device,
-        scale=setup.scale,
+        scale=setup.scale if scale is None else scale,
         memory_limit=setup.memory_limit,
         buffer=setup.buffer,
         observe=setup.observe,

@@ -26,10 +26,11 @@ from ftw_optim._matching.filters import FilterStage, GreedyFilter
 from ftw_optim._matching.selection import Selection
 from ftw_optim._matching.weights import NonNegativeLeastSquares, WeightStage
 from ftw_optim._preconditioners.registry import registered_rule
+from ftw_optim._ranks.known import KnownRanks
 from ftw_optim._step.checkpoint import read_state, written_state
 from ftw_optim._step.clock import Clock
 from ftw_optim._step.closures import CandidateClosure
-from ftw_optim._step.options import check_options, check_target, refuse_more_than_one_process
+from ftw_optim._step.options import check_options, check_target, refuse_for_several
 from ftw_optim._step.parameters import Scored, parameters_of
 from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.step import StepResult, selective_step
@@ -37,6 +38,9 @@ from ftw_optim._step.target import TargetGradient
 from ftw_optim._step.watch import Watch
 from ftw_optim._step.way import way_of
 from ftw_optim._step.wrapper import OptimizerWrapper
+
+OF_RANK = frozenset({"target", "rows", "held out", "check"})
+"""Purposes for which each of several processes draws random numbers of its own."""
 
 
 @final
@@ -70,6 +74,9 @@ class SelectiveOptimizer(OptimizerWrapper):
             at the first backward, and whenever a layer is read in a new way or the losses are computed in a new one; a
             number ``N``: also at every ``N``-th selection; True: at every selection; False: never.
         seed: seed of the target's random state, of sketches and checks, and of stages that draw.
+        ranks: the processes whose candidates are one selection: a ``ProcessGroup``, or a ``DeviceMesh`` of one
+            dimension; None: all of the run. Each gives its own candidates and its own target examples; the target is
+            the mean over all of these. All of them get the same selection, and the same combined gradient.
 
     Raises:
         ValueError: an option is not one of those above, or a group parameter is not the model's.
@@ -97,6 +104,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         memory_limit: int | None = None,
         self_check: bool | int | str = 100,
         seed: int = 0,
+        ranks: Any = None,
     ) -> None:
         filter = GreedyFilter(keep=0.25) if filter is None else filter
         weight = NonNegativeLeastSquares() if weight is None else weight
@@ -116,6 +124,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._checks = SelfChecks()
         self._buffer = Buffer()
         self._structure = KnownStructure()
+        self._ranks = KnownRanks(ranks)
         self._last_capture: tuple[frozenset[str], Mapping[str, Footprint]] | None = None
         self._warned_own_backward = False
         parameters_of(self._structure.of(model), self.param_groups, self.scored)  # says now what a step would say
@@ -293,7 +302,9 @@ class SelectiveOptimizer(OptimizerWrapper):
         sample_ids: GivenIds | Sequence[GivenIds] | None = None,
     ) -> tuple[StepSetup, CandidateClosure]:
         """The inputs and options of one step, and its closure; a step that cannot be made is refused here."""
-        refuse_more_than_one_process()
+        ranks = self._ranks.now()
+        if not ranks.alone:
+            refuse_for_several(self.gram)
         if not isinstance(self.self_check, str) and self.self_check and self._backwards % self.self_check == 0:
             self._checks.forget()
         check_target(self.target, self.train_on_target)
@@ -325,13 +336,19 @@ class SelectiveOptimizer(OptimizerWrapper):
             scale=scale,
             sample_ids=sample_ids,
             checks=self._checks if self.self_check else None,
+            ranks=ranks,
             backwards=self._backwards,
             # A seed that depends on the step count alone, so that no random state needs saving.
-            seed_of=lambda purpose: random.Random(f"{self.seed}/{self._backwards}/{purpose}").getrandbits(32),
+            seed_of=partial(self._seed_of, rank=ranks.own),
             clock=Clock(),
             observe=self._observe,
         )
         return setup, closure
+
+    def _seed_of(self, purpose: str, *, rank: int) -> int:
+        # Ranks that drew the same dropout masks for their own rows would not be one run.
+        place = f"/{rank}" if rank and purpose in OF_RANK else ""
+        return random.Random(f"{self.seed}/{self._backwards}/{purpose}{place}").getrandbits(32)
 
     def _warn_of_own_backward(self) -> None:
         if not self._warned_own_backward:

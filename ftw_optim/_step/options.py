@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -92,15 +91,14 @@ def check_target(target: TargetGradient, train_on_target: Any) -> None:
         )
 
 
-def refuse_more_than_one_process() -> None:
-    """Refuse a run of several processes, each of which would select for itself.
+def refuse_for_several(gram: str | Sketch) -> None:
+    """Refuse options that a run of several processes does not have.
 
     Raises:
-        NotImplementedError: there are several processes.
+        NotImplementedError: the option is one of them.
     """
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if isinstance(gram, Sketch):
         raise NotImplementedError(
-            f"Expected one process, got {distributed.get_world_size()}: each would select for itself, and the "
-            "parameters would drift apart. Select in a run of one process."
+            'Expected gram="exact" in a run of several processes, got a Sketch: sketches over ranks are not supported. '
+            "With scored=last_blocks(model, 1) the exact Gram matrix costs little."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,6 +19,8 @@ from ftw_optim._factors.buffer import Buffer
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import Sketch
 from ftw_optim._gram.spec import Observe
+from ftw_optim._ranks.ranks import Ranks
+from ftw_optim._ranks.wrapping import without_own_sums
 from ftw_optim._step.clock import Clock
 from ftw_optim._step.parameters import StepParameters
 from ftw_optim._step.target import TargetGradient, TargetNow
@@ -52,6 +55,7 @@ class StepSetup:
         scale: the factor by which the losses are multiplied.
         sample_ids: the candidate of each position, or of each row of some layers; a list with one for each micro-batch.
         checks: what the self-check has vouched for; None: no self-check.
+        ranks: the processes whose candidates are this one selection.
         backwards: number of selections before this one.
         seed_of: ``purpose -> seed`` of this step.
         clock: measures the phases of this step.
@@ -76,6 +80,7 @@ class StepSetup:
     scale: float
     sample_ids: GivenIds | Sequence[GivenIds] | None
     checks: SelfChecks | None
+    ranks: Ranks
     backwards: int
     seed_of: Callable[[str], int]
     clock: Clock
@@ -83,14 +88,21 @@ class StepSetup:
 
     @property
     def drops_factors(self) -> bool:
-        """Whether factors are dropped layer by layer; packed rows would not fit the rows of a second pass."""
-        return self.way.drops_factors and self.sample_ids is None
+        """Whether factors are dropped layer by layer.
+
+        Packed rows would not fit the rows of a second pass, and several ranks reach layers in orders of their own.
+        """
+        return self.way.drops_factors and self.sample_ids is None and self.ranks.alone
 
     @property
     def metrics(self) -> list[Metric]:
         """The metrics that the Gram matrix is formed in."""
         wanted = {self.metric, Metric.PRECONDITIONED, *metrics_of(self.filter), *metrics_of(self.weight)}
         return [metric for metric in Metric if metric in wanted]
+
+    def undistracted(self) -> AbstractContextManager[None]:
+        """A block in which nothing around the model talks to other processes, but this step alone."""
+        return nullcontext() if self.ranks.alone else without_own_sums(self.structure)
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator of this step's random numbers for one purpose."""
@@ -115,6 +127,7 @@ class StepSetup:
                 target.guide_losses,
                 self.target,
                 self.structure,
+                ranks=self.ranks,
                 backwards=self.backwards,
                 seed=self.seed_of("held out"),
             )

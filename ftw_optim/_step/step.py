@@ -15,10 +15,9 @@ from ftw_optim._step.choice import choose
 from ftw_optim._step.closures import CandidateClosure, Plain
 from ftw_optim._step.combine import combine
 from ftw_optim._step.comparison import compare
-from ftw_optim._step.gathering import gather
+from ftw_optim._step.gathering import target_and_factors
 from ftw_optim._step.parameters import StepParameters
 from ftw_optim._step.setup import StepSetup
-from ftw_optim._step.target_rows import target_of
 from ftw_optim._step.watch import Watch
 
 
@@ -67,13 +66,12 @@ def selective_step(
 
 def select(setup: StepSetup, closure: CandidateClosure) -> StepResult | Plain:
     """One selection, which changes nothing: the algorithm, a line a stage; see :func:`selective_step`."""
-    with CandidatePass(setup, closure) as candidate_pass:
-        target = target_of(setup, candidate_pass)
-        factors = gather(setup, candidate_pass, target)
+    with setup.undistracted(), CandidatePass(setup, closure) as candidate_pass:
+        target, factors = target_and_factors(setup, candidate_pass)
         if isinstance(factors, Plain):
             return factors
         comparison = compare(setup, factors, target)
-        selection = choose(setup, comparison)
+        selection = setup.ranks.as_first_says(lambda: choose(setup, comparison))
         selection, gradients = combine(setup, comparison, selection, factors, candidate_pass)
     watch = setup.watch_after(target)
     guide_loss, held_out_loss, _ = watch.found
@@ -83,6 +81,7 @@ def select(setup: StepSetup, closure: CandidateClosure) -> StepResult | Plain:
             guide_loss=guide_loss,
             held_out_loss=held_out_loss,
             blind=watch.blind,
+            mine=factors.mine,
             milliseconds=setup.clock.milliseconds,
         ),
         gradients=gradients,

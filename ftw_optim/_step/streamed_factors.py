@@ -15,8 +15,10 @@ from ftw_optim._factors.micro_batches import joined
 from ftw_optim._gram.inner_products import Products, on_host
 from ftw_optim._gram.metric import Metric
 from ftw_optim._gram.sketch import SketchSums
+from ftw_optim._matching.selection import Selection
 from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.captured_rows import CapturedRows
+from ftw_optim._step.kept_factors import Own
 from ftw_optim._step.measuring import MatchingSums, Measured, preconditioners_of, sums_of
 from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.target import TargetNow
@@ -119,6 +121,16 @@ class StreamedFactors:
         self.accepted = torch.ones(len(self.candidates.losses), dtype=torch.bool)
         self._rows = torch.arange(len(self.candidates.losses))
         self._losses: Tensor | None = None  # of all candidates, on the CPU
+        self.mine = slice(0, len(self.candidates.losses) - target.count)
+
+    @property
+    def reached(self) -> Sequence[str]:
+        """The captured parameters that some candidate reached."""
+        return list(self.candidates.footprints)
+
+    def own(self, selection: Selection) -> Own:
+        """The part of this process in a selection."""
+        return Own.all_of(selection)
 
     def keep_only(self, accepted: Tensor) -> None:
         """Go on with the ``accepted`` candidates, bool (n,)."""

@@ -150,6 +150,7 @@ class TargetNow:
         share: the share of the remembered gradient in what these rows are to match.
         guides_itself: whether the rows tell what to match, rather than the gradient alone.
         guide_losses: the losses of the rows that guide, on their device; None where they were not formed anew.
+        total: the number of rows that take part on all ranks; None: :attr:`rows` are all.
     """
 
     gradients: Mapping[str, Tensor]
@@ -161,10 +162,13 @@ class TargetNow:
     share: float = 0.0
     guides_itself: bool = False
     guide_losses: Tensor | None = None
+    total: int | None = None
 
     @property
     def count(self) -> int:
-        """The number of target rows that take part in the step."""
+        """The number of target rows that take part in the step, of all ranks."""
+        if self.total is not None:
+            return self.total
         return 0 if self.rows is None else len(self.rows.losses)
 
     def to_keep(self, *, overflowed: bool) -> Mapping[str, Tensor] | None:

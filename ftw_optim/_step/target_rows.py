@@ -28,7 +28,7 @@ def target_of(setup: StepSetup, candidate_pass: CandidatePass) -> TargetNow:
         with setup.clock.phase("target"):
             return replace(guide, rows=candidate_pass.target_rows(setup.trains_on_target, at_least=1))
     with setup.clock.phase("target"):
-        rows = candidate_pass.target_rows(setup.target.closure, at_least=2)
+        rows = candidate_pass.target_rows(setup.target.closure, at_least=2 if setup.ranks.alone else 1)
         with torch.no_grad(), full_precision(rows.losses):
             return _of_rows(setup, rows)
 

@@ -8,7 +8,7 @@ not show it, as memorised rows still do.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ftw_optim._capture.structure import Structure
 from ftw_optim._layers.randomness import own_randomness
+from ftw_optim._ranks.ranks import Ranks
 from ftw_optim._step.target import TargetGradient, losses_of_rows
 
 CERTAIN = 2.0
@@ -49,7 +50,14 @@ class Watch:
         return held_out - guide > CERTAIN * error  # False for NaN
 
     def after(
-        self, losses: Tensor | None, target: TargetGradient, structure: Structure, *, backwards: int, seed: int
+        self,
+        losses: Tensor | None,
+        target: TargetGradient,
+        structure: Structure,
+        *,
+        ranks: Ranks,
+        backwards: int,
+        seed: int,
     ) -> Watch:
         """The watch after a step, at which it looks where a look is due.
 
@@ -59,6 +67,7 @@ class Watch:
             losses: of the guide's rows, detached; None where they were not formed anew.
             target: has the closure of the held-out rows.
             structure: the model.
+            ranks: the processes whose held-out rows are looked at together.
             backwards: number of selections before this one.
             seed: of the random state that the closure runs under.
 
@@ -71,13 +80,8 @@ class Watch:
             return self
         if losses is None:
             return replace(self, due=True)
-        modes = [(module, module.training) for module in structure.modules.values()]
-        try:
-            with own_randomness(structure.parameters.values(), seed), torch.no_grad():
-                held_out = losses_of_rows(target.held_out, name="held_out", row="row").double().cpu()
-        finally:
-            for module, training in modes:
-                module.training = training
+        closure = target.held_out
+        held_out = ranks.joined(lambda: _held_out_losses(closure, structure, seed))
         guide = losses.double().cpu()
         error = math.sqrt(_square_error(guide) + _square_error(held_out))
         return Watch(found=(float(guide.mean()), float(held_out.mean()), error))
@@ -93,6 +97,17 @@ class Watch:
             return cls()
         guide, held_out, error = state["found"].tolist()
         return cls(found=(guide, held_out, error), due=bool(state["due"]))
+
+
+def _held_out_losses(closure: Callable[[], Tensor], structure: Structure, seed: int) -> Tensor:
+    """The losses of this process's held-out rows, float64 on the CPU; modules are left in their mode."""
+    modes = [(module, module.training) for module in structure.modules.values()]
+    try:
+        with own_randomness(structure.parameters.values(), seed), torch.no_grad():
+            return losses_of_rows(closure, name="held_out", row="row").double().cpu()
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _square_error(losses: Tensor) -> float:

@@ -1,0 +1,197 @@
+"""The processes whose candidates are one selection, and all that they tell each other."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Found = TypeVar("Found")
+
+BUCKET = 2**25
+"""Bytes that are summed or exchanged at a time."""
+
+
+class Ranks(ABC):
+    """The processes whose candidates are one selection.
+
+    Every method is called by all of them, in the same order.
+
+    Attributes:
+        own: the number of this process among them.
+        count: their number.
+        met: whether they have found that they begin with the same parameters.
+    """
+
+    own: int = 0
+    count: int = 1
+    met: bool = True
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process is the only one."""
+        return self.count == 1
+
+    @abstractmethod
+    def told(self, work: Callable[[], Found], tell: Callable[[Found], Any]) -> tuple[Found, list[Any]]:
+        """Do some work that may fail on any rank, and hear what came of it on all.
+
+        Args:
+            work: the work; nothing in it may wait for another rank.
+            tell: what the others are told of its result; small, and it can be pickled.
+
+        Returns:
+            The result, and what each rank told.
+
+        Raises:
+            RuntimeError: another rank failed. Where this one did, its own error is raised.
+        """
+
+    @abstractmethod
+    def as_first_says(self, work: Callable[[], Found]) -> Found:
+        """The result of some work that the first rank does for all; it can be pickled.
+
+        Raises:
+            RuntimeError: it failed there. There its own error is raised.
+        """
+
+    @abstractmethod
+    def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over all ranks, equal on each; the tensors have the same shapes and dtypes everywhere."""
+
+    @abstractmethod
+    def exchanged(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send a part of some values to each rank, and get one from each, in their order.
+
+        Args:
+            values: the parts one behind the other, shape ``(sum(sent),)``.
+            sent: how many numbers go to each rank.
+            received: how many numbers come from each rank.
+        """
+
+    def any(self, work: Callable[[], bool]) -> bool:
+        """Whether some work says so on any rank."""
+        return any(self.told(work, bool)[1])
+
+    def joined(self, work: Callable[[], Tensor]) -> Tensor:
+        """The small tensors that some work gives on each rank, one behind the other, on the CPU."""
+        return torch.cat(self.told(work, lambda found: found.detach().cpu())[1])
+
+
+@final
+class Alone(Ranks):
+    """A process by itself: nothing is sent, and nothing is copied."""
+
+    def told(self, work: Callable[[], Found], tell: Callable[[Found], Any]) -> tuple[Found, list[Any]]:
+        """See :class:`Ranks`."""
+        found = work()
+        return found, [tell(found)]
+
+    def as_first_says(self, work: Callable[[], Found]) -> Found:
+        """See :class:`Ranks`."""
+        return work()
+
+    def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See :class:`Ranks`."""
+        return list(tensors)
+
+    def exchanged(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """See :class:`Ranks`."""
+        return values
+
+
+@final
+class Several(Ranks):
+    """The processes of a group, which talk over groups of their own: nothing meets the collectives of others.
+
+    Args:
+        group: the processes; the new groups are made by all of them together.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        members = dist.get_process_group_ranks(group)
+        self.group = group
+        self.own, self.count, self.met = dist.get_rank(group), len(members), False
+        self._first = members[0]
+        # Objects go over the network of the hosts, whatever the tensors take: a failure must be told while a device
+        # still waits.
+        self._objects = dist.new_group(members, backend="gloo", use_local_synchronization=True)
+        self._tensors = dist.new_group(members, backend=dist.get_backend(group), use_local_synchronization=True)
+
+    def told(self, work: Callable[[], Found], tell: Callable[[Found], Any]) -> tuple[Found, list[Any]]:
+        """See :class:`Ranks`."""
+        found, error, message = _tried(work, tell)
+        messages: list[Any] = [None] * self.count
+        dist.all_gather_object(messages, message, group=self._objects)
+        if error is not None:
+            raise error
+        _refuse(messages)
+        return found, [given for given, _ in messages]
+
+    def as_first_says(self, work: Callable[[], Found]) -> Found:
+        """See :class:`Ranks`."""
+        message: list[Any] = [None]
+        error = None
+        if self.own == 0:
+            _, error, message[0] = _tried(work, lambda found: found)
+        dist.broadcast_object_list(message, src=self._first, group=self._objects)
+        if error is not None:
+            raise error
+        _refuse(message)
+        found: Found = message[0][0]
+        return found
+
+    def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """See :class:`Ranks`."""
+        found: list[Tensor | None] = [None] * len(tensors)
+        for numbers in _buckets(tensors):
+            flat = torch.cat([tensors[number].detach().flatten() for number in numbers])
+            dist.all_reduce(flat, group=self._tensors)
+            for number, part in zip(
+                numbers, torch.split(flat, [tensors[number].numel() for number in numbers]), strict=True
+            ):
+                found[number] = part.view(tensors[number].shape)
+        return [tensor for tensor in found if tensor is not None]
+
+    def exchanged(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """See :class:`Ranks`."""
+        found = values.new_empty(sum(received))
+        dist.all_to_all_single(found, values, list(received), list(sent), group=self._tensors)
+        return found
+
+
+def _tried(
+    work: Callable[[], Found], tell: Callable[[Found], Any]
+) -> tuple[Found, BaseException | None, tuple[Any, str | None]]:
+    """The result of some work, or the error it ended with, and the message about it."""
+    try:
+        found = work()
+        return found, None, (tell(found), None)
+    except BaseException as error:  # an interrupt too: the others would wait
+        text = str(error).partition("\n")[0]
+        return None, error, (None, f"{type(error).__name__}: {text}" if text else type(error).__name__)  # type: ignore[return-value]
+
+
+def _refuse(messages: Sequence[tuple[Any, str | None]]) -> None:
+    """Raise where another rank failed."""
+    failed = [(rank, text) for rank, (_, text) in enumerate(messages) if text is not None]
+    if failed:
+        rank, text = failed[0]
+        raise RuntimeError(f"Rank {rank} raised {text}. This rank has changed nothing either.")
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The numbers of tensors that are summed together: of one dtype and device, in order."""
+    buckets: list[list[int]] = []
+    size, kind = BUCKET, None
+    for number, tensor in enumerate(tensors):
+        if size + tensor.nbytes > BUCKET or kind != (tensor.dtype, tensor.device):
+            buckets.append([])
+            size, kind = 0, (tensor.dtype, tensor.device)
+        buckets[-1].append(number)
+        size += tensor.nbytes
+    return buckets

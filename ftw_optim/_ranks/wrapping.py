@@ -1,0 +1,110 @@
+"""What stands around or in a model of several processes: DDP, whose own sums are left out; all else is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from ftw_optim._capture.structure import Structure
+
+_REFUSED = {
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FSDP1",
+    "torch.distributed.fsdp.FSDPModule": "FSDP2",
+    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": "FSDP2",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "DeepSpeed",
+    "deepspeed.runtime.pipe.engine.PipelineEngine": "a DeepSpeed pipeline",
+    "torch.nn.parallel.data_parallel.DataParallel": "nn.DataParallel",
+}
+
+
+@contextmanager
+def without_own_sums(structure: Structure) -> Iterator[None]:
+    """A block in which DDP around the model, or in it, sums no gradients: the step sums the combined ones itself.
+
+    A wrapper that is not part of the model, as where a framework wraps it later, is found when it is called.
+
+    Raises:
+        NotImplementedError: something around the model cannot be right in several processes.
+    """
+    refuse_in(structure)
+    held: dict[DistributedDataParallel, tuple[bool, bool]] = {}
+
+    def hold(wrapper: DistributedDataParallel) -> None:
+        if wrapper not in held:
+            _refuse_settings(wrapper)
+            held[wrapper] = wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync
+            # Nor are buffers sent: a rank whose closure fails before it runs the model would keep the others waiting.
+            wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
+
+    def look(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, DistributedDataParallel):
+            hold(module)
+        elif (kind := _refused(module)) is not None:
+            raise _not_in_several(kind)
+
+    inside = [module for module in structure.modules.values() if isinstance(module, DistributedDataParallel)]
+    handle = None
+    try:
+        for module in inside:
+            hold(module)
+        if not inside:
+            handle = register_module_forward_pre_hook(look)
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+        for wrapper, (sums, sends) in held.items():
+            wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = sums, sends
+
+
+def refuse_in(structure: Structure) -> None:
+    """Refuse models that hold only a part of their parameters.
+
+    Raises:
+        NotImplementedError: the model is such.
+    """
+    structure.once("parts", lambda: _refuse_parts(structure))
+
+
+def _refuse_parts(structure: Structure) -> None:
+    for module in structure.modules.values():
+        if (kind := _refused(module)) is not None:
+            raise _not_in_several(kind)
+    for name, parameter in structure.parameters.items():
+        if type(parameter) not in (nn.Parameter, torch.Tensor) and hasattr(parameter, "placements"):
+            raise _not_in_several(f"{name}, a DTensor")
+
+
+def _refused(module: nn.Module) -> str | None:
+    for one in type(module).__mro__:
+        found = _REFUSED.get(f"{one.__module__}.{one.__qualname__}")
+        if found is not None:
+            return found
+    return None
+
+
+def _refuse_settings(wrapper: DistributedDataParallel) -> None:
+    """Refuse settings of DDP that would be without effect, or wrong."""
+    if wrapper.static_graph:
+        raise NotImplementedError(
+            "Expected DistributedDataParallel(static_graph=False), got True: it counts on sums of its own in every "
+            "backward pass. Leave static_graph out, or give SelectiveOptimizer and the closures the module inside."
+        )
+    if getattr(wrapper, "_comm_hooks", None):
+        raise NotImplementedError(
+            "Expected a DistributedDataParallel without a communication hook, got one: the combined gradient is summed "
+            "by SelectiveOptimizer, and the hook would never be called. Remove it."
+        )
+
+
+def _not_in_several(kind: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"Expected DistributedDataParallel, or a plain module, in a run of several processes, got {kind}: a selection "
+        "over all of its processes is not supported. Wrap the model in DistributedDataParallel."
+    )
