@@ -156,6 +156,8 @@ SMALL_LOSS = Method(
 RANDOM_WEIGHTS = Method(filter=_all, weight=RandomWeights(), options={"train_on_target": True})
 
 
+LATE_UNIFORM = Method(filter=_all, weight=UniformWeights(), decay=0.75)
+LATE_ACCEPTED = Method(filter=lambda keep, lr: AcceptFilter(), weight=UniformWeights(), decay=0.75)
 LATE = 0.5
 """Share of the steps in which the target rows only guide, where they are trained on in the later ones."""
 
@@ -182,6 +184,8 @@ ARMS = {
     "similarity-k": _guide("k similar", _k, propose=similar),
     "embeddings-n": _guide("n similar, embedded", propose=similar_embeddings),
     "similarity+ftw": _guide("n similar, ftw", propose=similar, method=FILTER_THEN_WEIGHT),
+    "similarity+accept": _guide("n similar, accepted", propose=similar, method=LATE_ACCEPTED),
+    "learned+accept": _guide("n learned, accepted", propose=learned, method=LATE_ACCEPTED),
     "learned-n": _guide("n learned", propose=learned, method=UNIFORM),
     "learned+ftw": _guide("n learned, ftw", propose=learned, method=FILTER_THEN_WEIGHT),
     "scores-n": _guide("n learned, no prior", propose=learned_from_scores, method=UNIFORM),
@@ -195,7 +199,9 @@ ARMS = {
     "target+watched": _target("learned until blind", propose=learned, method=WATCHED_WITH_TARGET),
     "target+honest": _target("learned, split", propose=learned, method=HONEST_UNIFORM),
     "late+similarity": _target("similar, target late", propose=similar, target_after=LATE),
-    "late+learned": _target("learned, target late", propose=learned, method=UNIFORM, target_after=LATE),
+    "late+learned": _target("learned, target late", propose=learned, method=LATE_UNIFORM, target_after=LATE),
+    "late+similarity+accept": _target("similar, acc, late", propose=similar, method=LATE_ACCEPTED, target_after=LATE),
+    "late+learned+accept": _target("learned, acc, late", propose=learned, method=LATE_ACCEPTED, target_after=LATE),
     "target+similarity+accept": _target("similar, accepted", propose=similar, method=ACCEPTED_WITH_TARGET),
     "target+similarity+honest": _target("similar, acc, split", propose=similar, method=HONEST_ACCEPTED),
     "target+honest+accept": _target("learned, acc, split", propose=learned, method=HONEST_ACCEPTED),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
@@ -259,17 +259,23 @@ class _Step:
 
     def _selective(self, candidates: list[Example], *, late: bool) -> Tensor:
         lab, optimizer, method = self._lab, self._optimizer, self._arm.method
-        if self._arm.target_after > 0.0 and late:
-            optimizer.train_on_target = True
+        if late and self._arm.target_after > 0.0 and optimizer.train_on_target is False:
+            self._train_on_target(optimizer)
         optimizer.filter = method.filter(self._sizes.keep, self._schedule.get_last_lr()[0])
         rows = lab.entrance.rows(candidates)
         optimizer.step(lambda: lab.top(rows))
         selection = optimizer.selection
-        # Rows that have been trained on guide to what they have memorised.
-        if self._chooser.observe is not None and not (self._arm.target_after > 0.0 and late):
+        if self._chooser.observe is not None:
             self._chooser.observe(candidates, selection)
         self._run.cosines.append(float(selection.cosine))
         return selection.spread_weights()
+
+    def _train_on_target(self, optimizer: SelectiveOptimizer) -> None:
+        """From now on the target rows take part in the step; the guide stays what it was before they did."""
+        guide = optimizer._kept_target
+        optimizer.train_on_target = self._losses(lambda: self._targets)
+        optimizer.target = replace(optimizer.target, refresh_every=2 * self._run.steps)
+        optimizer._kept_target = guide
 
 
 def rate(step: int, steps: int) -> float:

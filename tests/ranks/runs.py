@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from ftw_optim import FilterStage, GreedyFilter, NonNegativeLeastSquares, SelectiveOptimizer, TargetGradient, WeightStage
+from ftw_optim import (
+    FilterStage,
+    GreedyFilter,
+    NonNegativeLeastSquares,
+    SelectiveOptimizer,
+    TargetGradient,
+    WeightStage,
+)
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
@@ -138,7 +145,9 @@ def run(case: Case, *, alone: bool = False) -> dict[str, Any]:
         found["selections"].append(selection)
         found["mine"].append(selection.mine)
         if (number + 1) % case.accumulated == 0:
-            found["gradients"].append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
+            found["gradients"].append(
+                {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+            )
             for p in parameters:
                 if p.grad is not None:
                     p.grad.div_(case.scale)

@@ -45,7 +45,16 @@ CASES = {
     "few kept": Case(wrap={}, filter=TopKFilter(keep=1), combine="rerun"),
     **{name: Case(optimizer=name) for name in ("SGD", "Adafactor", "RMSprop", "Adagrad")},
 }
-FAST = {"uneven", "ddp, graph", "ddp, rerun", "wrapped outside", "target rows", "Adafactor", "a rank of NaN", "accumulated"}
+FAST = {
+    "uneven",
+    "ddp, graph",
+    "ddp, rerun",
+    "wrapped outside",
+    "target rows",
+    "Adafactor",
+    "a rank of NaN",
+    "accumulated",
+}
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else slow(name) for name in CASES])
