@@ -50,11 +50,3 @@ def test_rerun_needs_a_closure_that_accepts_rows_and_says_so_before_anything_run
     _case, optimizer = build("rerun")
     with pytest.raises(TypeError, match=r"closure\(rows=kept\)"):
         optimizer.step(lambda: pytest.fail("the closure ran"))
-
-
-def test_more_than_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, optimizer = build()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(NotImplementedError, match="Expected one process, got 2"):
-        optimizer.step(case.losses)
