@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer, Sketch, TargetGradient, TopKFilter
 from ftw_optim._preconditioners.lookup import Preconditioners
-from tests.support.rank_runs import Net, rows_of
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
+from tests.support.rank_runs import Net, rows_of
 
 CANDIDATES = torch.arange(2 * 4 * 6).reshape(2, 4, 6) % 22
 TARGETS = torch.arange(3 * 6).reshape(3, 6) % 9

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ftw_optim import KeepAll, TopKFilter, UniformWeights
-from tests.support.rank_runs import Case, run
 from tests.support.grids import slow
 from tests.support.processes import Processes
+from tests.support.rank_runs import Case, run
 
 CASES = {
     "plain": Case(),
