@@ -129,12 +129,20 @@ class CandidatePass:
                     value = self.closure(rows)
                 if isinstance(value, Plain):
                     return value
+                if not self._setup.ranks.alone and isinstance(value, Tensor) and value.shape == (0,):
+                    self._of_candidates.captures.close()
+                    return self._none()
                 if not isinstance(value, Iterator):
                     if self._several_ids:
                         raise ValueError("Expected one tensor of sample_ids for one batch of candidates, got a list.")
                     return self._differentiated(capture, value, taker, self._of_candidates)
             self._check_micro_batches()
             return self._in_turn(value, capture, taker)
+
+    def _none(self) -> CapturedRows:
+        """No candidates, on a rank beside others."""
+        device = next(iter(self._setup.parameters.updated.values())).device
+        return CapturedRows(losses=torch.empty(0, device=device), found={}, footprints={}, computed_in=set())
 
     def _in_turn(self, iterator: Iterator[Any], capture: Capture, taker: Taker | None) -> CapturedRows:
         """The losses and factors of all micro-batches, joined to those of one batch."""

@@ -31,6 +31,7 @@ from ftw_optim.integrations._trainers.columns import WithColumns
 from ftw_optim.integrations._trainers.metrics import PREFIX, Metrics
 from ftw_optim.integrations._trainers.overrides import of_framework, refuse_overrides
 from ftw_optim.integrations._trainers.own_loss import LossComparison
+from ftw_optim.integrations._trainers.processes import Processes
 from ftw_optim.integrations._trainers.proposing import Proposing
 from ftw_optim.integrations._trainers.realised import RealisedDecrease
 from ftw_optim.integrations._trainers.refusals import checked_options, refuse, refuse_settings
@@ -127,6 +128,7 @@ class SelectiveTrainerMixin(_Base):
         own = type(self).position_losses is not SelectiveTrainerMixin.position_losses
         refuse(self, self._options, own_losses=own, proposes=self._sampling.proposes)
         self._options.setdefault("seed", self.args.seed)
+        self._processes = Processes(self.accelerator)
         self.sample_weighting, self.realised_every = sample_weighting, realised_every
         self.selection_log = selection_log
         names = zip(COLUMNS, (sample_id_column, source_column, text_column), strict=True)
@@ -154,9 +156,10 @@ class SelectiveTrainerMixin(_Base):
                     f"guide_share={guide_share} trains on the target examples that do not guide: leave train_on_target "
                     "out of selective."
                 )
+        self._check_target_rows()
         self.selective_optimizer: SelectiveOptimizer | None = None
         self._micro_batches: list[Mapping[str, Any]] = []
-        self._metrics_of_selection = Metrics(selection_log)  # TRL has a _metrics of its own
+        self._metrics_of_selection = Metrics(selection_log, self._processes)  # TRL has a _metrics of its own
         self._own_step = type(self).training_step is not SelectiveTrainerMixin.training_step
         self._loss_comparison = LossComparison(
             self._options.get("self_check", 100), again=self._own_step or not of_framework(type(self).compute_loss)
@@ -203,7 +206,9 @@ class SelectiveTrainerMixin(_Base):
         return loss.to(self.args.device)
 
     def _select(self, optimizer: SelectiveOptimizer, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
-        window = self._window(model, batches, joined=optimizer.combine == "rerun", passed=self._note_batch)
+        window = self._window(
+            model, batches, joined=optimizer.combine == "rerun", passed=self._note_batch, processes=self._processes
+        )
         self._sampling.check(
             batches,
             candidates=sum(map(len, window.batches)),
@@ -212,7 +217,7 @@ class SelectiveTrainerMixin(_Base):
             windows=self.args.gradient_accumulation_steps,
             drop_last=self.args.dataloader_drop_last,
         )
-        if not window.batches:
+        if not window.batches and self._processes.count == 1:
             return torch.zeros(())
         scaler = self.accelerator.scaler  # float16 on a GPU
         # A fresh scaler makes its scale at its first call.
@@ -222,7 +227,7 @@ class SelectiveTrainerMixin(_Base):
         assert selection is not None
         self._metrics_of_selection.note(selection, window)
         self._sampling.observe(selection)
-        return window.token_loss(selection)
+        return window.token_loss(selection, self._processes)
 
     def _check_selected(self) -> None:
         """Before a step: a training step of one's own may have hidden the selective one.
@@ -286,7 +291,8 @@ class SelectiveTrainerMixin(_Base):
         parts = [MicroBatch.of(batch, shifts=bool(self._loss_shifts_labels)) for batch in batches]
         divides = bool(self.model_accepts_loss_kwargs)
         if divides and self._own_step:
-            self._loss_comparison.compare_number(given, sum(int(part.counted.sum()) for part in parts))
+            (labels,) = self._processes.totals(sum(int(part.counted.sum()) for part in parts))
+            self._loss_comparison.compare_number(given, labels)
         self._loss_comparison.compare(
             model,
             parts[0],
@@ -302,9 +308,25 @@ class SelectiveTrainerMixin(_Base):
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=tokens)
         assert isinstance(loss, Tensor)
-        return loss
+        # Where it divides by the labels of all processes, the trainer undoes the mean that DDP would take.
+        return loss if tokens is None else loss / self._processes.count
 
     # ------------------------------------------------------------------ the target
+
+    def _check_target_rows(self) -> None:
+        """Check that every process has target rows of its own, where these are trained on.
+
+        Raises:
+            ValueError: there are fewer in a step than processes.
+        """
+        batches = self.trained_batches
+        if batches is None and self._options.get("train_on_target"):
+            batches = self.target_batches
+        if batches is not None and (rows := min(batches.size, len(batches.dataset))) < self._processes.count:
+            raise ValueError(
+                f"Expected a target example for each of {self._processes.count} processes in every step, where they "
+                f"are trained on, got {rows}: raise target_batch_size."
+            )
 
     def _target_losses(self) -> Tensor:
         """The losses of this step's target batch, shape ``(m,)``."""
@@ -320,7 +342,7 @@ class SelectiveTrainerMixin(_Base):
                 f"Expected target examples with labels, but none of the batch of step {self.state.global_step} has any "
                 "(all are -100): look at the labels of target_dataset and held_out_dataset."
             )
-        return window.losses()
+        return window.losses(self._processes.rows(window.weighting.count))
 
     def _held_out_losses(self) -> Tensor:
         """The losses of all held-out examples."""
@@ -375,6 +397,7 @@ class SelectiveTrainerMixin(_Base):
             self._target_losses,
             due=lambda: bool(self.realised_every) and (self.state.global_step + 1) % self.realised_every == 0,
             note=self._metrics_of_selection.note_realised,
+            processes=self._processes,
         )
         self.optimizer = self.selective_optimizer
         return self.optimizer

@@ -135,6 +135,8 @@ def run(case: Case, *, alone: bool = False) -> dict[str, Any]:
             some = candidates if rows is None else candidates[rows]
             # The layer is reached by the candidates of the first rank alone, one after the other.
             rare = own == 0 and not alone and case.wrap is not None and bool(case.wrap.get("find_unused_parameters"))
+            if not len(some) and rows is None:
+                return torch.empty(0)
             if case.pieces == 1:
                 return rows_of(model, some, rare=rare)
             return (rows_of(model, part, rare=rare) for part in some.tensor_split(case.pieces) if len(part))

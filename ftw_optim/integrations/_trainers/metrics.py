@@ -8,6 +8,7 @@ from typing import final
 from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
+from ftw_optim.integrations._trainers.processes import Processes
 from ftw_optim.integrations._trainers.window import COLUMNS, Recorder, Window
 
 PREFIX = "selection/"
@@ -35,11 +36,13 @@ class Metrics:
     """The metrics of the steps since the last call of :meth:`averages`, and the step that is not logged yet.
 
     Args:
-        log: the selection log, if there is one.
+        log: the selection log, if there is one; that of the first process is written.
+        processes: those that have parts of the window.
     """
 
-    def __init__(self, log: Recorder | None) -> None:
-        self._log = log
+    def __init__(self, log: Recorder | None, processes: Processes) -> None:
+        self._log, self._processes = log, processes
+        self._logs: bool | None = None  # whether the first process has a log; asked at the first step
         self._values: dict[str, list[float]] = defaultdict(list)
         self._last: tuple[Selection, Window, dict[str, float]] | None = None
 
@@ -57,9 +60,14 @@ class Metrics:
 
     def record(self, step: int) -> None:
         """Record the last noted selection in the selection log, as that ``step``, unless it has been recorded."""
-        if self._log is not None and self._last is not None:
+        if self._logs is None:
+            self._logs = bool(self._processes.gathered(self._log is not None)[0])
+        if self._logs and self._last is not None:
             selection, window, found = self._last
-            ids, sources, texts = map(window.column, COLUMNS)
+            ids, sources, texts = (self._processes.joined(window.column(key)) for key in COLUMNS)
+            if self._processes.own or self._log is None:
+                self._last = None
+                return
             self._log.record(
                 step,
                 selection,

@@ -15,6 +15,7 @@ from ftw_optim._capture.armed_hooks import passing_without_trace
 from ftw_optim._layers.randomness import own_randomness
 from ftw_optim._preconditioners.probing.trial import step_without_hooks
 from ftw_optim._step.optimizer import SelectiveOptimizer
+from ftw_optim.integrations._trainers.processes import Processes
 
 
 @final
@@ -30,6 +31,7 @@ class RealisedDecrease:
         losses: returns the target losses, shape ``(m,)``.
         due: returns whether to measure the coming step.
         note: called with the decrease of a measured step, a scalar on the device.
+        processes: those that each have some of the target losses.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class RealisedDecrease:
         *,
         due: Callable[[], bool],
         note: Callable[[Tensor], None],
+        processes: Processes,
     ) -> None:
         self._optimizer, self._losses, self._due, self._note = optimizer, losses, due, note
+        self._processes = processes
         self._idle: Tensor | None = None
         optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
@@ -60,7 +64,9 @@ class RealisedDecrease:
     def _mean_loss(self) -> Tensor:
         model = self._optimizer.model
         with passing_without_trace(model), own_randomness(model.parameters(), self._optimizer.seed):
-            return self._losses().mean()
+            losses = self._losses()
+        total = self._processes.total(torch.stack([losses.sum(), losses.new_tensor(len(losses))]))
+        return total[0] / total[1]
 
 
 @contextmanager

@@ -85,10 +85,15 @@ def _processes(trainer: Trainer) -> Iterator[str]:
         yield "DeepSpeed builds its own optimizer around ours: train without it"
     if args.fsdp or trainer.is_fsdp_enabled:
         yield "FSDP keeps only shards of the parameters in each process: train in one process without it"
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not _is_ddp(accelerator):
         yield (
-            f"there are {accelerator.num_processes} processes, each would select for itself and the parameters would "
-            "drift apart: train in one"
+            f"there are {accelerator.num_processes} processes that do not train by DistributedDataParallel: start them "
+            "by torchrun without FSDP, DeepSpeed or parallelism within the model"
+        )
+    if accelerator.num_processes > 1 and trainer.model_accepts_loss_kwargs and not args.average_tokens_across_devices:
+        yield (
+            "average_tokens_across_devices=False divides each process's loss by its own labels, while there is one "
+            "selection over all: leave it True"
         )
     if args.n_gpu > 1:
         yield (
@@ -97,6 +102,12 @@ def _processes(trainer: Trainer) -> Iterator[str]:
         )
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         yield "the model was loaded in shards (distributed_config): load it whole"
+
+
+def _is_ddp(accelerator: Any) -> bool:
+    return accelerator.distributed_type.value in ("MULTI_GPU", "MULTI_CPU", "MULTI_NPU", "MULTI_XPU") and (
+        getattr(accelerator, "parallelism_config", None) is None
+    )
 
 
 def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -> Iterator[str]:
@@ -155,6 +166,8 @@ def _proposals(trainer: Trainer) -> Iterator[str]:
         )
     if getattr(args, "packing", False) or getattr(trainer, "padding_free", False):
         yield "a proposal chooses rows, which are no candidates where documents are packed: leave packing out"
+    if trainer.accelerator.num_processes > 1:
+        yield "a proposal chooses for one process: train in one, or leave the proposal out"
     if args.ignore_data_skip:
         yield "what a proposal has given out is skipped when a run is resumed: leave ignore_data_skip out"
     if args.train_sampling_strategy != "random":

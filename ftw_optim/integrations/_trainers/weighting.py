@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ftw_optim.integrations._trainers.packing import Documents
+from ftw_optim.integrations._trainers.processes import Processes
 
 WEIGHTINGS = ("token_sum", "token_mean")
 
@@ -32,7 +33,13 @@ class Weighting:
 
     @classmethod
     def of(
-        cls, kind: str, counted: Sequence[Tensor], documents: Sequence[Documents | None], *, over_window: bool = True
+        cls,
+        kind: str,
+        counted: Sequence[Tensor],
+        documents: Sequence[Documents | None],
+        *,
+        over_window: bool = True,
+        processes: Processes | None = None,
     ) -> Weighting:
         """The weighting of a window.
 
@@ -42,15 +49,19 @@ class Weighting:
             documents: for each micro-batch, its documents; None where its rows are the candidates.
             over_window: whether the trainer's loss is the mean over all tokens of the window; False: it is the mean of
                 the micro-batches' means.
+            processes: those that have parts of the window; None: this is the whole of it.
         """
-        labels = [part.sum() for part in counted]
-        if over_window:
-            tokens = [torch.stack(labels).sum().clamp(min=1)] * len(labels) if labels else []
-        else:
-            tokens = [one.clamp(min=1) * len(labels) for one in labels]
         pairs = zip(counted, documents, strict=True)
-        sizes = (len(part) if packed is None else len(packed.origins) for part, packed in pairs)
-        return cls(kind=kind, count=sum(sizes), tokens=tokens)
+        count = sum(len(part) if packed is None else len(packed.origins) for part, packed in pairs)
+        labels = [part.sum() for part in counted]
+        if processes is None or processes.count == 1:
+            window = [torch.stack(labels).sum().clamp(min=1)] * len(labels) if labels else []
+            shares = len(labels)
+        else:
+            count, total, shares = processes.totals(count, sum(map(int, labels)), len(labels))
+            window = [torch.full_like(one, max(1, total)) for one in labels]
+        tokens = window if over_window else [one.clamp(min=1) * shares for one in labels]
+        return cls(kind=kind, count=count, tokens=tokens)
 
     def losses(self, batch: int, values: Tensor, counted: Tensor, documents: Documents | None) -> Tensor:
         """One loss for each candidate of a micro-batch.

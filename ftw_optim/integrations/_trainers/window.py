@@ -12,6 +12,7 @@ from torch import Tensor
 from ftw_optim._matching.selection import Selection
 from ftw_optim._step.losses import IGNORED, shifted_labels
 from ftw_optim.integrations._trainers.packing import BOUNDARIES, Documents, documents_of
+from ftw_optim.integrations._trainers.processes import Processes
 from ftw_optim.integrations._trainers.weighting import Weighting
 
 IDS, SOURCES, TEXTS = COLUMNS = ("selection_sample_ids", "selection_sources", "selection_texts")
@@ -149,6 +150,7 @@ class Window:
         shifts: bool = True,
         joined: bool = False,
         passed: Callable[[], None] | None = None,
+        processes: Processes | None = None,
     ) -> Window:
         """A window of collated batches.
 
@@ -160,6 +162,7 @@ class Window:
             shifts: see :meth:`MicroBatch.of`.
             joined: whether to pad the micro-batches and join them to one batch.
             passed: see :class:`Window`.
+            processes: see :meth:`Weighting.of`.
         """
         batches = [MicroBatch.of(batch, shifts=shifts) for batch in given]
         batches = [batch for batch in batches if len(batch)]
@@ -170,11 +173,14 @@ class Window:
             [batch.counted for batch in batches],
             [batch.documents for batch in batches],
             over_window=over_window,
+            processes=processes,
         )
         return cls(batches=batches, weighting=how, positions=positions, passed=passed)
 
     def closure(self) -> Callable[..., Any]:
         """The closure for :meth:`SelectiveOptimizer.backward`."""
+        if not self.batches:
+            return lambda: torch.zeros(0)  # of other processes there may be candidates
         if len(self.batches) == 1:
             return self._one_batch
         return self._in_turn
@@ -186,22 +192,27 @@ class Window:
         ids = [batch.sample_ids() for batch in self.batches]
         return ids[0] if len(ids) == 1 else ids
 
-    def losses(self) -> Tensor:
-        """The losses of all candidates, in a window of a single batch."""
-        return self._one_batch()
+    def losses(self, rows: Tensor | None = None) -> Tensor:
+        """The losses of all candidates, or of those at the indices ``rows``, in a window of a single batch."""
+        return self._one_batch(rows)
 
-    def token_loss(self, selection: Selection) -> Tensor:
+    def token_loss(self, selection: Selection, processes: Processes) -> Tensor:
         """The mean loss of a token under the weights, a scalar on the device.
 
         Under equal weights this is the loss that a trainer without selection reports. The weighted mean of the
         candidates' own losses is not a loss per token where candidates have different numbers of tokens. For a skipped
         selection, accepted candidates get equal weights. Target rows that take part count where no candidate does.
+
+        Args:
+            selection: among the candidates of all processes.
+            processes: those that have parts of the window.
         """
         units = torch.cat(
             [
                 self.weighting.losses(number, batch.counted.to(torch.float32), batch.counted, batch.documents)
                 for number, batch in enumerate(self.batches)
             ]
+            or [torch.zeros(0)]
         )
         share = torch.zeros(len(selection.losses), dtype=torch.float64)
         if selection.skipped:
@@ -214,7 +225,8 @@ class Window:
             return units.new_full((), torch.nan)
         counts = share > 0  # the others' losses may not be finite, and stay so when multiplied by zero
         total = (share[counts] * selection.losses[counts].to(share)).sum().to(units)
-        return total / (share.to(units) * units).sum().clamp(min=torch.finfo(units.dtype).tiny)
+        tokens = processes.total((share[selection.mine].to(units) * units).sum())
+        return total / tokens.clamp(min=torch.finfo(units.dtype).tiny)
 
     def column(self, key: str) -> list[Any] | None:
         """The values of a column for all candidates; None if the data do not have it."""

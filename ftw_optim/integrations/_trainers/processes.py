@@ -1,0 +1,56 @@
+"""The processes of a trainer's run: what they add up and gather, and which target rows each of them runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
+from torch import Tensor
+
+
+@final
+class Processes:
+    """The processes that share one selection; a process that is alone adds up and gathers its own.
+
+    Args:
+        accelerator: the trainer's.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.count = int(accelerator.num_processes)
+        self.own = int(accelerator.process_index)
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        if self.count == 1:
+            return value
+        summed: Tensor = self._accelerator.reduce(value.clone(), reduction="sum")
+        return summed
+
+    def totals(self, *numbers: int) -> list[int]:
+        """The sums of some numbers over all processes."""
+        if self.count == 1:
+            return list(numbers)
+        return [int(n) for n in self.total(torch.tensor(numbers, device=self._accelerator.device)).tolist()]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process gives."""
+        return [value] if self.count == 1 else list(gather_object([value]))
+
+    def joined(self, values: Sequence[Any] | None) -> list[Any] | None:
+        """The entries of all processes, in their order; None where one of them has none."""
+        parts = self.gathered(None if values is None else list(values))
+        return None if any(part is None for part in parts) else [entry for part in parts for entry in part]
+
+    def rows(self, count: int) -> Tensor | None:
+        """Which of so many rows this process runs; None: all, where it is alone, or there are fewer than processes.
+
+        Rows that each process runs count once for each, which leaves their mean what it is.
+        """
+        if self.count == 1 or count < self.count:
+            return None
+        return torch.arange(count).tensor_split(self.count)[self.own]
