@@ -333,21 +333,26 @@ class SelectiveTrainerMixin(_Base):
         return self._losses_of(self.target_batches)
 
     def _losses_of(self, batches: TargetBatches) -> Tensor:
-        return self._losses_of_batch(batches.at(self.state.global_step))
+        return self._losses_of_batch(batches.at(self.state.global_step), self._processes.rows)
 
-    def _losses_of_batch(self, batch: Any) -> Tensor:
+    def _losses_of_batch(self, batch: Any, rows: Callable[[int], Tensor | None]) -> Tensor:
         window = self._window(self.model_wrapped, [self._prepare_inputs(batch)])
         if not any(bool(one.counted.any()) for one in window.batches):
             raise ValueError(
                 f"Expected target examples with labels, but none of the batch of step {self.state.global_step} has any "
                 "(all are -100): look at the labels of target_dataset and held_out_dataset."
             )
-        return window.losses(self._processes.rows(window.weighting.count))
+        own = rows(window.weighting.count)
+        return torch.zeros(0, device=self.args.device) if own is not None and not len(own) else window.losses(own)
 
     def _held_out_losses(self) -> Tensor:
         """The losses of all held-out examples."""
         assert self._held_out is not None
-        return torch.cat([self._losses_of_batch(batch) for batch in self._held_out.in_order()])
+        rows = self._processes.rows
+        if len(self._held_out.dataset) < self._processes.count:
+            return torch.cat([self._losses_of_batch(batch, rows) for batch in self._held_out.in_order()])
+        numbered = enumerate(self._held_out.in_order())
+        return torch.cat([self._losses_of_batch(one, partial(self._processes.dealt, turn=n)) for n, one in numbered])
 
     def _prepared_targets(self, dataset: Any) -> Any:
         """The target examples, ready to be collated."""
@@ -404,7 +409,7 @@ class SelectiveTrainerMixin(_Base):
 
     def get_train_dataloader(self) -> Any:
         """The trainer's data loader; its batches also hold the columns for the selection log."""
-        if self.selection_log is None or not self._log_columns:
+        if not self._metrics_of_selection.logs or not self._log_columns:
             return super().get_train_dataloader()
         collator, signature = self.data_collator, self._signature_columns
         self._set_signature_columns_if_needed()

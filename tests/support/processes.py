@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import sys
 import traceback
@@ -86,6 +87,12 @@ def _work(rank: int, count: int, store: str, end: Connection, path: list[str]) -
     sys.path[:] = path
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    # What TRL sets by default and PEFT asks of a model, under names that Transformers has changed.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    # As torchrun tells, which frameworks ask; they find the group that is there.
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {name: str(value) for name, value in own.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "true"}
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, count),

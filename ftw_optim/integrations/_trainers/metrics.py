@@ -42,7 +42,8 @@ class Metrics:
 
     def __init__(self, log: Recorder | None, processes: Processes) -> None:
         self._log, self._processes = log, processes
-        self._logs: bool | None = None  # whether the first process has a log; asked at the first step
+        self.logs = bool(processes.gathered(log is not None)[0])
+        """Whether the first process has a log, for which the others give what they know of their candidates."""
         self._values: dict[str, list[float]] = defaultdict(list)
         self._last: tuple[Selection, Window, dict[str, float]] | None = None
 
@@ -60,9 +61,7 @@ class Metrics:
 
     def record(self, step: int) -> None:
         """Record the last noted selection in the selection log, as that ``step``, unless it has been recorded."""
-        if self._logs is None:
-            self._logs = bool(self._processes.gathered(self._log is not None)[0])
-        if self._logs and self._last is not None:
+        if self.logs and self._last is not None:
             selection, window, found = self._last
             ids, sources, texts = (self._processes.joined(window.column(key)) for key in COLUMNS)
             if self._processes.own or self._log is None:

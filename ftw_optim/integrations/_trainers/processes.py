@@ -51,6 +51,15 @@ class Processes:
 
         Rows that each process runs count once for each, which leaves their mean what it is.
         """
-        if self.count == 1 or count < self.count:
+        return None if count < self.count else self.dealt(count, 0)
+
+    def dealt(self, count: int, turn: int) -> Tensor | None:
+        """Which of so many rows this process runs, perhaps none; None: all, where it is alone.
+
+        Args:
+            count: number of rows.
+            turn: process that gets the first of them, modulo their number.
+        """
+        if self.count == 1:
             return None
-        return torch.arange(count).tensor_split(self.count)[self.own]
+        return torch.arange(count).tensor_split(self.count)[(self.own - turn) % self.count]

@@ -1,0 +1,140 @@
+"""Trainers on two processes: the step is that of a single process with the batches of both."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig
+
+from ftw_optim import GreedyFilter, KeepAll, UniformWeights
+from ftw_optim.integrations.transformers import SelectiveTrainer
+from ftw_optim.integrations.trl import SelectiveSFTTrainer
+from tests.support.grids import slow
+from tests.support.processes import Failure, Processes
+from tests.support.trainer_runs import ARGUMENTS, HARD, Recording, Watch, examples, model, numbered, padded, tokenizer
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning",
+)
+ROWS = numbered(examples(24))
+SFT = {"packing": False, "max_length": None}
+
+
+def trained(directory: str, kind: str, settings: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """A job: one run of a trainer; what it saw, and what it logged."""
+    recording, watch = Recording(), Watch()
+    several = dist.is_initialized()
+    directory = f"{directory}/{dist.get_rank() if several else 'alone'}"
+    options = copy.deepcopy(options)
+    if kind != "plain":
+        own = several and dist.get_rank() == 1
+        options |= {"target_dataset": examples(5, seed=1), "selection_log": None if own else recording}
+        options |= {"sample_id_column": "number", "source_column": "origin"}
+    if kind == "SFT":
+        options["target_dataset"] = Dataset.from_list(options["target_dataset"])
+        trainer: Trainer = SelectiveSFTTrainer(
+            model().double(),
+            SFTConfig(directory, **{**ARGUMENTS, **HARD, **SFT, **settings}),
+            processing_class=tokenizer(),
+            train_dataset=Dataset.from_list(ROWS),
+            callbacks=[watch],
+            **options,
+        )
+    else:
+        made = {"plain": Trainer, "Trainer": SelectiveTrainer}[kind]
+        trainer = made(
+            model().double(),
+            TrainingArguments(directory, **{**ARGUMENTS, **HARD, **settings}),
+            train_dataset=ROWS,
+            data_collator=padded,
+            callbacks=[watch],
+            **options,
+        )
+    if kind == "plain" or settings.get("remove_unused_columns") is False:
+        pass
+    trainer.train()
+    return {
+        "parameters": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
+        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+        "realised": [line.get("selection/realised_decrease") for line in trainer.state.log_history if "loss" in line],
+        "steps": recording.steps,
+    }
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "Trainer": ("Trainer", {}, {"realised_every": 1}),
+    "token mean": ("Trainer", {}, {"sample_weighting": "token_mean"}),
+    "graph": ("Trainer", {}, {"selective": {"combine": "graph"}}),
+    "target rows": ("Trainer", {}, {"selective": {"train_on_target": True}}),
+    "guides apart": ("Trainer", {}, {"guide_share": 0.5}),
+    "held out": ("Trainer", {}, {"held_out_dataset": examples(5, seed=4), "held_out_every": 2}),
+    "one target row": ("Trainer", {}, {"target_batch_size": 1}),
+    "SFT": ("SFT", {}, {}),
+}
+
+
+@pytest.mark.parametrize("name", [name if name in ("Trainer", "SFT") else slow(name) for name in CASES])
+def test_a_step_of_two_processes_is_that_of_one_with_both_batches(
+    name: str, two_processes: Processes, tmp_path: Path
+) -> None:
+    kind, settings, options = CASES[name]
+    settings = {"gradient_accumulation_steps": 1, "num_train_epochs": 1, **settings}
+    options = {"target_batch_size": 4, **options}
+    options["selective"] = {"filter": GreedyFilter(keep=0.5), **options.get("selective", {})}
+    ranks = two_processes.run(trained, str(tmp_path), kind, {**settings, "per_device_train_batch_size": 3}, options)
+    whole = trained(str(tmp_path), kind, {**settings, "per_device_train_batch_size": 6}, options)
+    for key, value in whole["parameters"].items():
+        assert torch.equal(ranks[0]["parameters"][key], ranks[1]["parameters"][key])
+        torch.testing.assert_close(ranks[0]["parameters"][key], value, rtol=1e-9, atol=1e-10)
+    assert ranks[0]["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+    assert not ranks[1]["steps"]
+    assert len(whole["steps"]) == len(ranks[0]["steps"]) == 4
+    for one, other in zip(ranks[0]["steps"], whole["steps"], strict=True):
+        for column in ("step", "ids", "sources"):
+            assert one[column] == other[column], column
+        assert one["selection"].kept.tolist() == other["selection"].kept.tolist()
+        assert one["selection"].held_out_loss == pytest.approx(other["selection"].held_out_loss, nan_ok=True)
+        assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["Trainer", slow("SFT")])
+def test_with_all_kept_alike_it_is_the_trainers_own_run_on_two_processes(
+    kind: str, two_processes: Processes, tmp_path: Path
+) -> None:
+    """With accumulation, clipping, decay, and a last window that is not complete."""
+    options = {"selective": {"filter": KeepAll(), "weight": UniformWeights()}}
+    found = two_processes.run(trained, str(tmp_path), kind, {}, options)[0]
+    own = two_processes.run(trained, str(tmp_path), "plain", {}, {})[0]
+    for key, value in own["parameters"].items():
+        # The trainer's own loss is computed in float32.
+        torch.testing.assert_close(found["parameters"][key], value, rtol=1e-4, atol=1e-6)
+    assert found["losses"] == pytest.approx(own["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "kind", "said"),
+    [
+        ({"selective": {"proposal": "similarity"}}, {}, "NotImplementedError", "a proposal chooses for one process"),
+        ({}, {"average_tokens_across_devices": False}, "NotImplementedError", "average_tokens_across_devices=False"),
+        (
+            {"selective": {"train_on_target": True}, "target_batch_size": 1},
+            {},
+            "ValueError",
+            "a target example for each of 2 processes",
+        ),
+    ],
+)
+def test_what_several_processes_do_not_have_is_refused(
+    options: dict[str, Any], settings: dict[str, Any], kind: str, said: str, two_processes: Processes, tmp_path: Path
+) -> None:
+    for one in two_processes.outcomes(trained, str(tmp_path), "Trainer", settings, options):
+        assert isinstance(one, Failure)
+        assert one.kind == kind
+        assert said in one.text
