@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tests.support.trainer_runs import model, tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "benchmarks" / "examples"
 NAMES = ("trainer_lora", "sft_lora", "plain_loop")
-CHANGED = {"trainer_lora": 12, "sft_lora": 12, "plain_loop": 16}
+CHANGED = {"trainer_lora": 12, "sft_lora": 12, "plain_loop": 16, "torchrun_loop": 16}
 """Lines of the diff that are added or removed, those of the docstring and of the import included."""
 
 pytestmark = [
@@ -74,7 +75,27 @@ def test_the_packed_example_runs(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert any(bool(value.any()) for key, value in found.items() if "lora_B" in key)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+def test_the_example_for_several_processes_runs_on_two(folder: Path, tmp_path: Path) -> None:
+    found = {}
+    for end in ("_baseline", ""):
+        script = str(EXAMPLES / f"torchrun_loop{end}.py")
+        settings = ["--model", str(folder / "model"), "--data", str(folder / "pool.jsonl"), "--steps", "3", "--cpu"]
+        settings += ["--output", str(tmp_path / f"run{end}")] + (
+            [] if end else ["--target", str(folder / "target.jsonl")]
+        )
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+        done = subprocess.run([*launcher, *settings], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        found[end] = safetensors.torch.load_file(tmp_path / f"run{end}" / "adapter_model.safetensors")
+    trained = [key for key in found[""] if "lora_B" in key]
+    assert trained
+    assert all(
+        bool(found[""][key].any()) and not torch.equal(found[""][key], found["_baseline"][key]) for key in trained
+    )
+
+
+@pytest.mark.parametrize("name", CHANGED)
 def test_an_example_is_the_script_without_selection_but_for_a_few_lines(name: str) -> None:
     plain, ours = ((EXAMPLES / f"{name}{end}.py").read_text().splitlines() for end in ("_baseline", ""))
     lines = [line for line in difflib.ndiff(plain, ours) if line[0] in "+-"]
