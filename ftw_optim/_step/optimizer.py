@@ -60,8 +60,9 @@ class SelectiveOptimizer(OptimizerWrapper):
         weight: the weight stage, which gives each kept candidate its weight; None: :class:`NonNegativeLeastSquares`.
         metric: ``"preconditioned"`` (``<g_i, P g_j>``), ``"update"`` (``<P g_i, P g_j>``) or ``"euclidean"``.
         train_on_target: whether the target rows take part in the step: they run as candidates do, are always kept, and
-            are weighed together with the others, each by what the *other* target rows ask for. False: they only guide.
-            A closure of further rows' losses, shape ``(m,)``: these rows take part, and the target only guides.
+            are weighed together with the others, each by what the *other* target rows ask for; with
+            ``TargetGradient(until=)`` only once they guide no more. False: they only guide. A closure of further rows'
+            losses, shape ``(m,)``: these rows take part, and the target only guides.
         combine: where the combined gradient comes from: ``"factors"`` (the captured factors), ``"graph"`` (a weighted
             backward over the same graph), ``"rerun"`` (the kept candidates once more, ``closure(rows=kept)``) or
             ``"auto"``: factors where every updated parameter has a layer rule, else graph.
@@ -324,7 +325,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             plan=plan(structure, parameters.updated if way.captures_all else parameters.scored),
             way=way,
             target=self.target,
-            trains_on_target=self.train_on_target,
+            trains_on_target=self._rows_to_train_on(self.train_on_target),
             kept_target=self._kept_target,
             watch=self._watch,
             filter=self.filter,
@@ -344,6 +345,12 @@ class SelectiveOptimizer(OptimizerWrapper):
             observe=self._observe,
         )
         return setup, closure
+
+    def _rows_to_train_on(self, asked: bool | Callable[[], Tensor]) -> bool | Callable[[], Tensor]:
+        """The target rows that take part in the coming step, which guide no more where that has an end."""
+        if asked is not True or self.target.until is None:
+            return asked
+        return self.target.closure if self.target.guides_no_more(self._backwards) else False
 
     def _seed_of(self, purpose: str, *, rank: int) -> int:
         # Ranks that drew the same dropout masks for their own rows would not be one run.

@@ -84,7 +84,7 @@ def check_target(target: TargetGradient, train_on_target: Any) -> None:
             "train_on_target must be True, False or a closure that returns the losses (m,) of rows to train on, got "
             f"{type(train_on_target).__name__}."
         )
-    if train_on_target is True and target.refresh_every > 1:
+    if train_on_target is True and target.refresh_every > 1 and target.until is None:
         raise ValueError(
             "train_on_target=True runs the target rows at every step: expected refresh_every=1, got "
             f"{target.refresh_every}. To remember gradients over steps use decay=."

@@ -35,6 +35,9 @@ class TargetGradient:
             that ``selection.blind`` can tell whether the target rows are memorised; run without gradients, with the
             model in the mode of the step.
         held_out_every: number of selections from one such look to the next.
+        until: number of selections after which the gradient is formed no more: it stays what it was. With
+            ``train_on_target=True`` the target rows take part in the steps from then on, and only guide before: what is
+            trained on is memorised, and guides to what it knows already. None: without end.
     """
 
     closure: Callable[[], Tensor]
@@ -42,6 +45,7 @@ class TargetGradient:
     decay: float = 0.0
     held_out: Callable[[], Tensor] | None = None
     held_out_every: int = 10
+    until: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.closure):
@@ -55,13 +59,21 @@ class TargetGradient:
         for name, value in (("refresh_every", self.refresh_every), ("held_out_every", self.held_out_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        if self.until is not None and (
+            isinstance(self.until, bool) or not isinstance(self.until, int) or self.until < 1
+        ):
+            raise ValueError(f"until must be a positive number of selections, or None, got {self.until!r}.")
         if not 0.0 <= self.decay < 1.0:
             raise ValueError(f"decay must be in [0, 1), got {self.decay!r}.")
 
     @property
     def remembers(self) -> bool:
         """Whether the gradient must outlive the step it was formed in."""
-        return self.refresh_every > 1 or self.decay > 0.0
+        return self.refresh_every > 1 or self.decay > 0.0 or self.until is not None
+
+    def guides_no_more(self, backwards: int) -> bool:
+        """Whether the gradient stays what it was, after so many selections."""
+        return self.until is not None and backwards >= self.until
 
     def gradients(
         self,
@@ -92,7 +104,7 @@ class TargetGradient:
             ValueError: the shape of the losses is not ``(m,)`` with m > 0, or they are detached.
         """
         kept = usable(previous, parameters)
-        if kept is not None and backwards % self.refresh_every:
+        if kept is not None and (backwards % self.refresh_every or self.guides_no_more(backwards)):
             return TargetNow(
                 gradients=kept,
                 finite=torch.ones(0, dtype=torch.bool),
