@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 
 import torch
@@ -205,7 +205,9 @@ class _Step:
         if method is not None:
             count = count or self._sizes.target_rows
             guiding = (lambda: self._guides) if guides else (lambda: self._targets)
-            options = {**method.options, **({"train_on_target": self._losses(lambda: self._targets)} if guides else {})}
+            late = round(arm.target_after * run.steps)
+            options = {**method.options, **({"train_on_target": True} if late else {})}
+            options |= {"train_on_target": self._losses(lambda: self._targets)} if guides else {}
             self._optimizer = SelectiveOptimizer(
                 inner,
                 lab.top,
@@ -215,6 +217,7 @@ class _Step:
                     refresh_every=method.refresh_every,
                     held_out=self._losses(lambda: lab.setting.validation) if method.watched else None,
                     held_out_every=HELD_OUT_EVERY,
+                    until=late or None,
                 ),
                 filter=method.filter(self._sizes.keep, run.lr),
                 weight=method.weight,
@@ -243,7 +246,7 @@ class _Step:
         # The trunk runs where a record is new; every arm is charged for it by the token whenever the record is used.
         lab.entrance.fill([*candidates, *self._targets, *self._guides])
         start = now(lab.top.device)
-        weights = self._uniform(candidates) if arm.method is None else self._selective(candidates, late=late)
+        weights = self._uniform(candidates) if arm.method is None else self._selective(candidates)
         self._schedule.step()
         seconds += now(lab.top.device) - start
         targets = [*self._targets, *self._guides]
@@ -257,10 +260,8 @@ class _Step:
         self._optimizer.step()
         return torch.full((len(candidates),), 1 / len(rows), dtype=torch.float64)
 
-    def _selective(self, candidates: list[Example], *, late: bool) -> Tensor:
+    def _selective(self, candidates: list[Example]) -> Tensor:
         lab, optimizer, method = self._lab, self._optimizer, self._arm.method
-        if late and self._arm.target_after > 0.0 and optimizer.train_on_target is False:
-            self._train_on_target(optimizer)
         optimizer.filter = method.filter(self._sizes.keep, self._schedule.get_last_lr()[0])
         rows = lab.entrance.rows(candidates)
         optimizer.step(lambda: lab.top(rows))
@@ -269,13 +270,6 @@ class _Step:
             self._chooser.observe(candidates, selection)
         self._run.cosines.append(float(selection.cosine))
         return selection.spread_weights()
-
-    def _train_on_target(self, optimizer: SelectiveOptimizer) -> None:
-        """From now on the target rows take part in the step; the guide stays what it was before they did."""
-        guide = optimizer._kept_target
-        optimizer.train_on_target = self._losses(lambda: self._targets)
-        optimizer.target = replace(optimizer.target, refresh_every=2 * self._run.steps)
-        optimizer._kept_target = guide
 
 
 def rate(step: int, steps: int) -> float:

@@ -134,7 +134,10 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     @property
     def target(self) -> TargetGradient:
-        """The target; set it to a closure or a :class:`TargetGradient`."""
+        """The target; set it to a closure or a :class:`TargetGradient`.
+
+        What is kept of its gradient stays where only the settings change, and the closure is the same.
+        """
         target: TargetGradient | None = self.__dict__.get("_target")
         if target is None:
             raise RuntimeError(
@@ -148,7 +151,8 @@ class SelectiveOptimizer(OptimizerWrapper):
         new = target if isinstance(target, TargetGradient) else TargetGradient(target)
         if self.train_on_target is not None:  # not where a copy waits for its rows, too
             check_target(new, self.train_on_target)
-        if "_target" in self.__dict__:  # not where a copy or checkpoint brought the gradient along
+        before: TargetGradient | None = self.__dict__.get("_target")  # None: a copy or checkpoint may have brought one
+        if before is not None and before.closure is not new.closure:
             self._kept_target, self._watch = None, Watch()
         self._target = new
 
@@ -156,6 +160,11 @@ class SelectiveOptimizer(OptimizerWrapper):
     def selection(self) -> Selection | None:
         """The selection of the last backward or step; None before the first."""
         return self._selection
+
+    @property
+    def selections(self) -> int:
+        """The number of selections so far, those of runs before a checkpoint included."""
+        return self._backwards
 
     @property
     def coverage(self) -> Coverage:

@@ -74,6 +74,9 @@ class SelectiveTrainerMixin(_Base):
             the guides ask for. 0: all guide, and take part where ``selective`` has ``train_on_target``. Which is which
             is decided by the seed.
         target_refresh_every: number of steps from one evaluation of the target gradient to the next.
+        guide_until: share of the run's steps in which the target examples only guide; after them they take part, and
+            the guide stays what it was. What is trained on is memorised, and guides to what it knows already. 0: as
+            ``selective`` says.
         held_out_dataset: examples of the same task that nothing is trained on, prepared alike: ``selection.blind`` then
             tells whether the target examples are memorised, and a learned proposal learns nothing from such a guide.
             All of them run, without gradients, at every look: a few dozen are enough.
@@ -112,6 +115,7 @@ class SelectiveTrainerMixin(_Base):
         target_batch_size: int | None = None,
         guide_share: float = 0.0,
         target_refresh_every: int = 1,
+        guide_until: float = 0.0,
         held_out_dataset: Any = None,
         held_out_every: int = 10,
         realised_every: int = 0,
@@ -140,6 +144,15 @@ class SelectiveTrainerMixin(_Base):
             seed=self._options["seed"],
             refresh_every=target_refresh_every,
         )
+        self.guide_until = guide_until
+        if not 0.0 <= guide_until < 1.0 or (guide_until and guide_share):
+            raise ValueError(
+                f"guide_until must be in [0, 1), and 0 beside a guide_share, got {guide_until!r} and {guide_share!r}: "
+                "0.5 lets the target examples guide in the first half of the steps, and trains on them in the second."
+            )
+        if guide_until and self._options.setdefault("train_on_target", True) is not True:
+            raise ValueError(f"guide_until={guide_until} trains on the target: leave train_on_target out of selective.")
+        self._until_known = False  # of this run
         self._held_out: TargetBatches | None = None
         self._held_out_every = held_out_every
         if held_out_dataset is not None:
@@ -220,6 +233,7 @@ class SelectiveTrainerMixin(_Base):
         if not window.batches and self._processes.count == 1:
             return torch.zeros(())
         scaler = self.accelerator.scaler  # float16 on a GPU
+        self._decide_until(optimizer)
         # A fresh scaler makes its scale at its first call.
         scale = 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=self.args.device)))
         optimizer.backward(window.closure(), grad_scale=scale, sample_ids=window.sample_ids())
@@ -228,6 +242,14 @@ class SelectiveTrainerMixin(_Base):
         self._metrics_of_selection.note(selection, window)
         self._sampling.observe(selection)
         return window.token_loss(selection, self._processes)
+
+    def _decide_until(self, optimizer: SelectiveOptimizer) -> None:
+        """At the first step of a run, decide when the target examples guide no more."""
+        if not self.guide_until or self._until_known:
+            return
+        self._until_known = True
+        left = round(self.guide_until * self.state.max_steps) - self.state.global_step
+        optimizer.target = replace(optimizer.target, until=max(1, optimizer.selections + left))
 
     def _check_selected(self) -> None:
         """Before a step: a training step of one's own may have hidden the selective one.
@@ -435,6 +457,7 @@ class SelectiveTrainerMixin(_Base):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, as the trainer does."""
         self._sampling.start()
+        self._until_known = False
         return super().train(*args, **kwargs)
 
     # ------------------------------------------------------------------ what it tells

@@ -17,11 +17,13 @@ from ftw_optim.integrations.transformers import SelectiveTrainer, SelectiveTrain
 from tests.support.grids import slow
 from tests.support.trainer_runs import (
     Recording,
+    Stop,
     arguments,
     examples,
     gradients_alone,
     model,
     numbered,
+    padded,
     trained,
 )
 
@@ -182,3 +184,43 @@ def test_a_batch_of_held_out_examples_without_labels_is_refused(tmp_path: Path) 
             target_dataset=examples(5),
             held_out_dataset=unlabelled,
         )
+
+
+@pytest.mark.parametrize("stop", [None, slow(2), 4])
+def test_target_examples_guide_first_and_are_trained_on_later(stop: int | None, tmp_path: Path) -> None:
+    recording = Recording()
+
+    def run(*callbacks: Any, resume: bool = False) -> None:
+        trainer = SelectiveTrainer(
+            model().double(),
+            arguments(tmp_path, num_train_epochs=3, save_steps=1, save_strategy="steps", learning_rate=1e-3),
+            data_collator=padded,
+            train_dataset=examples(12),
+            target_dataset=examples(5, seed=1),
+            target_batch_size=3,
+            guide_until=0.5,
+            selective={"filter": GreedyFilter(keep=3)},
+            selection_log=recording,
+            callbacks=list(callbacks),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+
+    if stop is None:
+        run()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run(Stop(stop))
+        run(resume=True)
+    taking_part = [len(step["selection"].target_weights) for step in recording.steps]
+    assert len(taking_part) == 6
+    assert taking_part == [0, 0, 0, 3, 3, 3]
+    late = [step["selection"].target_weights for step in recording.steps[3:]]
+    assert all(bool(weights.any()) for weights in late)
+
+
+@pytest.mark.parametrize(
+    "options", [{"guide_until": 1.0}, {"guide_until": -0.1}, {"guide_until": 0.5, "guide_share": 0.5}]
+)
+def test_a_time_to_guide_that_is_none_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="guide_until must be in"):
+        SelectiveTrainer(model(), arguments(tmp_path), train_dataset=examples(4), target_dataset=examples(5), **options)
