@@ -136,6 +136,30 @@ class Selection:
             skipped=True,
         )
 
+    def own(self) -> Selection:
+        """The selection as far as it concerns the candidates of this process; itself where they are all.
+
+        Entries of others are left out, and so are target rows; whatever is of the step as a whole stays as it is.
+        """
+        start, stop, _ = self.mine.indices(len(self.losses))
+        if (start, stop) == (0, len(self.losses)):
+            return self
+        mine = slice(start, stop)
+        kept = (self.kept >= start) & (self.kept < stop)
+        rejected = (self.rejected >= start) & (self.rejected < stop)
+        return replace(
+            self,
+            losses=self.losses[mine],
+            kept=self.kept[kept] - start,
+            weights=self.weights[kept],
+            gram=self.gram[mine, mine],
+            cross_gram=self.cross_gram[mine],
+            rejected=self.rejected[rejected] - start,
+            target_weights=_NOTHING,
+            target_losses=_NOTHING,
+            mine=slice(0, stop - start),
+        )
+
     def spread_weights(self) -> Tensor:
         """The weights of all candidates, shape ``(n,)`` float64; zero for candidates that are not kept."""
         weights = torch.zeros(len(self.losses), dtype=torch.float64)

@@ -71,13 +71,19 @@ def check_explore(explore: float, explore_by: str) -> None:
         raise ValueError(f"explore_by must be 'record' or 'source', got {explore_by!r}.")
 
 
-def check_observed(samples: Sequence[Sample], selection: Selection) -> None:
-    """Raise a ValueError where the samples are not the candidates of the selection."""
-    n = len(selection.cross_gram)
-    if len(samples) != n:
-        raise ValueError(
-            f"Expected the {n} candidates of the selection, in the order of the closure, got {len(samples)} samples."
-        )
+def observed(samples: Sequence[Sample], selection: Selection) -> Selection:
+    """The selection among the samples: the whole one, or that among this process's candidates.
+
+    Raises:
+        ValueError: the samples are neither all candidates nor those of this process.
+    """
+    for found in (selection, selection.own()):
+        if len(samples) == len(found.cross_gram):
+            return found
+    n = len(selection.own().cross_gram)
+    raise ValueError(
+        f"Expected the {n} candidates of the selection, in the order of the closure, got {len(samples)} samples."
+    )
 
 
 def check_state(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -17,8 +17,8 @@ from ftw_optim.proposals.interface import (
     Sample,
     check_count,
     check_explore,
-    check_observed,
     check_state,
+    observed,
 )
 from ftw_optim.proposals.regression import Regression
 
@@ -117,7 +117,7 @@ class LearnedProposal(Proposal):
 
         Neither do those of a selection whose guide is blind, see :class:`Selection`: what was learned before stays.
         """
-        check_observed(samples, selection)
+        selection = observed(samples, selection)
         if selection.blind:
             return
         known = self._features.given(samples, features)

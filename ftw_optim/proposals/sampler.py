@@ -157,9 +157,12 @@ class ProposedSampler(Sampler[int]):
     def observe(self, selection: Selection) -> None:
         """Let the proposal learn from a step, whose candidates were the next ones given out, in this order.
 
+        In a run of several processes these are the candidates of this one: each has data and a sampler of its own.
+
         Raises:
             ValueError: there are more candidates than were given out.
         """
+        selection = selection.own()
         numbers = self._next(len(selection.losses))
         self._samples.observe(numbers, selection)
         self._taken += len(numbers)

@@ -355,3 +355,22 @@ def test_a_proposal_that_chooses_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="3 different positions of 8"):
         next(iter(sampler))
     assert (sampler.read, sampler.given) == (0, 0)
+
+
+def test_one_of_several_processes_learns_from_its_own_candidates() -> None:
+    alone, beside = sampler_of("learned"), sampler_of("learned")
+    numbers = [list(islice(iter(sampler), 3)) for sampler in (alone, beside)]
+    own, others = scores_of(numbers[0]), scores_of([7, 9])
+    alone.observe(own)
+    whole = selection(
+        0,
+        n=5,
+        keep=1,
+        gram=torch.eye(5).double(),
+        cross_gram=torch.cat([others.cross_gram, own.cross_gram]),
+        target_energy=1.0,
+        mine=slice(2, 5),
+    )
+    beside.observe(whole)
+    torch.testing.assert_close(alone.proposal.state_dict(), beside.proposal.state_dict(), rtol=0, atol=0)
+    assert beside.taken == 3
