@@ -10,6 +10,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ftw_optim._matching.selection import Selection
 from ftw_optim.integrations.streaming._cursor import Cursor
+from ftw_optim.integrations.streaming._dealing import check_rank, part_of
 from ftw_optim.integrations.streaming._interleaving import Interleaving
 from ftw_optim.integrations.streaming._proposing import Proposing, packed, unpacked
 from ftw_optim.integrations.streaming._records import Source, StatefulStream, reader_of
@@ -67,6 +68,11 @@ class CandidateStream(IterableDataset[Any]):
             chosen among as many.
         passed_over: ``"drop"``: samples that were not chosen are dropped. ``"keep"``: they wait and are offered again;
             they are in the checkpoint, so they must consist of lists, tensors, numbers and text.
+        rank: the number of this process, of ``ranks``. All items of a step together are an item of ``ranks`` times as
+            many samples in one process, and every process reads and encodes all of them. The states of all ranks are
+            the same after a step, and a run of another number of ranks goes on from any of them. Samples at the end of
+            a round that are fewer than ``ranks`` are left out.
+        ranks: number of processes that read the same sources.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: an argument is not as described above.
@@ -92,6 +98,8 @@ class CandidateStream(IterableDataset[Any]):
         proposal: Proposal | None = None,
         read_ahead: int | None = None,
         passed_over: Literal["drop", "keep"] = "drop",
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         if not isinstance(sources, Mapping) or not sources:
             raise TypeError(f"Expected sources by name, {{name: source}}, got {type(sources).__name__}.")
@@ -106,6 +114,13 @@ class CandidateStream(IterableDataset[Any]):
         streams = [id(source) for source in sources.values() if isinstance(source, StatefulStream)]
         if len(set(streams)) < len(streams):
             raise ValueError("Expected an IterableDataset of its own for each source: two would share one position.")
+        check_rank(rank, ranks)
+        if ranks > 1 and proposal is not None:
+            raise ValueError(
+                f"Expected a stream of its own for each of {ranks} processes with a proposal, which learns from its "
+                "own candidates: give each process sources of its own, and leave rank and ranks out."
+            )
+        self.rank, self.ranks = rank, ranks
         self.batch_size, self.seed, self.passes, self.drop_last = batch_size, seed, passes, drop_last
         self.probabilities, self.lookahead, self.give_up_after = probabilities, lookahead, give_up_after
         self._screening = Screening(encode, id_field=id_field, source_field=source_field)
@@ -192,20 +207,22 @@ class CandidateStream(IterableDataset[Any]):
     def _item(self) -> list[Sample] | Sample | None:
         before = self._snapshot()
         samples: list[Sample] = []
+        size = self.ranks * (self.batch_size or 1)
         try:
             if self._proposing is not None:
                 samples = self._proposing.choose(self._samples.sample, all_or_none=self.drop_last)
             else:
-                while len(samples) < (self.batch_size or 1) and (sample := self._samples.sample()) is not None:
+                while len(samples) < size and (sample := self._samples.sample()) is not None:
                     samples.append(sample)
             if not self._samples.given:
                 raise ValueError(self._samples.nothing("all sources"))
         except BaseException:  # an interrupt, too: what was drawn for this item is drawn again
             self._restore(before)
             raise
-        if not samples or (self.drop_last and len(samples) < (self.batch_size or 1)):
+        if len(samples) < (size if self.drop_last else self.ranks):
             self._ended = True
             return None
+        samples = part_of(samples, self.rank, self.ranks)
         self._items += 1
         self._past.append((self._snapshot(), before))
         return samples if self.batch_size is not None else samples[0]

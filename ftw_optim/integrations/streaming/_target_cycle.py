@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ftw_optim._step.losses import IGNORED
 from ftw_optim.integrations._trainers.targets import shuffled
+from ftw_optim.integrations.streaming._dealing import check_rank, part_of
 from ftw_optim.integrations.streaming._records import Source, reader_of
 from ftw_optim.integrations.streaming._screening import Encode, Sample, Screening
 
@@ -27,14 +28,21 @@ class TargetCycle:
         encode: the function that encodes a record, as of a :class:`CandidateStream`.
         batch_size: number of samples in a batch.
         seed: seed of the orders.
+        rank: the number of this process, of ``ranks``; it gets its part of each batch.
+        ranks: number of processes that share each batch.
 
     Raises:
-        ValueError: the batch size is not positive, or no record gives a sample.
+        ValueError: the batch size is less than the number of ranks, or no record gives a sample.
     """
 
-    def __init__(self, source: Source, encode: Encode, *, batch_size: int, seed: int = 0) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be positive, got {batch_size}.")
+    def __init__(
+        self, source: Source, encode: Encode, *, batch_size: int, seed: int = 0, rank: int = 0, ranks: int = 1
+    ) -> None:
+        check_rank(rank, ranks)
+        if batch_size < ranks:
+            raise ValueError(
+                f"batch_size must be positive, and at least {ranks}, the number of ranks, got {batch_size}."
+            )
         reader = reader_of("target", source)
         screening = Screening(encode, id_field=None, source_field=None)
         self.samples: list[Sample] = []
@@ -45,7 +53,7 @@ class TargetCycle:
             index += 1
         if not self.samples:
             raise ValueError(f"Expected target samples, got none from {index} records:\n{screening.table()}")
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.rank, self.ranks = batch_size, seed, rank, ranks
         self.skipped = {reason: count for reasons in screening.skipped.values() for reason, count in reasons.items()}
         self._batches = 0
         self._orders: dict[int, list[int]] = {}
@@ -55,7 +63,8 @@ class TargetCycle:
         if number < 0:
             raise ValueError(f"Expected the number of a batch, 0 or more, got {number}.")
         first = number * self.batch_size
-        return [self.samples[self._index(place)] for place in range(first, first + self.batch_size)]
+        places = part_of(range(first, first + self.batch_size), self.rank, self.ranks)
+        return [self.samples[self._index(place)] for place in places]
 
     def _index(self, place: int) -> int:
         turn, at = divmod(place, len(self.samples))
