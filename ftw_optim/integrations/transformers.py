@@ -244,7 +244,7 @@ class SelectiveTrainerMixin(_Base):
         return window.token_loss(selection, self._processes)
 
     def _decide_until(self, optimizer: SelectiveOptimizer) -> None:
-        """At the first step of a run, decide when the target examples guide no more."""
+        """Decide, at the first step of a run, when the target examples guide no more."""
         if not self.guide_until or self._until_known:
             return
         self._until_known = True
