@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["finetune", "lens", "paper", "pays", "step_cost"])
+@pytest.mark.parametrize("name", ["finetune", "lens", "paper", "pays", "scale", "step_cost"])
 def test_a_command_says_its_question_and_its_options_from_another_folder(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("raise ImportError('a folder of that name, where one happens to be')")
