@@ -6,6 +6,7 @@ solver. Everything is taken one after the other; nothing overlaps.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -122,10 +123,9 @@ def table(counts: tuple[int, ...], speeds: Speeds) -> str:
             n = ranks * case.candidates
             solve = solve_seconds(n) if n <= 2048 else float("nan")
             found = predicted(case, ranks, speeds, solve)
-            added = sum(value for name, value in found.items() if name != "plain" and value == value)
-            lines.append(
-                f"{case.name:24}{ranks:>6}{found['plain']:>9.1f}"
-                + "".join(f"{found[name]:>8.1f}" for name in list(found)[1:])
-                + f"{added / found['plain']:>9.1%}"
-            )
+            parts = [found[name] for name in list(found)[1:]]
+            added = sum(part for part in parts if not math.isnan(part)) / found["plain"]
+            more = " and the solver" if math.isnan(solve) else ""
+            cells = "".join("       -" if math.isnan(part) else f"{part:>8.1f}" for part in parts)
+            lines.append(f"{case.name:24}{ranks:>6}{found['plain']:>9.1f}{cells}{added:>9.1%}{more}")
     return "\n".join(lines)

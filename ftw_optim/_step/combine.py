@@ -56,11 +56,11 @@ def combine(
         with setup.clock.phase("combine"):
             (gradients, _), told = setup.ranks.told(
                 partial(_formed, way, setup, selection, factors, candidate_pass),
-                lambda found: (list(found[0]), found[1]),
+                lambda found: (setup.parameters.mask(found[0]), found[1]),
             )
             # Where nothing is captured, a candidate's infinite gradient shows only now. A scaler wants to see it.
             if setup.scale > 1.0 or all(is_finite for _, is_finite in told):
-                gradients = gradients if setup.ranks.alone else _of_all(setup, gradients, [names for names, _ in told])
+                gradients = gradients if setup.ranks.alone else _of_all(setup, gradients, [mask for mask, _ in told])
                 return selection.applied_by(way), gradients
     return selection.applied_by(None), {}
 
@@ -74,10 +74,9 @@ def _formed(
         return _FUNCTIONS[way](setup, selection, factors, candidate_pass)
 
 
-def _of_all(setup: StepSetup, gradients: Mapping[str, Tensor], reached: Sequence[list[str]]) -> dict[str, Tensor]:
+def _of_all(setup: StepSetup, gradients: Mapping[str, Tensor], reached: Sequence[int]) -> dict[str, Tensor]:
     """The sums of the gradients over all ranks, for the parameters that any of them reached."""
-    named = {name for names in reached for name in names}
-    names = [name for name in setup.parameters.updated if name in named]
+    names = setup.parameters.named(reached)
     own = [
         gradients[name].detach() if name in gradients else torch.zeros_like(setup.parameters.updated[name])
         for name in names

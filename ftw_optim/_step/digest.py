@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftw_optim._ranks.ranks import Ranks
 from ftw_optim._step.setup import StepSetup
 
 Digest = Mapping[str, str]
@@ -45,12 +46,25 @@ def digest_of(setup: StepSetup) -> Digest:
     return found
 
 
-def refuse_differences(digests: Sequence[Digest]) -> None:
+def hashed(digest: Digest) -> str:
+    """A digest in a few characters, which are compared first."""
+    return _hashed(sorted(digest.items()))
+
+
+def refuse_differences(ranks: Ranks, hashes: Sequence[str], digest: Digest) -> None:
     """Refuse to go on where ranks differ.
+
+    Args:
+        ranks: the ranks.
+        hashes: that of each rank's digest.
+        digest: this rank's.
 
     Raises:
         ValueError: something that must be the same is not.
     """
+    if len(set(hashes)) == 1:
+        return
+    digests = ranks.told(lambda: digest, lambda found: found)[1]
     first = digests[0]
     for rank, other in enumerate(digests):
         for name in dict.fromkeys([*first, *other]):

@@ -9,7 +9,7 @@ import torch
 from ftw_optim._step.candidates import FEW_TARGET_ROWS, CandidatePass
 from ftw_optim._step.captured_rows import together
 from ftw_optim._step.closures import Plain
-from ftw_optim._step.digest import digest_of, refuse_differences
+from ftw_optim._step.digest import digest_of, hashed, refuse_differences
 from ftw_optim._step.kept_factors import KeptFactors
 from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.shared_factors import SharedFactors, Told, shared_target
@@ -27,8 +27,11 @@ def target_and_factors(setup: StepSetup, candidate_pass: CandidatePass) -> tuple
     """The target of this step, and the candidates' factors: of all ranks, which have run their own by then."""
     if setup.ranks.alone:
         return _own(setup, candidate_pass)
-    (target, own), told = setup.ranks.told(lambda: _own(setup, candidate_pass), lambda found: _told(setup, *found))
-    refuse_differences([one.digest for one in told])
+    digest = digest_of(setup)
+    (target, own), told = setup.ranks.told(
+        lambda: _own(setup, candidate_pass), lambda found: _told(setup, hashed(digest), *found)
+    )
+    refuse_differences(setup.ranks, [one.digest for one in told], digest)
     setup.ranks.met = True
     if any(one.plain is not None for one in told):
         _refuse_plain(told)
@@ -45,17 +48,17 @@ def _own(setup: StepSetup, candidate_pass: CandidatePass) -> OwnRows:
     return target, gather(setup, candidate_pass, target)
 
 
-def _told(setup: StepSetup, target: TargetNow, own: KeptFactors | StreamedFactors | Plain) -> Told:
+def _told(setup: StepSetup, digest: str, target: TargetNow, own: KeptFactors | StreamedFactors | Plain) -> Told:
     """What the other ranks are told of this one's pass."""
     plain = isinstance(own, Plain)
     guides = target.guide_losses
     return Told(
-        digest=digest_of(setup),
+        digest=digest,
         plain=own.value is not None if isinstance(own, Plain) else None,
         losses=torch.empty(0) if isinstance(own, Plain) else own.candidates.losses.detach().cpu(),
         targets=0 if plain else target.count,
         guide_losses=None if guides is None else guides.detach().cpu(),
-        reached=[] if isinstance(own, Plain) else list(own.reached),
+        reached=0 if isinstance(own, Plain) else setup.parameters.mask(own.reached),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -29,6 +29,17 @@ class StepParameters:
     groups: Mapping[str, dict[str, Any]]
     scored: Mapping[str, nn.Parameter]
     others_train: bool
+
+    def mask(self, names: Container[str]) -> int:
+        """Which of the updated parameters are named, a bit for each in their order."""
+        return sum(1 << place for place, name in enumerate(self.updated) if name in names)
+
+    def named(self, masks: Iterable[int]) -> list[str]:
+        """The updated parameters that are in any of the masks, in their order."""
+        joined = 0
+        for mask in masks:
+            joined |= mask
+        return [name for place, name in enumerate(self.updated) if joined >> place & 1]
 
 
 def parameters_of(structure: Structure, groups: Sequence[dict[str, Any]], scored: Scored | None) -> StepParameters:

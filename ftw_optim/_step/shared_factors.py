@@ -26,7 +26,6 @@ from ftw_optim._preconditioners.lookup import Preconditioners
 from ftw_optim._ranks.owners import Exchange, owners
 from ftw_optim._ranks.ranks import Ranks
 from ftw_optim._step.captured_rows import CapturedRows
-from ftw_optim._step.digest import Digest
 from ftw_optim._step.kept_factors import KeptFactors, Own
 from ftw_optim._step.measuring import Measured, preconditioners_of, sums_of
 from ftw_optim._step.setup import StepSetup, full_precision
@@ -39,20 +38,20 @@ class Told:
     """What a rank tells the others of its pass.
 
     Attributes:
-        digest: what must be the same everywhere.
+        digest: a hash of what must be the same everywhere.
         plain: whether its closure has no candidates; True for one that ran a backward of its own.
         losses: of its candidates, and of target rows that take part behind them, on the CPU.
         targets: the number of these rows.
         guide_losses: the losses of the rows that guide, where they were formed anew.
-        reached: the parameters that its candidates reached.
+        reached: the parameters that its candidates reached, see :meth:`StepParameters.mask`.
     """
 
-    digest: Digest
+    digest: str
     plain: bool | None
     losses: Tensor
     targets: int
     guide_losses: Tensor | None
-    reached: Sequence[str]
+    reached: int
 
 
 @final
@@ -129,8 +128,7 @@ class SharedFactors:
                 *(one.losses[-one.targets :] for one in told if one.targets),
             ]
         )
-        named = {name for one in told for name in one.reached}
-        self.reached = [name for name in setup.parameters.updated if name in named]
+        self.reached = setup.parameters.named(one.reached for one in told)
         self.accepted = torch.ones(len(self._losses), dtype=torch.bool)
 
     @property
