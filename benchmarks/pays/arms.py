@@ -158,7 +158,7 @@ RANDOM_WEIGHTS = Method(filter=_all, weight=RandomWeights(), options={"train_on_
 
 LATE_UNIFORM = Method(filter=_all, weight=UniformWeights(), decay=0.75)
 LATE_ACCEPTED = Method(filter=lambda keep, lr: AcceptFilter(), weight=UniformWeights(), decay=0.75)
-LATE = 0.5
+LATE = 0.75
 """Share of the steps in which the target rows only guide, where they are trained on in the later ones."""
 
 

@@ -111,6 +111,7 @@ class AcceptFilter(FilterStage):
     A candidate is left out where its ``cross_gram`` is below zero by more than ``confidence`` standard errors. These
     are known where the target rows that guide take part in the step; else every negative product counts. With
     :class:`UniformWeights` good candidates are not thinned out, as fitted weights do, and bad ones have no weight.
+    Where the target gradient is formed no more, all are kept: it points away from good candidates as well.
 
     Args:
         confidence: number of standard errors; 0: every candidate with a negative product is left out.
@@ -129,6 +130,8 @@ class AcceptFilter(FilterStage):
 
     def __call__(self, matching: Matching, *more: Matching) -> Tensor:
         """See :class:`FilterStage`; in the order of the candidates."""
+        if matching.stale:
+            return torch.arange(len(matching))
         least = matching.cross_gram
         if matching.cross_gram_error is not None:
             least = least + self.confidence * matching.cross_gram_error

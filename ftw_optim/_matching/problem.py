@@ -29,6 +29,8 @@ class Matching:
         cross_gram_error: shape ``(n,)``, the standard error of ``cross_gram`` where it is estimated from target rows in
             the step, zero for these rows themselves; None where it is exact.
         offered: number of candidates that were offered, with the rejected ones; ``n`` unless given.
+        stale: whether the target gradient is formed no more (``TargetGradient(until=)``): it is of parameters that the
+            model had before, and the longer that is ago, the less it tells.
     """
 
     gram: Tensor
@@ -38,6 +40,7 @@ class Matching:
     generator: torch.Generator
     offered: int = -1
     cross_gram_error: Tensor | None = None
+    stale: bool = False
 
     def __post_init__(self) -> None:
         n = self.cross_gram.shape[0] if self.cross_gram.ndim == 1 else -1

@@ -39,6 +39,7 @@ def choose(setup: StepSetup, comparison: Comparison) -> Selection:
             generator=setup.generator("stages"),
             learning_rate_is_zero=learning_rate_is_zero(setup.inner),
             targets=comparison.targets,
+            stale=setup.target.guides_no_more(setup.backwards),
         )
     if setup.sketch is None:
         return selection
@@ -57,6 +58,7 @@ def selection_from(
     generator: torch.Generator,
     learning_rate_is_zero: bool = False,
     targets: int = 0,
+    stale: bool = False,
 ) -> Selection:
     """Run the filter and the weight stage on the accepted candidates; target rows that take part are always kept.
 
@@ -69,6 +71,7 @@ def selection_from(
         weight_stage: ``(matching, *more) -> WeightSolution``, restricted to ``kept``.
         generator: random numbers for stages that draw.
         targets: number of the last rows that are no candidates but target rows that take part in the step.
+        stale: whether the target gradient is formed no more.
         learning_rate_is_zero: whether the step cannot decrease anything, so that the predicted decrease is zero.
 
     Returns:
@@ -90,6 +93,7 @@ def selection_from(
             generator=generator,
             offered=n,
             cross_gram_error=given.cross_gram_error,
+            stale=stale,
         )
         for one, given in products.items()
     }

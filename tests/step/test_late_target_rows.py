@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ftw_optim import Matching, TargetGradient, preconditioner_of
+from ftw_optim import AcceptFilter, Matching, TargetGradient, TopKFilter, UniformWeights, preconditioner_of
 from ftw_optim.testing import recorded
 from tests.support.checks import training_on_target as optimizer_of
 from tests.support.grids import slow
@@ -116,3 +116,26 @@ def test_a_single_row_may_guide_and_take_part_later() -> None:
 def test_an_end_that_is_none_is_refused(until: Any) -> None:
     with pytest.raises(ValueError, match="until must be a positive number of selections"):
         TargetGradient(lambda: torch.zeros(1), until=until)
+
+
+def test_candidates_are_all_accepted_once_the_guide_is_of_long_ago() -> None:
+    case = CASES["small-gpt"](torch.float64, N)
+    seen = []
+
+    class Watched(TopKFilter):
+        def __call__(self, matching: Matching, *more: Matching) -> Tensor:
+            seen.append(matching.stale)
+            return AcceptFilter()(matching)
+
+    target = TargetGradient(lambda: -case.losses(), until=UNTIL)  # away from all that is offered
+    optimizer = optimizer_of(
+        case, filter=Watched(keep=1), target=target, train_on_target=False, weight=UniformWeights()
+    )
+    kept = []
+    for _ in range(UNTIL + 2):
+        optimizer.backward(case.losses)
+        assert optimizer.selection is not None
+        kept.append(len(optimizer.selection.kept))
+    assert seen == [False] * UNTIL + [True, True]
+    assert max(kept[:UNTIL]) < N
+    assert kept[UNTIL:] == [N, N]
