@@ -49,7 +49,8 @@ class LearnedProposal(Proposal):
         forgetting: what remains of the weight of earlier observations after a step, in (0, 1].
         explore: share of the candidates drawn uniformly from the rest; where it is no whole number, rounded up or down
             at random.
-        explore_by: ``"record"``: every record of the rest is equally likely. ``"source"``: every ``source`` is.
+        explore_by: ``"source"``: every ``source`` is equally likely, where samples name theirs, so that none is starved by
+            a larger one. ``"record"``: every record of the rest is.
         prior: the guess, in the unit of scores.
         seed: seed of the draws and of the features.
 
@@ -67,7 +68,7 @@ class LearnedProposal(Proposal):
         ridge: float = 8.0,
         forgetting: float = 0.98,
         explore: float = 0.125,
-        explore_by: Literal["record", "source"] = "record",
+        explore_by: Literal["record", "source"] = "source",
         prior: float = 0.1,
         seed: int = 0,
     ) -> None:

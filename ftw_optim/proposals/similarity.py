@@ -26,7 +26,8 @@ class SimilarityProposal(Proposal):
             ``exp(likeness / temperature)``; likeness is a cosine, so 0.02 is mild.
         explore: share of the candidates drawn uniformly from the rest; where it is no whole number, rounded up or down
             at random.
-        explore_by: ``"record"``: every record of the rest is equally likely. ``"source"``: every ``source`` is.
+        explore_by: ``"source"``: every ``source`` is equally likely, where samples name theirs, so that none is starved by
+            a larger one. ``"record"``: every record of the rest is.
         seed: seed of the draws.
 
     Raises:
@@ -40,7 +41,7 @@ class SimilarityProposal(Proposal):
         embedding: Tensor | None = None,
         temperature: float = 0.0,
         explore: float = 0.0,
-        explore_by: Literal["record", "source"] = "record",
+        explore_by: Literal["record", "source"] = "source",
         seed: int = 0,
     ) -> None:
         check_explore(explore, explore_by)

@@ -99,7 +99,8 @@ def test_seeds_and_calls_draw_anew_and_errors_do_not_count_as_calls(kind: str) -
 )
 def test_where_all_is_explored_every_record_is_equally_likely_in_every_place(make: Callable[[], Any]) -> None:
     n, count, calls = 12, 3, 1200
-    proposal, records = make(), pool(n)
+    proposal = make()
+    records = [{"input_ids": record["input_ids"]} for record in pool(n)]  # of no named source
     features = proposal.features(records)
     drawn = torch.stack([proposal.propose(records, count, features=features) for _ in range(calls)])
     for place in range(count):
@@ -153,14 +154,14 @@ def test_the_most_alike_come_first_and_temperature_softens_that() -> None:
 
 def test_sources_take_turns_where_they_are_explored() -> None:
     records = pool(100)
-    proposal = SimilarityProposal(TARGET, explore=1.0, explore_by="source")
+    proposal = SimilarityProposal(TARGET, explore=1.0)
     counts: Counter[str] = Counter()
     for _ in range(300):
         drawn = [records[i]["source"] for i in proposal.propose(records, 2).tolist()]
         assert len(set(drawn)) == 2
         counts.update(drawn)
     assert all(abs(counts[source] - 200) < 5 * 8.2 for source in ("common", "rare 0", "rare 1"))
-    by_record = SimilarityProposal(TARGET, explore=1.0)
+    by_record = SimilarityProposal(TARGET, explore=1.0, explore_by="record")
     plain = Counter(records[i]["source"] for _ in range(300) for i in by_record.propose(records, 2).tolist())
     assert plain["common"] > 400
     every = [records[i]["source"] for i in proposal.propose(records, 100).tolist()]
