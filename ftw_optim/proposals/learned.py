@@ -49,8 +49,8 @@ class LearnedProposal(Proposal):
         forgetting: what remains of the weight of earlier observations after a step, in (0, 1].
         explore: share of the candidates drawn uniformly from the rest; where it is no whole number, rounded up or down
             at random.
-        explore_by: ``"source"``: every ``source`` is equally likely, where samples name theirs, so that none is starved by
-            a larger one. ``"record"``: every record of the rest is.
+        explore_by: ``"source"``: every ``source`` is equally likely, where samples name theirs, so that a larger one
+            starves none. ``"record"``: every record of the rest is.
         prior: the guess, in the unit of scores.
         seed: seed of the draws and of the features.
 

@@ -26,8 +26,8 @@ class SimilarityProposal(Proposal):
             ``exp(likeness / temperature)``; likeness is a cosine, so 0.02 is mild.
         explore: share of the candidates drawn uniformly from the rest; where it is no whole number, rounded up or down
             at random.
-        explore_by: ``"source"``: every ``source`` is equally likely, where samples name theirs, so that none is starved by
-            a larger one. ``"record"``: every record of the rest is.
+        explore_by: ``"source"``: every ``source`` is equally likely, where samples name theirs, so that a larger one
+            starves none. ``"record"``: every record of the rest is.
         seed: seed of the draws.
 
     Raises:
