@@ -60,6 +60,7 @@ class Selection:
         held_out_loss: the mean loss of the held-out rows at the last look.
         blind: whether the former is below the latter by more than two standard errors, as of a guide that is memorised;
             never for a guide of one row, which says nothing of its kind.
+        stale: whether the target gradient is formed no more, and is of parameters of long ago.
         mine: which of the candidates are those of this process: ``values[selection.mine]``; all where it is alone. In a
             run of several processes everything else is of all of them, in the order of the ranks.
         sketch: the sketch with which the products above were estimated; None where they are exact.
@@ -87,6 +88,7 @@ class Selection:
     guide_loss: float = math.nan
     held_out_loss: float = math.nan
     blind: bool = False
+    stale: bool = False
     mine: slice = field(default_factory=lambda: slice(None))
     sketch: SketchReport | None = None
     milliseconds: Mapping[str, float] = field(default_factory=dict)

@@ -81,6 +81,7 @@ def select(setup: StepSetup, closure: CandidateClosure) -> StepResult | Plain:
             guide_loss=guide_loss,
             held_out_loss=held_out_loss,
             blind=watch.blind,
+            stale=setup.target.guides_no_more(setup.backwards),
             mine=factors.mine,
             milliseconds=setup.clock.milliseconds,
         ),

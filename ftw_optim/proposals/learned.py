@@ -31,9 +31,8 @@ class LearnedProposal(Proposal):
     """The records from which a regression on the scores of earlier candidates promises most.
 
     A score is the cosine of a candidate's gradient with the target gradient, ``b_i / sqrt(K_ii E)``, which every step
-    knows. The regression is a ridge regression on the record's features. For each call its coefficients are drawn from
-    their posterior (Thompson sampling), so what is uncertain is tried, and the records with the highest values are
-    taken. Precision is capped by the share of useful records times the number read, divided by ``count``: read at least
+    knows. The regression is a ridge regression on the record's features; the records with the highest expected scores
+    are taken, and a share at random, so that what is uncertain is tried as well. Precision is capped by the share of useful records times the number read, divided by ``count``: read at least
     ``count / share``.
 
     The prior is a guess: that a record scores the higher, the more alike it is to the target rows, by ``prior`` for
@@ -52,6 +51,8 @@ class LearnedProposal(Proposal):
         explore_by: ``"source"``: every ``source`` is equally likely, where samples name theirs, so that a larger one
             starves none. ``"record"``: every record of the rest is.
         prior: the guess, in the unit of scores.
+        thompson: size of the noise in the coefficients, in standard deviations of their posterior; 1: Thompson
+            sampling. With the few hundred scores of a short run it hides more than it finds.
         seed: seed of the draws and of the features.
 
     Raises:
@@ -70,6 +71,7 @@ class LearnedProposal(Proposal):
         explore: float = 0.125,
         explore_by: Literal["record", "source"] = "source",
         prior: float = 0.1,
+        thompson: float = 0.0,
         seed: int = 0,
     ) -> None:
         check_explore(explore, explore_by)
@@ -81,6 +83,9 @@ class LearnedProposal(Proposal):
             raise ValueError(f"forgetting must be in (0, 1], got {forgetting}: what remains after a step.")
         if not 0.0 <= prior < math.inf:
             raise ValueError(f"prior must be finite and not negative, got {prior}; 0 guesses nothing.")
+        if not 0.0 <= thompson < math.inf:
+            raise ValueError(f"thompson must be finite and not negative, got {thompson}; 0 draws nothing.")
+        self.thompson = thompson
         self.ridge, self.forgetting, self.prior, self.seed = ridge, forgetting, prior, seed
         self.explore, self.explore_by = explore, explore_by
         self._features = Features(target_samples, dim=dim, seed=seed, embedding=embedding, use_source=use_source)
@@ -116,10 +121,11 @@ class LearnedProposal(Proposal):
     def observe(self, samples: Sequence[Sample], selection: Selection, *, features: Tensor | None = None) -> None:
         """See :class:`Proposal`; candidates without a score, such as rejected ones, teach nothing.
 
-        Neither do those of a selection whose guide is blind, see :class:`Selection`: what was learned before stays.
+        Neither do those of a selection whose guide is blind or stale, see :class:`Selection`: what was learned before
+        stays.
         """
         selection = observed(samples, selection)
-        if selection.blind:
+        if selection.blind or selection.stale:
             return
         known = self._features.given(samples, features)
         energy = selection.gram.diagonal().double() * selection.target_energy
@@ -136,7 +142,7 @@ class LearnedProposal(Proposal):
         return torch.cat([torch.ones(len(features), 1), features[:, first:]], dim=1).double()
 
     def _coefficients(self, columns: Tensor) -> Tensor:
-        """Coefficients of the columns, drawn from the posterior for the records on offer.
+        """Coefficients of the columns, expected or drawn from the posterior, for the records on offer.
 
         The prior is one of columns with mean 0 and standard deviation 1 among these records. Token columns are scaled
         together, and so are those of the source, so that the sum of their variances is 1.
@@ -156,7 +162,7 @@ class LearnedProposal(Proposal):
         precision = torch.full_like(mean, self.ridge)
         precision[0] *= _CONSTANT
         generator = torch.Generator().manual_seed(salt("coefficients", self.seed, self._calls))
-        noise = torch.randn(len(mean), dtype=torch.float64, generator=generator)
+        noise = self.thompson * torch.randn(len(mean), dtype=torch.float64, generator=generator)
         return self._regression.draw(mean, scale, guess, precision, noise)
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,6 +173,7 @@ class LearnedProposal(Proposal):
             "explore": self.explore,
             "explore_by": self.explore_by,
             "prior": self.prior,
+            "thompson": self.thompson,
             "seed": self.seed,
             "features": self._features.settings(),
         }
