@@ -32,8 +32,8 @@ class LearnedProposal(Proposal):
 
     A score is the cosine of a candidate's gradient with the target gradient, ``b_i / sqrt(K_ii E)``, which every step
     knows. The regression is a ridge regression on the record's features; the records with the highest expected scores
-    are taken, and a share at random, so that what is uncertain is tried as well. Precision is capped by the share of useful records times the number read, divided by ``count``: read at least
-    ``count / share``.
+    are taken, and a share at random, so that what is uncertain is tried as well. Precision is capped by the share of
+    useful records times the number read, divided by ``count``: read at least ``count / share``.
 
     The prior is a guess: that a record scores the higher, the more alike it is to the target rows, by ``prior`` for
     each standard deviation among the records on offer. Observations change its size and its sign.

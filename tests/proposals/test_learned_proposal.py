@@ -134,15 +134,29 @@ def test_a_step_without_a_target_gradient_changes_nothing(energy: float) -> None
     assert packed(proposal.state_dict()) == before
 
 
-def test_a_guide_that_is_blind_teaches_nothing() -> None:
+@pytest.mark.parametrize("guide", ["blind", "stale"])
+def test_a_guide_that_is_blind_or_stale_teaches_nothing(guide: str) -> None:
     records = [{"input_ids": [i, i + 1, 7]} for i in range(4)]
     proposal = LearnedProposal(dim=8)
     proposal.observe(records, of_scores(torch.tensor([0.1, 0.5, -0.2, 0.3])))
     before = packed(proposal.state_dict())
-    proposal.observe(records, of_scores(torch.tensor([0.4, -0.5, 0.2, 0.3]), blind=True))
+    proposal.observe(records, of_scores(torch.tensor([0.4, -0.5, 0.2, 0.3]), **{guide: True}))
     assert packed(proposal.state_dict()) == before
     proposal.observe(records, of_scores(torch.tensor([0.4, -0.5, 0.2, 0.3])))
     assert packed(proposal.state_dict()) != before
+
+
+def test_what_is_expected_is_the_same_at_every_call_and_what_is_drawn_is_not() -> None:
+    records = offered(torch.Generator().manual_seed(1))
+    found = {}
+    for thompson in (0.0, 1.0):
+        proposal = LearnedProposal(_TARGET, explore=0.0, thompson=thompson)
+        proposal.observe(records[:4], of_scores(torch.tensor([0.1, 0.5, -0.2, 0.3])))
+        found[thompson] = {tuple(sorted(proposal.propose(records, _CHOSEN).tolist())) for _ in range(6)}
+    assert len(found[0.0]) == 1
+    assert len(found[1.0]) > 1
+    with pytest.raises(ValueError, match="thompson must be finite and not negative"):
+        LearnedProposal(thompson=-1.0)
 
 
 def test_scores_of_a_sketch_are_at_most_one() -> None:
