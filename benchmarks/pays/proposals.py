@@ -38,11 +38,13 @@ class Chooser:
 
     Attributes:
         choose: the candidates of a step, out of the records read for it and their number.
+        expected: the scores that it expects of the records it chose last.
         observe: told the candidates of a step and the selection among them; None: it learns nothing.
     """
 
     choose: Callable[[Sequence[Example], int], list[Example]]
     observe: Callable[[Sequence[Example], Selection], None] | None = None
+    expected: Callable[[], Tensor] | None = None
 
 
 def first(known: Known) -> Chooser:
@@ -97,6 +99,7 @@ def _proposed_by(proposal: Proposal) -> Chooser:
     return Chooser(
         choose=lambda read, count: [read[place] for place in proposal.propose(samples(read), count).tolist()],
         observe=lambda candidates, selection: proposal.observe(samples(candidates), selection),
+        expected=(lambda: proposal.expected) if isinstance(proposal, LearnedProposal) else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from .proposals import Known
 from .records import Example, endless_batches
 from .setting import Setting
 from .split import Entrance, Rows, Top
+from .weights import ExpectedWeights
 
 WARM_UP_SHARE = 0.1
 HELD_OUT_EVERY = 3
@@ -220,7 +222,7 @@ class _Step:
                     until=late or None,
                 ),
                 filter=method.filter(self._sizes.keep, run.lr),
-                weight=method.weight,
+                weight=copy.copy(method.weight),
                 metric=method.metric,
                 seed=run.seed,
                 **options,
@@ -263,6 +265,8 @@ class _Step:
     def _selective(self, candidates: list[Example]) -> Tensor:
         lab, optimizer, method = self._lab, self._optimizer, self._arm.method
         optimizer.filter = method.filter(self._sizes.keep, self._schedule.get_last_lr()[0])
+        if isinstance(optimizer.weight, ExpectedWeights):
+            optimizer.weight.scores = self._chooser.expected()
         rows = lab.entrance.rows(candidates)
         optimizer.step(lambda: lab.top(rows))
         selection = optimizer.selection

@@ -176,10 +176,7 @@ class SharedFactors:
         setup, losses = self._setup, self.candidates.losses
         scored = [name for name in self.reached if name in setup.parameters.scored]
         with full_precision(losses), torch.no_grad():
-            with setup.clock.phase("gram"):
-                preconditioners = preconditioners_of(setup)
-                self._own.buckets = self._own.alike(preconditioners)
-            products = self._sums(scored, preconditioners) if scored else {}
+            products = self._sums(scored, preconditioners_of(setup)) if scored else {}
         unseen = {name: uses for name, uses in self._own.found.items() if name not in setup.parameters.scored}
         with setup.clock.phase("solve"):
             problem, (flags,) = on_host(products, self._target.finite)
@@ -203,11 +200,14 @@ class SharedFactors:
         owner = owners(exchange.sizes, ranks.count)
         order = self.rows.order()
         failure: Exception | None = None
+        began = False
 
         def fill(places: Mapping[str, Tensor]) -> None:
-            nonlocal failure
+            nonlocal failure, began
             if failure is None:
                 try:
+                    if not began:
+                        self._own.buckets, began = self._own.alike(preconditioners), True
                     self._write(places)
                 except Exception as error:  # told to all once everything has been exchanged: they wait for this rank
                     failure = error

@@ -93,6 +93,8 @@ class LearnedProposal(Proposal):
             self._columns(torch.empty(0, self._features.width)).shape[1], forgetting=forgetting
         )
         self._calls = 0
+        self.expected: Tensor = torch.empty(0, dtype=torch.float64)
+        """The expected scores of the records that the last call chose, in their order."""
 
     def features(self, samples: Sequence[Sample]) -> Tensor:
         """The features of samples, to keep and to pass to :meth:`propose` and :meth:`observe`.
@@ -106,8 +108,9 @@ class LearnedProposal(Proposal):
         check_count(count)
         known = self._features.given(samples, features)
         columns = self._columns(known)
+        scores = columns @ self._coefficients(columns) if len(known) else torch.empty(0, dtype=torch.float64)
         chosen = best_and_uniform(
-            columns @ self._coefficients(columns) if len(known) else torch.empty(0),
+            scores,
             keys_of(known),
             sources_of(known),
             count,
@@ -116,6 +119,7 @@ class LearnedProposal(Proposal):
             salt=salt("learned", self.seed, self._calls),
         )
         self._calls += 1
+        self.expected = scores[chosen]
         return chosen
 
     def observe(self, samples: Sequence[Sample], selection: Selection, *, features: Tensor | None = None) -> None:
