@@ -32,16 +32,32 @@ class KnownRanks:
                 )
             given = given.get_group()
         self._given = given
+        self._lost = False
         self._known: tuple[Any, Ranks] | None = None
 
+    def __deepcopy__(self, memo: Any) -> KnownRanks:
+        return KnownRanks(self._given)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return KnownRanks, ()  # groups belong to their run
+        return (KnownRanks, ()) if self._given is None else (_lost, ())  # groups belong to their run
 
     def now(self) -> Ranks:
         """The ranks of the coming step; where there are several, all of them ask at the same time."""
         if not (dist.is_available() and dist.is_initialized()):
             return Alone()
+        if self._lost:
+            raise RuntimeError(
+                "The group given as ranks is not part of a pickle: construct the optimizer anew with ranks=, and load "
+                "its state."
+            )
         group: Any = dist.group.WORLD if self._given is None else self._given
         if self._known is None or self._known[0] is not group:
             self._known = group, (Alone() if dist.get_world_size(group) == 1 else Several(group))
         return self._known[1]
+
+
+def _lost() -> KnownRanks:
+    """Ranks of a pickle that had a group, which is not known any more."""
+    ranks = KnownRanks()
+    ranks._lost = True
+    return ranks

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any, TypeVar, final
 
 import torch
@@ -25,11 +27,13 @@ class Ranks(ABC):
         own: the number of this process among them.
         count: their number.
         met: whether they have found that they begin with the same parameters.
+        members: their numbers in the run.
     """
 
     own: int = 0
     count: int = 1
     met: bool = True
+    members: Sequence[int] = (0,)
 
     @property
     def alone(self) -> bool:
@@ -72,6 +76,17 @@ class Ranks(ABC):
             sent: how many numbers go to each rank.
             received: how many numbers come from each rank.
         """
+
+    def failing(self, error: BaseException) -> None:
+        """Tell the others of an error before the first thing that is told of a step; then it can be raised."""
+        if self.alone:
+            return
+
+        def fail() -> None:
+            raise error
+
+        with suppress(BaseException):
+            self.told(fail, lambda _: None)
 
     def any(self, work: Callable[[], bool]) -> bool:
         """Whether some work says so on any rank."""
@@ -119,8 +134,10 @@ class Several(Ranks):
         self._first = members[0]
         # Objects go over the network of the hosts, whatever the tensors take: a failure must be told while a device
         # still waits.
-        self._objects = dist.new_group(members, backend="gloo", use_local_synchronization=True)
-        self._tensors = dist.new_group(members, backend=dist.get_backend(group), use_local_synchronization=True)
+        options: dict[str, Any] = {"timeout": _timeout(group), "use_local_synchronization": True}
+        self._objects = dist.new_group(members, backend="gloo", **options)
+        self._tensors = dist.new_group(members, backend=dist.get_backend(group), **options)
+        self.members: Sequence[int] = members
 
     def told(self, work: Callable[[], Found], tell: Callable[[Found], Any]) -> tuple[Found, list[Any]]:
         """See :class:`Ranks`."""
@@ -162,6 +179,15 @@ class Several(Ranks):
         found = values.new_empty(sum(received))
         dist.all_to_all_single(found, values, list(received), list(sent), group=self._tensors)
         return found
+
+
+def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """How long the user lets the processes of the group wait for each other; None where it does not say."""
+    for device in ("cpu", "cuda"):
+        with suppress(Exception):  # a group has no backend for some device, and none promises to tell
+            found: timedelta = group._get_backend(torch.device(device)).options._timeout
+            return found
+    return None
 
 
 def _tried(

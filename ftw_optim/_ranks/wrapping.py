@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -24,10 +25,14 @@ _REFUSED = {
 
 
 @contextmanager
-def without_own_sums(structure: Structure) -> Iterator[None]:
+def without_own_sums(structure: Structure, members: Sequence[int]) -> Iterator[None]:
     """A block in which DDP around the model, or in it, sums no gradients: the step sums the combined ones itself.
 
     A wrapper that is not part of the model, as where a framework wraps it later, is found when it is called.
+
+    Args:
+        structure: the model.
+        members: the processes of the selection, which must be those of the wrapper.
 
     Raises:
         NotImplementedError: something around the model cannot be right in several processes.
@@ -37,7 +42,7 @@ def without_own_sums(structure: Structure) -> Iterator[None]:
 
     def hold(wrapper: DistributedDataParallel) -> None:
         if wrapper not in held:
-            _refuse_settings(wrapper)
+            _refuse_settings(wrapper, members)
             held[wrapper] = wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync
             # Nor are buffers sent: a rank whose closure fails before it runs the model would keep the others waiting.
             wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
@@ -89,8 +94,13 @@ def _refused(module: nn.Module) -> str | None:
     return None
 
 
-def _refuse_settings(wrapper: DistributedDataParallel) -> None:
+def _refuse_settings(wrapper: DistributedDataParallel, members: Sequence[int]) -> None:
     """Refuse settings of DDP that would be without effect, or wrong."""
+    if (own := dist.get_process_group_ranks(wrapper.process_group)) != list(members):
+        raise NotImplementedError(
+            f"Expected a DistributedDataParallel over the processes {list(members)} of the selection, got one over "
+            f"{own}: its other processes would drift apart. Give both the same group, as process_group and ranks."
+        )
     if wrapper.static_graph:
         raise NotImplementedError(
             "Expected DistributedDataParallel(static_graph=False), got True: it counts on sums of its own in every "

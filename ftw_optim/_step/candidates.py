@@ -157,6 +157,8 @@ class CandidatePass:
                     raise self._other_ids(f"at least {len(batches) + 1}")
                 batches.append(self._differentiated(capture, value, taker, self._of_candidates))
             capture = self._begun(len(batches))
+        if not batches and not self._setup.ranks.alone:
+            return self._none()
         if not batches:
             raise ValueError("Expected an iterator that yields losses (n,) of micro-batches, but it yielded nothing.")
         if self._ids(len(batches)) is not None:

@@ -44,6 +44,8 @@ def read_state(
             "optimizer's state alone."
         )
     target, parameters = extra.get("target"), dict(model.named_parameters())
+    if target is not None:  # a run with DDP around the model and one without it go on from each other
+        target = {_as_in(parameters, name): gradient for name, gradient in target.items()}
     for name, gradient in (target or {}).items():
         if name in parameters and gradient.shape != parameters[name].shape:
             raise ValueError(
@@ -56,3 +58,12 @@ def read_state(
             for name, gradient in target.items()
         }
     return int(extra["backwards"]), int(extra["seed"]), target, Watch.from_state(extra.get("watch"))
+
+
+def _as_in(parameters: Mapping[str, Tensor], name: str) -> str:
+    """The name that a parameter has in this model, if it differs by the prefix of a wrapper."""
+    others = (name, name.removeprefix(_WRAPPED), _WRAPPED + name)
+    return next((other for other in others if other in parameters), name)
+
+
+_WRAPPED = "module."

@@ -174,6 +174,8 @@ def _losses_again(setup: StepSetup, selection: Own, candidate_pass: CandidatePas
 def _ordinary_backward(setup: StepSetup, totals: Iterable[Tensor], *, keep_graph: bool = False) -> dict[str, Tensor]:
     """The gradients that ``(scale * total).backward()`` forms for the updated parameters, summed over the totals."""
     updated = setup.parameters.updated
+    if not setup.ranks.alone:
+        return _gradients_past_ddp(setup, totals, keep_graph=keep_graph)
     with gradients_set_aside(setup.structure.parameters.values()):
         for total in totals:
             # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect, and the
@@ -182,3 +184,26 @@ def _ordinary_backward(setup: StepSetup, totals: Iterable[Tensor], *, keep_graph
             inputs = list(updated.values()) if named else None
             torch.autograd.backward(total * setup.scale, inputs=inputs, retain_graph=keep_graph)
         return {name: p.grad for name, p in updated.items() if p.grad is not None}
+
+
+def _gradients_past_ddp(setup: StepSetup, totals: Iterable[Tensor], *, keep_graph: bool) -> dict[str, Tensor]:
+    """The same in several processes, without DDP noticing, which may still wait for a backward pass of its own.
+
+    Reentrant checkpointing takes an ordinary backward pass alone.
+    """
+    updated = setup.parameters.updated
+    found: dict[str, Tensor] = {}
+    with gradients_set_aside(setup.structure.parameters.values()):
+        for total in totals:
+            scaled = total * setup.scale
+            if Graph(total).reentrant:
+                torch.autograd.backward(scaled, retain_graph=keep_graph)
+                continue
+            gradients = torch.autograd.grad(scaled, list(updated.values()), retain_graph=keep_graph, allow_unused=True)
+            for name, gradient in zip(updated, gradients, strict=True):
+                if gradient is not None:
+                    found[name] = found[name] + gradient if name in found else gradient
+        for name, parameter in updated.items():
+            if parameter.grad is not None:
+                found[name] = found[name] + parameter.grad if name in found else parameter.grad
+        return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from ftw_optim._step.setup import StepSetup
 Digest = Mapping[str, str]
 """What is compared, each under the name that an error gives it."""
 
+LOOK_EVERY = 100
+"""Selections from one comparison of all parameters and states to the next."""
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -34,16 +38,37 @@ def digest_of(setup: StepSetup) -> Digest:
         "weight": _described(setup.weight),
         "metric": setup.metric.value,
         "combine": setup.way.name,
-        "target": str((setup.target.refresh_every, setup.target.decay, setup.target.held_out_every)),
+        "target": str(
+            (
+                setup.target.refresh_every,
+                setup.target.decay,
+                setup.target.until,
+                setup.target.held_out is not None,
+                setup.target.held_out_every,
+            )
+        ),
         "train_on_target": "closure" if callable(setup.trains_on_target) else str(setup.trains_on_target),
         "seed and number of selections": str((setup.seed_of("digest"), setup.backwards)),
         "grad_scale": str(setup.scale),
         "kept target gradient": str(setup.kept_target is not None),
     }
-    if not setup.ranks.met:
-        values = [p.detach().double().sum() for p in parameters.updated.values()]
-        found["values of the parameters"] = str(torch.stack([v.cpu() for v in values]).tolist())
+    if not setup.ranks.met or setup.backwards % LOOK_EVERY == 0:
+        found["values of the parameters"] = str(_checksums(parameters.updated.values()))
+        states = [setup.inner.state.get(p, {}) for p in parameters.updated.values()]
+        numbers = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        found["state of the inner optimizer"] = str(_checksums(numbers))
     return found
+
+
+def _checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """A number for each tensor, exact whatever number of threads adds it up: the sum of its bits, read as integers."""
+    sums = []
+    for tensor in tensors:
+        plain = tensor.detach()
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or plain.itemsize not in _INTEGERS or plain.is_complex():
+            continue  # of low-bit and other subclasses nothing is known
+        sums.append(plain.contiguous().view(_INTEGERS[plain.itemsize]).sum(dtype=torch.int64))
+    return torch.stack([one.cpu() for one in sums]).tolist() if sums else []
 
 
 def hashed(digest: Digest) -> str:
@@ -82,11 +107,9 @@ def _hashed(value: Any) -> str:
 
 
 def _described(stage: Any) -> str:
-    """A stage's class, and those of its settings that are plain."""
-    if dataclasses.is_dataclass(stage):
-        settings = {field.name: getattr(stage, field.name) for field in dataclasses.fields(stage)}
-    else:
-        settings = dict(getattr(stage, "__dict__", {}))
+    """A stage's class, and those of its declared fields that are plain; what else it has, it may count or learn."""
+    fields = dataclasses.fields(stage) if dataclasses.is_dataclass(stage) else ()
+    settings = {field.name: getattr(stage, field.name) for field in fields}
     name = getattr(stage, "__qualname__", None) or torch.typename(type(stage))
     return f"{name} { ({key: value for key, value in settings.items() if isinstance(value, _PLAIN)}) }"
 
@@ -94,4 +117,6 @@ def _described(stage: Any) -> str:
 def _simple(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist() if value.numel() <= 16 else tuple(value.shape)
-    return value if isinstance(value, _PLAIN) else str(value)[:80]
+    if isinstance(value, list | tuple):
+        return [_simple(entry) for entry in value]
+    return value if isinstance(value, _PLAIN) else torch.typename(type(value))

@@ -27,6 +27,7 @@ from ftw_optim._matching.selection import Selection
 from ftw_optim._matching.weights import NonNegativeLeastSquares, WeightStage
 from ftw_optim._preconditioners.registry import registered_rule
 from ftw_optim._ranks.known import KnownRanks
+from ftw_optim._ranks.ranks import Ranks
 from ftw_optim._step.checkpoint import read_state, written_state
 from ftw_optim._step.clock import Clock
 from ftw_optim._step.closures import CandidateClosure
@@ -216,7 +217,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             self.optimizer.step()
 
     def _selective_step(self, function: Callable[..., Any]) -> Any:
-        setup, closure = self._setup(function, scale=1.0, may_be_plain=True)
+        setup, closure = self._told_setup(function, scale=1.0, may_be_plain=True)
         result = selective_step(setup, closure, self._replace_gradients_and_step)
         if isinstance(result, StepResult):
             return result.loss
@@ -279,9 +280,9 @@ class SelectiveOptimizer(OptimizerWrapper):
                 f"Expected backward to be called on the SelectiveOptimizer, got {type(self).__name__}, a stand-in that "
                 "would keep half of its state to itself. In Lightning: self.optimizers(use_pl_optimizer=False)."
             )
-        if not grad_scale > 0.0:
-            raise ValueError(f"grad_scale must be positive, got {grad_scale!r}.")
-        setup, candidates = self._setup(closure, scale=float(grad_scale), sample_ids=sample_ids, may_be_plain=False)
+        setup, candidates = self._told_setup(
+            closure, scale=float(grad_scale), sample_ids=sample_ids, may_be_plain=False
+        )
         result = selective_step(setup, candidates, partial(self._add_gradients, scaled=setup.scale != 1.0))
         assert isinstance(result, StepResult)
         return result.loss
@@ -303,16 +304,27 @@ class SelectiveOptimizer(OptimizerWrapper):
         super().zero_grad(set_to_none)
         self._pending = None
 
+    def _told_setup(self, function: Callable[..., Any], **options: Any) -> tuple[StepSetup, CandidateClosure]:
+        """The setup of one step; where it fails in one of several processes, the others are told."""
+        ranks = self._ranks.now()
+        try:
+            return self._setup(function, ranks, **options)
+        except BaseException as error:
+            ranks.failing(error)
+            raise
+
     def _setup(
         self,
         function: Callable[..., Any],
+        ranks: Ranks,
         *,
         scale: float,
         may_be_plain: bool,
         sample_ids: GivenIds | Sequence[GivenIds] | None = None,
     ) -> tuple[StepSetup, CandidateClosure]:
         """The inputs and options of one step, and its closure; a step that cannot be made is refused here."""
-        ranks = self._ranks.now()
+        if not scale > 0.0:
+            raise ValueError(f"grad_scale must be positive, got {scale!r}.")
         if not ranks.alone:
             refuse_for_several(self.gram)
         if not isinstance(self.self_check, str) and self.self_check and self._backwards % self.self_check == 0:

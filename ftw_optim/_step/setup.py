@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -100,9 +100,21 @@ class StepSetup:
         wanted = {self.metric, Metric.PRECONDITIONED, *metrics_of(self.filter), *metrics_of(self.weight)}
         return [metric for metric in Metric if metric in wanted]
 
-    def undistracted(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def undistracted(self) -> Iterator[None]:
         """A block in which nothing around the model talks to other processes, but this step alone."""
-        return nullcontext() if self.ranks.alone else without_own_sums(self.structure)
+        if self.ranks.alone:
+            yield
+            return
+        block = without_own_sums(self.structure, self.ranks.members)
+        try:
+            block.__enter__()
+        except BaseException as error:
+            self.ranks.failing(error)
+            raise
+        with ExitStack() as stack:
+            stack.push(block)
+            yield
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator of this step's random numbers for one purpose."""

@@ -176,20 +176,23 @@ class SharedFactors:
         setup, losses = self._setup, self.candidates.losses
         scored = [name for name in self.reached if name in setup.parameters.scored]
         with full_precision(losses), torch.no_grad():
-            products = self._sums(scored, preconditioners_of(setup)) if scored else {}
+            products = self._sums(scored) if scored else {}
         unseen = {name: uses for name, uses in self._own.found.items() if name not in setup.parameters.scored}
         with setup.clock.phase("solve"):
             problem, (flags,) = on_host(products, self._target.finite)
             clean = self._from_all(lambda: finite_candidates(unseen, losses).cpu())
         return Measured(problem=problem, losses=self._losses, finite=self._losses.isfinite(), clean=clean, target=flags)
 
-    def _sums(self, scored: Sequence[str], preconditioners: Preconditioners) -> Mapping[Metric, Products]:
-        """The products of all rows, from the parameters that each rank owns."""
+    def _sums(self, scored: Sequence[str]) -> Mapping[Metric, Products]:
+        """The products of all rows, from the parameters that each rank owns.
+
+        Whatever fails on the way is told once everything has been exchanged: until then the others wait for this rank.
+        """
         setup, ranks, parameters = self._setup, self._ranks, self._setup.parameters.scored
         device = self.candidates.losses.device
-        sums = sums_of(setup, self.accepted, self._target, device, preconditioners, scale=1.0)
-        assert isinstance(sums, GramSums)
-        dtype = next(iter(sums.products().values())).gram.dtype
+        dtype = torch.float32
+        for parameter in parameters.values():
+            dtype = torch.promote_types(dtype, parameter.dtype)
         exchange = Exchange(
             ranks=ranks,
             sizes={name: parameters[name].numel() for name in scored},
@@ -199,35 +202,39 @@ class SharedFactors:
         )
         owner = owners(exchange.sizes, ranks.count)
         order = self.rows.order()
-        failure: Exception | None = None
-        began = False
+        failure: BaseException | None = None
+        made: tuple[Preconditioners, GramSums] | None = None
 
         def fill(places: Mapping[str, Tensor]) -> None:
-            nonlocal failure, began
+            nonlocal failure, made
             if failure is None:
                 try:
-                    if not began:
-                        self._own.buckets, began = self._own.alike(preconditioners), True
+                    if made is None:
+                        preconditioners = preconditioners_of(setup)
+                        sums = sums_of(setup, self.accepted, self._target, device, preconditioners, scale=1.0)
+                        assert isinstance(sums, GramSums)
+                        self._own.buckets, made = self._own.alike(preconditioners), (preconditioners, sums)
                     self._write(places)
-                except Exception as error:  # told to all once everything has been exchanged: they wait for this rank
+                except BaseException as error:
                     failure = error
 
         for names in exchange.buckets():
             with setup.clock.phase("exchange"):
                 found = exchange.exchanged(names, owner, fill)
-            if failure is None:
+            if failure is None and made is not None:
                 try:
                     with setup.clock.phase("gram"):
-                        self._measure(sums, found, preconditioners, order)
-                except Exception as error:
+                        self._measure(made[1], found, made[0], order)
+                except BaseException as error:
                     failure = error
 
-        def outcome() -> None:
+        def outcome() -> Mapping[Metric, Products]:
             if failure is not None:
                 raise failure
+            assert made is not None
+            return made[1].products()
 
-        ranks.told(outcome, lambda _: None)
-        return _summed(ranks, sums.products())
+        return _summed(ranks, ranks.told(outcome, lambda _: None)[0])
 
     def _write(self, places: Mapping[str, Tensor]) -> None:
         """Multiply out this rank's gradients, each into its place ``(rows, entries)``."""

@@ -66,14 +66,15 @@ def selective_step(
 
 def select(setup: StepSetup, closure: CandidateClosure) -> StepResult | Plain:
     """One selection, which changes nothing: the algorithm, a line a stage; see :func:`selective_step`."""
-    with setup.undistracted(), CandidatePass(setup, closure) as candidate_pass:
-        target, factors = target_and_factors(setup, candidate_pass)
-        if isinstance(factors, Plain):
-            return factors
-        comparison = compare(setup, factors, target)
-        selection = setup.ranks.as_first_says(lambda: choose(setup, comparison))
-        selection, gradients = combine(setup, comparison, selection, factors, candidate_pass)
-    watch = setup.watch_after(target)
+    with setup.undistracted():
+        with CandidatePass(setup, closure) as candidate_pass:
+            target, factors = target_and_factors(setup, candidate_pass)
+            if isinstance(factors, Plain):
+                return factors
+            comparison = compare(setup, factors, target)
+            selection = setup.ranks.as_first_says(lambda: choose(setup, comparison))
+            selection, gradients = combine(setup, comparison, selection, factors, candidate_pass)
+        watch = setup.watch_after(target)
     guide_loss, held_out_loss, _ = watch.found
     return StepResult(
         selection=replace(

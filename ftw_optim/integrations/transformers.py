@@ -433,6 +433,11 @@ class SelectiveTrainerMixin(_Base):
         """The trainer's data loader; its batches also hold the columns for the selection log."""
         if not self._metrics_of_selection.logs or not self._log_columns:
             return super().get_train_dataloader()
+        if self._processes.count > 1 and not hasattr(self.train_dataset, "__len__"):
+            raise NotImplementedError(
+                "Expected data with a length, got a stream, whose batches accelerate deals out to several processes "
+                "as tensors alone: leave the columns for the log out, or read the data by number."
+            )
         collator, signature = self.data_collator, self._signature_columns
         self._set_signature_columns_if_needed()
         known: list[str] = self._signature_columns or []
