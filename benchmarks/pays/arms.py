@@ -36,7 +36,7 @@ from .proposals import (
     similar_and_sound,
     similar_embeddings,
 )
-from .weights import ExpectedWeights
+from .weights import ExpectedFilter, ExpectedWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +160,7 @@ RANDOM_WEIGHTS = Method(filter=_all, weight=RandomWeights(), options={"train_on_
 LATE_UNIFORM = Method(filter=_all, weight=UniformWeights(), decay=0.75)
 LATE_ACCEPTED = Method(filter=lambda keep, lr: AcceptFilter(), weight=UniformWeights(), decay=0.75)
 LATE_EXPECTED = Method(filter=_all, weight=ExpectedWeights(), decay=0.75)
+LATE_ABOVE = Method(filter=lambda keep, lr: ExpectedFilter(share=0.3), weight=UniformWeights(), decay=0.75)
 LATE = 0.75
 """Share of the steps in which the target rows only guide, where they are trained on in the later ones."""
 
@@ -204,6 +205,7 @@ ARMS = {
     "late+learned": _target("learned, target late", propose=learned, method=LATE_UNIFORM, target_after=LATE),
     "late+similarity+accept": _target("similar, acc, late", propose=similar, method=LATE_ACCEPTED, target_after=LATE),
     "late+learned+expected": _target("learned, exp. w, late", propose=learned, method=LATE_EXPECTED, target_after=LATE),
+    "late+learned+above": _target("learned, above, late", propose=learned, method=LATE_ABOVE, target_after=LATE),
     "late+learned+accept": _target("learned, acc, late", propose=learned, method=LATE_ACCEPTED, target_after=LATE),
     "target+similarity+accept": _target("similar, accepted", propose=similar, method=ACCEPTED_WITH_TARGET),
     "target+similarity+honest": _target("similar, acc, split", propose=similar, method=HONEST_ACCEPTED),

@@ -19,7 +19,7 @@ from .proposals import Known
 from .records import Example, endless_batches
 from .setting import Setting
 from .split import Entrance, Rows, Top
-from .weights import ExpectedWeights
+from .weights import Expecting
 
 WARM_UP_SHARE = 0.1
 HELD_OUT_EVERY = 3
@@ -265,8 +265,9 @@ class _Step:
     def _selective(self, candidates: list[Example]) -> Tensor:
         lab, optimizer, method = self._lab, self._optimizer, self._arm.method
         optimizer.filter = method.filter(self._sizes.keep, self._schedule.get_last_lr()[0])
-        if isinstance(optimizer.weight, ExpectedWeights):
-            optimizer.weight.scores = self._chooser.expected()
+        for stage in (optimizer.filter, optimizer.weight):
+            if isinstance(stage, Expecting):
+                stage.scores = self._chooser.expected()
         rows = lab.entrance.rows(candidates)
         optimizer.step(lambda: lab.top(rows))
         selection = optimizer.selection
