@@ -14,7 +14,7 @@ from pays.records import Record
 from .corpus import TARGET_AREA, build_corpus
 from .picture import write_picture
 
-ARMS = ["adamw-n", "ftw", "target-n", "target+random", "target+learned"]
+ARMS = ["adamw-n", "ftw", "target-n", "target+random", "target+similarity"]
 STEPS = 30
 TARGET_RECORDS, TEST_RECORDS = 64, 256
 
