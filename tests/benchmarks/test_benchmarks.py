@@ -247,7 +247,7 @@ def test_the_default_job_is_towards_an_area_of_this_machine(
         "filter-then-weight",
         "n target rows",
         "target + random",
-        "target + learned",
+        "target + similar",
     ):
         assert label in printed
     assert (tmp_path / "finetune.png").stat().st_size > 10_000
