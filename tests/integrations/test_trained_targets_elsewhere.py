@@ -92,6 +92,7 @@ def test_lightning_sees_the_gradient_of_candidates_and_target_rows(trains: str, 
 
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
+    GradientState._reset_state()  # a trainer that was killed leaves its data loader in it
     yield Accelerator(cpu=True, gradient_accumulation_steps=2)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()

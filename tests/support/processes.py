@@ -93,6 +93,7 @@ def _work(rank: int, count: int, store: str, end: Connection, path: list[str]) -
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {name: str(value) for name, value in own.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "true"}
+    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate warns where nobody has said so
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, count),

@@ -196,7 +196,7 @@ class Window:
         """The losses of all candidates, or of those at the indices ``rows``, in a window of a single batch."""
         return self._one_batch(rows)
 
-    def token_loss(self, selection: Selection, processes: Processes) -> Tensor:
+    def token_loss(self, selection: Selection, processes: Processes | None = None) -> Tensor:
         """The mean loss of a token under the weights, a scalar on the device.
 
         Under equal weights this is the loss that a trainer without selection reports. The weighted mean of the
@@ -205,7 +205,7 @@ class Window:
 
         Args:
             selection: among the candidates of all processes.
-            processes: those that have parts of the window.
+            processes: those that have parts of the window; None: this is the whole of it.
         """
         units = torch.cat(
             [
@@ -225,7 +225,9 @@ class Window:
             return units.new_full((), torch.nan)
         counts = share > 0  # the others' losses may not be finite, and stay so when multiplied by zero
         total = (share[counts] * selection.losses[counts].to(share)).sum().to(units)
-        tokens = processes.total((share[selection.mine].to(units) * units).sum())
+        tokens = (share[selection.mine].to(units) * units).sum()
+        if processes is not None:
+            tokens = processes.total(tokens)
         return total / tokens.clamp(min=torch.finfo(units.dtype).tiny)
 
     def column(self, key: str) -> list[Any] | None:
