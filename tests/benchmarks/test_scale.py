@@ -17,12 +17,15 @@ from scale.model import CASES, Speeds, predicted
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize("ranks", [2, 8, 64, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ranks", [2, 8, pytest.param(64, marks=pytest.mark.slow), pytest.param(1024, marks=pytest.mark.slow)]
+)
 def test_the_bytes_of_a_step_are_those_of_the_formulas(ranks: int) -> None:
     found = counted(ranks)
     assert {name: found.sent[name] for name in found.expected} == found.expected
 
 
+@pytest.mark.slow
 def test_what_a_rank_exchanges_does_not_depend_on_their_number() -> None:
     few, many = counted(16), counted(64)
     assert few.sent["exchange"] <= many.sent["exchange"] <= 1.1 * few.sent["exchange"]

@@ -186,7 +186,7 @@ def test_a_batch_of_held_out_examples_without_labels_is_refused(tmp_path: Path) 
         )
 
 
-@pytest.mark.parametrize("stop", [None, slow(2), 4])
+@pytest.mark.parametrize("stop", [None, slow(2), slow(4)])
 def test_target_examples_guide_first_and_are_trained_on_later(stop: int | None, tmp_path: Path) -> None:
     recording = Recording()
 

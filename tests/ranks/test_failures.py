@@ -117,12 +117,12 @@ def _raise(*_: Any, **__: Any) -> Any:
     [
         ("closure", 1),
         slow("closure", 0),
-        ("end of the closure", 1),
+        slow("end of the closure", 1),
         slow("target", 0),
-        ("held-out rows", 1),
-        ("second pass", 1),
+        slow("held-out rows", 1),
+        slow("second pass", 1),
         ("owner", 1),
-        ("stage", 0),
+        slow("stage", 0),
         slow("owner", 0),
     ],
 )
@@ -189,7 +189,7 @@ def different(what: str) -> None:
     [
         ("seed", "seed and number of selections"),
         slow("selections", "seed and number of selections"),
-        ("rate", "settings of the inner optimizer"),
+        slow("rate", "settings of the inner optimizer"),
         slow("filter", "the filter"),
         slow("metric", "the metric"),
         slow("combine", "the combine"),
@@ -198,7 +198,7 @@ def different(what: str) -> None:
         slow("scale", "grad_scale"),
         ("values", "values of the parameters"),
         ("closure", "the closure of rank 1 returned none"),
-        ("backward", "a closure with a backward of its own"),
+        slow("backward", "a closure with a backward of its own"),
     ],
 )
 def test_ranks_that_differ_are_told(what: str, said: str, two_processes: Processes) -> None:
@@ -231,9 +231,9 @@ def refused(what: str) -> None:
     ("what", "said"),
     [
         ("static graph", "static_graph=False"),
-        ("hook", "without a communication hook"),
-        ("sketch", "sketches over ranks are not supported"),
-        ("FSDP2", "got FSDP2"),
+        slow("hook", "without a communication hook"),
+        slow("sketch", "sketches over ranks are not supported"),
+        slow("FSDP2", "got FSDP2"),
     ],
 )
 def test_what_cannot_be_right_is_refused_by_name(what: str, said: str, two_processes: Processes) -> None:

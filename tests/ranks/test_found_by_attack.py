@@ -89,7 +89,7 @@ def before_a_step(what: str) -> tuple[str, str, float, int]:
     return (*said, spent, optimizer.selections)
 
 
-@pytest.mark.parametrize("what", ["scale", "look", slow("first look"), slow("frozen"), slow("rows")])
+@pytest.mark.parametrize("what", ["scale", slow("look"), slow("first look"), slow("frozen"), slow("rows")])
 def test_a_rank_that_cannot_begin_or_end_a_step_lets_all_fail(what: str, two_processes: Processes) -> None:
     found = two_processes.run(before_a_step, what)
     assert found[0][0] == "RuntimeError"
@@ -125,9 +125,9 @@ def drifting(what: str) -> None:
     ("what", "said"),
     [
         ("parameters", "values of the parameters"),
-        ("state", "state of the inner optimizer"),
+        slow("state", "state of the inner optimizer"),
         slow("until", "the target"),
-        ("held out", "the target"),
+        slow("held out", "the target"),
     ],
 )
 def test_ranks_that_drift_apart_are_told(what: str, said: str, two_processes: Processes) -> None:
@@ -162,7 +162,7 @@ def forwards_in_between(combine: str, *, in_between: bool) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("combine", ["graph", slow("rerun"), slow("factors")])
+@pytest.mark.parametrize("combine", [slow("graph"), slow("rerun"), slow("factors")])
 def test_a_forward_pass_in_between_changes_nothing(combine: str, two_processes: Processes) -> None:
     found = [two_processes.run(_between, combine, in_between)[0] for in_between in (True, False)]
     for one, other in zip(*found, strict=True):

@@ -16,13 +16,13 @@ from trl import SFTConfig
 from ftw_optim import GreedyFilter, KeepAll, UniformWeights
 from ftw_optim.integrations.transformers import SelectiveTrainer
 from ftw_optim.integrations.trl import SelectiveSFTTrainer
-from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
 from tests.support.trainer_runs import ARGUMENTS, HARD, Recording, Watch, examples, model, numbered, padded, tokenizer
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning",
-)
+pytestmark = [
+    pytest.mark.slow,  # two processes import all frameworks
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),
+]
 ROWS = numbered(examples(24))
 SFT = {"packing": False, "max_length": None}
 
@@ -80,7 +80,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", [name if name in ("Trainer", "SFT") else slow(name) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_a_step_of_two_processes_is_that_of_one_with_both_batches(
     name: str, two_processes: Processes, tmp_path: Path
 ) -> None:
@@ -104,7 +104,7 @@ def test_a_step_of_two_processes_is_that_of_one_with_both_batches(
         assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["Trainer", slow("SFT")])
+@pytest.mark.parametrize("kind", ["Trainer", "SFT"])
 def test_with_all_kept_alike_it_is_the_trainers_own_run_on_two_processes(
     kind: str, two_processes: Processes, tmp_path: Path
 ) -> None:
