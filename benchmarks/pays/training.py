@@ -199,6 +199,7 @@ class _Step:
         self._targets: list[Example] = []  # of the step, trained on or not
         self._guides: list[Example] = []  # those that only guide, where others are part of the step
         self._step = 0
+        self._late_from = round(arm.target_after * run.steps)
         self._optimizer = inner
         method, count = arm.method, arm.trained_target_rows(self._sizes)
         if method is not None and method.watched:
@@ -207,8 +208,7 @@ class _Step:
         if method is not None:
             count = count or self._sizes.target_rows
             guiding = (lambda: self._guides) if guides else (lambda: self._targets)
-            late = round(arm.target_after * run.steps)
-            options = {**method.options, **({"train_on_target": True} if late else {})}
+            options = {**method.options, **({"train_on_target": True} if self._late_from else {})}
             options |= {"train_on_target": self._losses(lambda: self._targets)} if guides else {}
             self._optimizer = SelectiveOptimizer(
                 inner,
@@ -219,7 +219,7 @@ class _Step:
                     refresh_every=method.refresh_every,
                     held_out=self._losses(lambda: lab.setting.validation) if method.watched else None,
                     held_out_every=HELD_OUT_EVERY,
-                    until=late or None,
+                    until=self._late_from or None,
                 ),
                 filter=method.filter(self._sizes.keep, run.lr),
                 weight=copy.copy(method.weight),
@@ -236,7 +236,7 @@ class _Step:
     def __call__(self, read: Sequence[Example]) -> _Done:
         lab, arm = self._lab, self._arm
         start = now(lab.top.device)
-        late = self._step >= round(arm.target_after * self._run.steps)
+        late = self._step >= self._late_from
         run_targets = self._target_batches is not None and (late or arm.method is not None)
         instead = 0 if run_targets or self._target_batches is None else arm.trained_target_rows(self._sizes)
         candidates = self._chooser.choose(read, arm.rows(self._sizes) + instead)

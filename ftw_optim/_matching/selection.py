@@ -144,21 +144,24 @@ class Selection:
         Entries of others are left out, and so are target rows; whatever is of the step as a whole stays as it is.
         """
         start, stop, _ = self.mine.indices(len(self.losses))
-        if (start, stop) == (0, len(self.losses)):
-            return self
-        mine = slice(start, stop)
+        whole = (start, stop) == (0, len(self.losses))
+        return self if whole else self.part(slice(start, stop), slice(0, 0))
+
+    def part(self, candidates: slice, targets: slice) -> Selection:
+        """The selection as far as it concerns some neighbouring candidates, and target rows that take part."""
+        start, stop = candidates.start, candidates.stop
         kept = (self.kept >= start) & (self.kept < stop)
         rejected = (self.rejected >= start) & (self.rejected < stop)
         return replace(
             self,
-            losses=self.losses[mine],
+            losses=self.losses[candidates],
             kept=self.kept[kept] - start,
             weights=self.weights[kept],
-            gram=self.gram[mine, mine],
-            cross_gram=self.cross_gram[mine],
+            gram=self.gram[candidates, candidates],
+            cross_gram=self.cross_gram[candidates],
             rejected=self.rejected[rejected] - start,
-            target_weights=_NOTHING,
-            target_losses=_NOTHING,
+            target_weights=self.target_weights[targets],
+            target_losses=self.target_losses[targets],
             mine=slice(0, stop - start),
         )
 

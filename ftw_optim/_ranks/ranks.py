@@ -77,16 +77,19 @@ class Ranks(ABC):
             received: how many numbers come from each rank.
         """
 
-    def failing(self, error: BaseException) -> None:
-        """Tell the others of an error before the first thing that is told of a step; then it can be raised."""
+    def beginning(self, work: Callable[[], Found]) -> Found:
+        """The result of work before the first thing that is told of a step; if it fails, the others are told then."""
         if self.alone:
-            return
+            return work()
+        try:
+            return work()
+        except BaseException as error:
+            failure = error
 
-        def fail() -> None:
-            raise error
+        def fail() -> Found:
+            raise failure
 
-        with suppress(BaseException):
-            self.told(fail, lambda _: None)
+        return self.told(fail, lambda _: None)[0]
 
     def any(self, work: Callable[[], bool]) -> bool:
         """Whether some work says so on any rank."""
@@ -129,7 +132,6 @@ class Several(Ranks):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         members = dist.get_process_group_ranks(group)
-        self.group = group
         self.own, self.count, self.met = dist.get_rank(group), len(members), False
         self._first = members[0]
         # Objects go over the network of the hosts, whatever the tensors take: a failure must be told while a device

@@ -37,7 +37,7 @@ def without_own_sums(structure: Structure, members: Sequence[int]) -> Iterator[N
     Raises:
         NotImplementedError: something around the model cannot be right in several processes.
     """
-    refuse_in(structure)
+    structure.once("parts", lambda: _refuse_parts(structure))
     held: dict[DistributedDataParallel, tuple[bool, bool]] = {}
 
     def hold(wrapper: DistributedDataParallel) -> None:
@@ -68,16 +68,8 @@ def without_own_sums(structure: Structure, members: Sequence[int]) -> Iterator[N
             wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = sums, sends
 
 
-def refuse_in(structure: Structure) -> None:
-    """Refuse models that hold only a part of their parameters.
-
-    Raises:
-        NotImplementedError: the model is such.
-    """
-    structure.once("parts", lambda: _refuse_parts(structure))
-
-
 def _refuse_parts(structure: Structure) -> None:
+    """Refuse models that hold only a part of their parameters."""
     for module in structure.modules.values():
         if (kind := _refused(module)) is not None:
             raise _not_in_several(kind)

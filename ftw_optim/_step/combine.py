@@ -19,7 +19,6 @@ from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.closures import checked_losses
 from ftw_optim._step.comparison import Comparison
 from ftw_optim._step.gathering import PassFactors
-from ftw_optim._step.kept_factors import Own
 from ftw_optim._step.setup import StepSetup, full_precision
 from ftw_optim._step.way import WAYS
 
@@ -103,7 +102,7 @@ def _from_factors(
     setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> Combined:
     """The weighted sum of the captured factors."""
-    weights, updated = factors.own(selection).rows(), setup.parameters.updated
+    weights, updated = factors.own(selection).row_weights(), setup.parameters.updated
     gradients = {
         name: weighted_sum(uses, weights, updated[name].shape).to(updated[name].dtype)
         for name, uses in factors.alone.items()
@@ -120,7 +119,7 @@ def _from_graph(
     setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> Combined:
     """A weighted backward over the same graph, checked against the factors that were captured from it."""
-    weights = factors.own(selection).rows()
+    weights = factors.own(selection).row_weights()
     # The target rows' graph is wanted once more where the candidates are run again after all.
     keep_graph = len(selection.target_weights) > 0 and candidate_pass.closure.takes_rows
     gradients = _ordinary_backward(setup, candidate_pass.weighted_losses(weights), keep_graph=keep_graph)
@@ -153,7 +152,7 @@ _FUNCTIONS: dict[str, Callable[[StepSetup, Selection, PassFactors, CandidatePass
 }
 
 
-def _losses_again(setup: StepSetup, selection: Own, candidate_pass: CandidatePass) -> Iterator[Tensor]:
+def _losses_again(setup: StepSetup, selection: Selection, candidate_pass: CandidatePass) -> Iterator[Tensor]:
     """The weighted losses of the kept candidates, a micro-batch at a time, and of target rows that take part."""
     kept, weights = selection.kept, selection.weights
     value, done = candidate_pass.again(kept), 0
@@ -173,37 +172,19 @@ def _losses_again(setup: StepSetup, selection: Own, candidate_pass: CandidatePas
 
 def _ordinary_backward(setup: StepSetup, totals: Iterable[Tensor], *, keep_graph: bool = False) -> dict[str, Tensor]:
     """The gradients that ``(scale * total).backward()`` forms for the updated parameters, summed over the totals."""
-    updated = setup.parameters.updated
-    if not setup.ranks.alone:
-        return _gradients_past_ddp(setup, totals, keep_graph=keep_graph)
+    updated, several = setup.parameters.updated, not setup.ranks.alone
     with gradients_set_aside(setup.structure.parameters.values()):
         for total in totals:
-            # Named only where others would get a gradient too: a plain backward is what hooks and DDP expect, and the
-            # only one that reentrant checkpointing takes.
-            named = setup.parameters.others_train and not Graph(total).reentrant
+            # Named only where others would get a gradient too: a plain backward is what hooks expect, and the only one
+            # that reentrant checkpointing takes.
+            named = (several or setup.parameters.others_train) and not Graph(total).reentrant
             inputs = list(updated.values()) if named else None
-            torch.autograd.backward(total * setup.scale, inputs=inputs, retain_graph=keep_graph)
-        return {name: p.grad for name, p in updated.items() if p.grad is not None}
-
-
-def _gradients_past_ddp(setup: StepSetup, totals: Iterable[Tensor], *, keep_graph: bool) -> dict[str, Tensor]:
-    """The same in several processes, without DDP noticing, which may still wait for a backward pass of its own.
-
-    Reentrant checkpointing takes an ordinary backward pass alone.
-    """
-    updated = setup.parameters.updated
-    found: dict[str, Tensor] = {}
-    with gradients_set_aside(setup.structure.parameters.values()):
-        for total in totals:
             scaled = total * setup.scale
-            if Graph(total).reentrant:
-                torch.autograd.backward(scaled, retain_graph=keep_graph)
-                continue
-            gradients = torch.autograd.grad(scaled, list(updated.values()), retain_graph=keep_graph, allow_unused=True)
-            for name, gradient in zip(updated, gradients, strict=True):
-                if gradient is not None:
-                    found[name] = found[name] + gradient if name in found else gradient
-        for name, parameter in updated.items():
-            if parameter.grad is not None:
-                found[name] = found[name] + parameter.grad if name in found else parameter.grad
-        return found
+            if several and inputs is not None:  # past DDP, which may still wait for a backward pass of its own
+                found = torch.autograd.grad(scaled, inputs, retain_graph=keep_graph, allow_unused=True)
+                for parameter, gradient in zip(updated.values(), found, strict=True):
+                    if gradient is not None:
+                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            else:
+                torch.autograd.backward(scaled, inputs=inputs, retain_graph=keep_graph)
+        return {name: p.grad for name, p in updated.items() if p.grad is not None}

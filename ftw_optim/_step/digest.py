@@ -110,8 +110,9 @@ def _described(stage: Any) -> str:
     """A stage's class, and those of its declared fields that are plain; what else it has, it may count or learn."""
     fields = dataclasses.fields(stage) if dataclasses.is_dataclass(stage) else ()
     settings = {field.name: getattr(stage, field.name) for field in fields}
+    plain = {key: value for key, value in settings.items() if isinstance(value, _PLAIN)}
     name = getattr(stage, "__qualname__", None) or torch.typename(type(stage))
-    return f"{name} { ({key: value for key, value in settings.items() if isinstance(value, _PLAIN)}) }"
+    return f"{name} {plain}"
 
 
 def _simple(value: Any) -> Any:

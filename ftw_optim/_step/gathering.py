@@ -19,15 +19,12 @@ from ftw_optim._step.target_rows import target_of
 
 PassFactors = KeptFactors | StreamedFactors | SharedFactors
 
-OwnRows = tuple[TargetNow, KeptFactors | StreamedFactors | Plain]
-"""The target and the factors of this process alone."""
-
 
 def target_and_factors(setup: StepSetup, candidate_pass: CandidatePass) -> tuple[TargetNow, PassFactors | Plain]:
     """The target of this step, and the candidates' factors: of all ranks, which have run their own by then."""
     if setup.ranks.alone:
         return _own(setup, candidate_pass)
-    digest = digest_of(setup)
+    digest = setup.ranks.beginning(lambda: digest_of(setup))
     (target, own), told = setup.ranks.told(
         lambda: _own(setup, candidate_pass), lambda found: _told(setup, hashed(digest), *found)
     )
@@ -43,22 +40,31 @@ def target_and_factors(setup: StepSetup, candidate_pass: CandidatePass) -> tuple
     return target, SharedFactors(setup, own.candidates, target, told)
 
 
-def _own(setup: StepSetup, candidate_pass: CandidatePass) -> OwnRows:
+def _own(setup: StepSetup, candidate_pass: CandidatePass) -> tuple[TargetNow, KeptFactors | StreamedFactors | Plain]:
+    """The target and the factors of this process alone."""
     target = target_of(setup, candidate_pass)
     return target, gather(setup, candidate_pass, target)
 
 
 def _told(setup: StepSetup, digest: str, target: TargetNow, own: KeptFactors | StreamedFactors | Plain) -> Told:
     """What the other ranks are told of this one's pass."""
-    plain = isinstance(own, Plain)
+    if isinstance(own, Plain):
+        return Told(
+            digest=digest,
+            plain=own.value is not None,
+            losses=torch.empty(0),
+            targets=0,
+            guide_losses=None,
+            reached=0,
+        )
     guides = target.guide_losses
     return Told(
         digest=digest,
-        plain=own.value is not None if isinstance(own, Plain) else None,
-        losses=torch.empty(0) if isinstance(own, Plain) else own.candidates.losses.detach().cpu(),
-        targets=0 if plain else target.count,
+        plain=None,
+        losses=own.candidates.losses.detach().cpu(),
+        targets=target.count,
         guide_losses=None if guides is None else guides.detach().cpu(),
-        reached=0 if isinstance(own, Plain) else setup.parameters.mask(own.reached),
+        reached=setup.parameters.mask(own.reached),
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from typing import final
 
 import torch
@@ -20,40 +19,6 @@ from ftw_optim._step.captured_rows import CapturedRows
 from ftw_optim._step.measuring import Measured, preconditioners_of, sums_of
 from ftw_optim._step.setup import StepSetup, full_precision
 from ftw_optim._step.target import TargetNow
-
-
-@final
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Own:
-    """The part of this process in a selection.
-
-    Attributes:
-        count: number of its candidates.
-        kept: which of them are kept, indices among them, shape ``(k,)`` int64.
-        weights: shape ``(k,)``.
-        target_weights: the weights of its target rows that take part, shape ``(m,)``.
-    """
-
-    count: int
-    kept: Tensor
-    weights: Tensor
-    target_weights: Tensor
-
-    @classmethod
-    def all_of(cls, selection: Selection) -> Own:
-        """The part of a process that is alone."""
-        return cls(
-            count=len(selection.losses),
-            kept=selection.kept,
-            weights=selection.weights,
-            target_weights=selection.target_weights,
-        )
-
-    def rows(self) -> Tensor:
-        """The weights of all rows that it ran, float64: ``(n + m,)``, those of the target rows at the end."""
-        weights = torch.zeros(self.count, dtype=torch.float64)
-        weights[self.kept] = self.weights
-        return torch.cat([weights, self.target_weights]) if len(self.target_weights) else weights
 
 
 @final
@@ -79,15 +44,14 @@ class KeptFactors:
         """The captured parameters that some candidate reached."""
         return list(self.candidates.footprints)
 
-    def own(self, selection: Selection) -> Own:
-        """The part of this process in a selection."""
-        return Own.all_of(selection)
+    def own(self, selection: Selection) -> Selection:
+        """The selection as far as it concerns this process, which ran all rows."""
+        return selection
 
     @property
     def alone(self) -> dict[str, Sequence[Factors]]:
         """Factors of the parameters that are in no bucket."""
-        together = {name for bucket in self.buckets for name in bucket.names}
-        return {name: uses for name, uses in self.found.items() if name not in together}
+        return in_no_bucket(self.found, self.buckets)
 
     def keep_only(self, accepted: Tensor) -> None:
         """Go on with the ``accepted`` candidates, bool (n,)."""
@@ -138,3 +102,9 @@ class KeptFactors:
     def clean(self, measured: Measured) -> Tensor:
         """Mask of the candidates whose loss and factors are all finite: bool (n,)."""
         return finite_candidates(self.found, self.candidates.losses).cpu()
+
+
+def in_no_bucket(found: Mapping[str, Sequence[Factors]], buckets: Sequence[Bucket]) -> dict[str, Sequence[Factors]]:
+    """The factors of those parameters that are in none of the buckets."""
+    together = {name for bucket in buckets for name in bucket.names}
+    return {name: uses for name, uses in found.items() if name not in together}

@@ -52,6 +52,14 @@ def preconditioners_of(setup: StepSetup) -> Preconditioners:
     return Preconditioners(setup.inner, unknown_as_identity=setup.metric is Metric.EUCLIDEAN)
 
 
+def dtype_of_sums(parameters: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype in which products of these parameters' gradients are added up: the widest one, float32 at least."""
+    dtype = torch.float32
+    for parameter in parameters.values():
+        dtype = torch.promote_types(dtype, parameter.dtype)
+    return dtype
+
+
 def sums_of(
     setup: StepSetup,
     accepted: Tensor,
@@ -63,15 +71,12 @@ def sums_of(
 ) -> MatchingSums:
     """The sums of this step's Gram matrix, before anything is added; ``scale`` None: the factors have the step's."""
     parameters, groups = setup.parameters.scored, setup.parameters.groups
-    dtype = torch.float32
-    for parameter in parameters.values():
-        dtype = torch.promote_types(dtype, parameter.dtype)
     spec = GramSpec(
         shapes={name: parameter.shape for name, parameter in parameters.items()},
         target=target.gradients,
         precondition=lambda name, reference: preconditioners(parameters[name], groups[name], reference),
         metrics=setup.metrics,
-        dtype=dtype,
+        dtype=dtype_of_sums(parameters),
         device=device,
         scale=setup.scale if scale is None else scale,
         memory_limit=setup.memory_limit,

@@ -307,11 +307,7 @@ class SelectiveOptimizer(OptimizerWrapper):
     def _told_setup(self, function: Callable[..., Any], **options: Any) -> tuple[StepSetup, CandidateClosure]:
         """The setup of one step; where it fails in one of several processes, the others are told."""
         ranks = self._ranks.now()
-        try:
-            return self._setup(function, ranks, **options)
-        except BaseException as error:
-            ranks.failing(error)
-            raise
+        return ranks.beginning(lambda: self._setup(function, ranks, **options))
 
     def _setup(
         self,

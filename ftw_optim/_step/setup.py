@@ -103,17 +103,10 @@ class StepSetup:
     @contextmanager
     def undistracted(self) -> Iterator[None]:
         """A block in which nothing around the model talks to other processes, but this step alone."""
-        if self.ranks.alone:
-            yield
-            return
-        block = without_own_sums(self.structure, self.ranks.members)
-        try:
-            block.__enter__()
-        except BaseException as error:
-            self.ranks.failing(error)
-            raise
         with ExitStack() as stack:
-            stack.push(block)
+            if not self.ranks.alone:
+                block = without_own_sums(self.structure, self.ranks.members)
+                self.ranks.beginning(lambda: stack.enter_context(block))
             yield
 
     def generator(self, purpose: str) -> torch.Generator:

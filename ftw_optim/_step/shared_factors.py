@@ -7,7 +7,7 @@ parameter's share of the Gram matrix of all candidates. The sum over the owners 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -26,8 +26,8 @@ from ftw_optim._preconditioners.lookup import Preconditioners
 from ftw_optim._ranks.owners import Exchange, owners
 from ftw_optim._ranks.ranks import Ranks
 from ftw_optim._step.captured_rows import CapturedRows
-from ftw_optim._step.kept_factors import KeptFactors, Own
-from ftw_optim._step.measuring import Measured, preconditioners_of, sums_of
+from ftw_optim._step.kept_factors import KeptFactors, in_no_bucket
+from ftw_optim._step.measuring import Measured, dtype_of_sums, preconditioners_of, sums_of
 from ftw_optim._step.setup import StepSetup, full_precision
 from ftw_optim._step.target import TargetNow
 
@@ -160,16 +160,9 @@ class SharedFactors:
         """Mask of the rows of all ranks whose loss and factors are all finite."""
         return self._from_all(lambda: self._own.clean(measured))
 
-    def own(self, selection: Selection) -> Own:
-        """The part of this rank in a selection."""
-        mine = self.rows.mine
-        here = (selection.kept >= mine.start) & (selection.kept < mine.stop)
-        return Own(
-            count=mine.stop - mine.start,
-            kept=selection.kept[here] - mine.start,
-            weights=selection.weights[here],
-            target_weights=selection.target_weights[self.rows.my_targets],
-        )
+    def own(self, selection: Selection) -> Selection:
+        """The selection as far as it concerns this rank's rows."""
+        return selection.part(self.rows.mine, self.rows.my_targets)
 
     def measured(self) -> Measured:
         """The products of the accepted rows of all ranks, which may turn out not to be finite."""
@@ -190,14 +183,11 @@ class SharedFactors:
         """
         setup, ranks, parameters = self._setup, self._ranks, self._setup.parameters.scored
         device = self.candidates.losses.device
-        dtype = torch.float32
-        for parameter in parameters.values():
-            dtype = torch.promote_types(dtype, parameter.dtype)
         exchange = Exchange(
             ranks=ranks,
             sizes={name: parameters[name].numel() for name in scored},
             rows=[a + b for a, b in zip(self.rows.counts, self.rows.targets, strict=True)],
-            dtype=dtype,
+            dtype=dtype_of_sums(parameters),
             device=device,
         )
         owner = owners(exchange.sizes, ranks.count)
@@ -276,14 +266,11 @@ class SharedFactors:
         buckets = buckets_of(uses, shapes, kinds, limit=self._setup.memory_limit)
         for bucket in buckets:
             sums.add_all(bucket)
-        together = {name for bucket in buckets for name in bucket.names}
-        for name, own in uses.items():
-            if name not in together:
-                sums.add(name, own)
+        for name, own in in_no_bucket(uses, buckets).items():
+            sums.add(name, own)
 
-    def _from_all(self, work: object) -> Tensor:
+    def _from_all(self, work: Callable[[], Tensor]) -> Tensor:
         """One entry for each row of all ranks, from those that some work gives for this rank's."""
-        assert callable(work)
         found = self._ranks.joined(work)
         order = self.rows.order()
         return found if order is None else found[order]

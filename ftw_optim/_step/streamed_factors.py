@@ -18,7 +18,6 @@ from ftw_optim._gram.sketch import SketchSums
 from ftw_optim._matching.selection import Selection
 from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.captured_rows import CapturedRows
-from ftw_optim._step.kept_factors import Own
 from ftw_optim._step.measuring import MatchingSums, Measured, preconditioners_of, sums_of
 from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.target import TargetNow
@@ -128,9 +127,9 @@ class StreamedFactors:
         """The captured parameters that some candidate reached."""
         return list(self.candidates.footprints)
 
-    def own(self, selection: Selection) -> Own:
-        """The part of this process in a selection."""
-        return Own.all_of(selection)
+    def own(self, selection: Selection) -> Selection:
+        """See :class:`KeptFactors`."""
+        return selection
 
     def keep_only(self, accepted: Tensor) -> None:
         """Go on with the ``accepted`` candidates, bool (n,)."""

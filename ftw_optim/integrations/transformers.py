@@ -370,11 +370,14 @@ class SelectiveTrainerMixin(_Base):
     def _held_out_losses(self) -> Tensor:
         """The losses of all held-out examples."""
         assert self._held_out is not None
-        rows = self._processes.rows
-        if len(self._held_out.dataset) < self._processes.count:
-            return torch.cat([self._losses_of_batch(batch, rows) for batch in self._held_out.in_order()])
-        numbered = enumerate(self._held_out.in_order())
-        return torch.cat([self._losses_of_batch(one, partial(self._processes.dealt, turn=n)) for n, one in numbered])
+        processes = self._processes
+        enough = len(self._held_out.dataset) >= processes.count
+        return torch.cat(
+            [
+                self._losses_of_batch(batch, partial(processes.dealt, turn=number) if enough else processes.rows)
+                for number, batch in enumerate(self._held_out.in_order())
+            ]
+        )
 
     def _prepared_targets(self, dataset: Any) -> Any:
         """The target examples, ready to be collated."""

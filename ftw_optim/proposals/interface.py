@@ -77,10 +77,11 @@ def observed(samples: Sequence[Sample], selection: Selection) -> Selection:
     Raises:
         ValueError: the samples are neither all candidates nor those of this process.
     """
-    for found in (selection, selection.own()):
+    own = selection.own()
+    for found in (selection, own):
         if len(samples) == len(found.cross_gram):
             return found
-    n = len(selection.own().cross_gram)
+    n = len(own.cross_gram)
     raise ValueError(
         f"Expected the {n} candidates of the selection, in the order of the closure, got {len(samples)} samples."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,10 +16,7 @@ from ftw_optim import GreedyFilter, SelectiveOptimizer, Sketch, TargetGradient, 
 from ftw_optim._preconditioners.lookup import Preconditioners
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
-from tests.support.rank_runs import Net, rows_of
-
-CANDIDATES = torch.arange(2 * 4 * 6).reshape(2, 4, 6) % 22
-TARGETS = torch.arange(3 * 6).reshape(3, 6) % 9
+from tests.support.rank_runs import TARGETS, Net, made, rows_of
 
 
 class _Broken(RuntimeError):
@@ -32,20 +28,6 @@ class _BrokenFilter(TopKFilter):
 
     def __call__(self, matching: Any, *more: Any) -> Tensor:
         raise _Broken("the stage is broken")
-
-
-def made(**options: Any) -> tuple[DistributedDataParallel, SelectiveOptimizer, Callable[..., Tensor]]:
-    """A model, its optimizer, and the closure of this rank's candidates."""
-    torch.manual_seed(3)
-    model = DistributedDataParallel(Net().double())
-    candidates = CANDIDATES[dist.get_rank()]
-
-    def losses(rows: Tensor | None = None) -> Tensor:
-        return rows_of(model, candidates if rows is None else candidates[rows], rare=True)
-
-    options = {"target": lambda: rows_of(model, TARGETS, rare=True), "filter": GreedyFilter(keep=3), **options}
-    inner = options.pop("inner", None) or torch.optim.AdamW(model.parameters(), lr=options.pop("lr", 1e-2))
-    return model, SelectiveOptimizer(inner, model, **options), losses
 
 
 def broken(where: str, rank: int) -> dict[str, Any]:

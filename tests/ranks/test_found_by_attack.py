@@ -11,16 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer, TargetGradient
 from ftw_optim._step import digest
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
-from tests.support.rank_runs import Net, rows_of
-
-CANDIDATES = torch.arange(4 * 4 * 6).reshape(4, 4, 6) % 22
-TARGETS = torch.arange(3 * 6).reshape(3, 6) % 9
+from tests.support.rank_runs import CANDIDATES, TARGETS, Net, made, rows_of
 
 
 class _Counting(GreedyFilter):
@@ -37,20 +33,6 @@ class Buffered(Net):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale", torch.ones(()))
-
-
-def made(*, net: Any = None, group: Any = None, **options: Any) -> tuple[Any, SelectiveOptimizer, Any]:
-    torch.manual_seed(3)
-    model = DistributedDataParallel((Net() if net is None else net).double(), process_group=group)
-    candidates = CANDIDATES[dist.get_rank()]
-    options = {"target": lambda: rows_of(model, TARGETS, rare=True), "filter": GreedyFilter(keep=3), **options}
-    inner = options.pop("inner", None) or torch.optim.AdamW(model.parameters(), lr=1e-2)
-    optimizer = SelectiveOptimizer(inner, model, **options)
-    return (
-        model,
-        optimizer,
-        lambda rows=None: rows_of(model, candidates if rows is None else candidates[rows], rare=True),
-    )
 
 
 def before_a_step(what: str) -> tuple[str, str, float, int]:
@@ -152,11 +134,11 @@ def test_a_stage_may_count_and_a_group_hold_what_it_likes(two_processes: Process
     assert one == other
 
 
-def forwards_in_between(combine: str, *, in_between: bool) -> list[Tensor]:
-    """A job that runs the wrapper with gradients between the steps, as an evaluation that forgets no_grad."""
+def forwards_in_between(combine: str, number: int) -> list[Tensor]:
+    """A job that runs the wrapper some times between the steps, as an evaluation that forgets no_grad."""
     model, optimizer, losses = made(combine=combine)
     for _ in range(3):
-        if in_between:
+        for _ in range(number):
             rows_of(model, TARGETS)
         optimizer.step(losses)
     return [p.detach().clone() for p in model.parameters()]
@@ -164,13 +146,9 @@ def forwards_in_between(combine: str, *, in_between: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("combine", [slow("graph"), slow("rerun"), slow("factors")])
 def test_a_forward_pass_in_between_changes_nothing(combine: str, two_processes: Processes) -> None:
-    found = [two_processes.run(_between, combine, in_between)[0] for in_between in (True, False)]
+    found = [two_processes.run(forwards_in_between, combine, number)[0] for number in (1, 0)]
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
-
-
-def _between(combine: str, in_between: bool) -> list[Tensor]:
-    return forwards_in_between(combine, in_between=in_between)
 
 
 def copied() -> tuple[int, int, str]:

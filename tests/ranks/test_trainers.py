@@ -57,8 +57,6 @@ def trained(directory: str, kind: str, settings: dict[str, Any], options: dict[s
             callbacks=[watch],
             **options,
         )
-    if kind == "plain" or settings.get("remove_unused_columns") is False:
-        pass
     trainer.train()
     return {
         "parameters": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},

@@ -105,7 +105,7 @@ def data(case: Case) -> Iterator[tuple[Tensor, Tensor]]:
 
 def run(case: Case, *, alone: bool = False) -> dict[str, Any]:
     """What came of a run: the selections, the gradients and the parameters; for a job, too."""
-    ranks, own = (1, 0) if alone else (dist.get_world_size(), dist.get_rank())
+    own = 0 if alone else dist.get_rank()
     torch.manual_seed(3)
     net = Net().to(case.dtype)
     parameters = list(net.parameters())
@@ -156,6 +156,24 @@ def run(case: Case, *, alone: bool = False) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
     found["parameters"] = {name: p.detach().clone() for name, p in net.named_parameters()}
-    found["state"] = optimizer.state_dict()
-    del ranks
     return found
+
+
+CANDIDATES = torch.arange(4 * 4 * 6).reshape(4, 4, 6) % 22
+"""Those of each of four ranks."""
+TARGETS = torch.arange(3 * 6).reshape(3, 6) % 9
+
+
+def made(
+    *, net: nn.Module | None = None, group: Any = None, lr: float = 1e-2, **options: Any
+) -> tuple[DistributedDataParallel, SelectiveOptimizer, Callable[..., Tensor]]:
+    """A model on this rank, its optimizer, and the closure of the rank's candidates."""
+    torch.manual_seed(3)
+    model = DistributedDataParallel((Net() if net is None else net).double(), process_group=group)
+    candidates = CANDIDATES[dist.get_rank()]
+
+    def losses(rows: Tensor | None = None) -> Tensor:
+        return rows_of(model, candidates if rows is None else candidates[rows], rare=True)
+
+    options = {"target": lambda: rows_of(model, TARGETS, rare=True), "filter": GreedyFilter(keep=3), **options}
+    return model, SelectiveOptimizer(torch.optim.AdamW(model.parameters(), lr=lr), model, **options), losses

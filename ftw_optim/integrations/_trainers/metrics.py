@@ -64,17 +64,15 @@ class Metrics:
         if self.logs and self._last is not None:
             selection, window, found = self._last
             ids, sources, texts = (self._processes.joined(window.column(key)) for key in COLUMNS)
-            if self._processes.own or self._log is None:
-                self._last = None
-                return
-            self._log.record(
-                step,
-                selection,
-                ids=[f"{step}.{number}" for number in range(len(selection.losses))] if ids is None else ids,
-                sources=None if sources is None else list(map(str, sources)),
-                texts=None if texts is None else list(map(str, texts)),
-                metrics=found,
-            )
+            if self._log is not None and self._processes.own == 0:
+                self._log.record(
+                    step,
+                    selection,
+                    ids=[f"{step}.{number}" for number in range(len(selection.losses))] if ids is None else ids,
+                    sources=None if sources is None else list(map(str, sources)),
+                    texts=None if texts is None else list(map(str, texts)),
+                    metrics=found,
+                )
         self._last = None
 
     def averages(self) -> dict[str, float]:

@@ -10,6 +10,8 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor
 
+from ftw_optim.integrations._trainers.dealing import part_of
+
 
 @final
 class Processes:
@@ -62,4 +64,4 @@ class Processes:
         """
         if self.count == 1:
             return None
-        return torch.arange(count).tensor_split(self.count)[(self.own - turn) % self.count]
+        return torch.tensor(part_of(range(count), (self.own - turn) % self.count, self.count), dtype=torch.int64)

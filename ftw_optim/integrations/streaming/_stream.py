@@ -9,8 +9,8 @@ from typing import Any, Literal, final
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ftw_optim._matching.selection import Selection
+from ftw_optim.integrations._trainers.dealing import check_rank, part_of
 from ftw_optim.integrations.streaming._cursor import Cursor
-from ftw_optim.integrations.streaming._dealing import check_rank, part_of
 from ftw_optim.integrations.streaming._interleaving import Interleaving
 from ftw_optim.integrations.streaming._proposing import Proposing, packed, unpacked
 from ftw_optim.integrations.streaming._records import Source, StatefulStream, reader_of

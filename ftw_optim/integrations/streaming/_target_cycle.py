@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ftw_optim._step.losses import IGNORED
+from ftw_optim.integrations._trainers.dealing import check_rank, part_of
 from ftw_optim.integrations._trainers.targets import shuffled
-from ftw_optim.integrations.streaming._dealing import check_rank, part_of
 from ftw_optim.integrations.streaming._records import Source, reader_of
 from ftw_optim.integrations.streaming._screening import Encode, Sample, Screening
 
