@@ -34,6 +34,7 @@ from ftw_optim._capture.self_check import (
     coarsest,
     refuse_uses_outside,
 )
+from ftw_optim._capture.stand_ins import leaves
 from ftw_optim._factors.factors import Factors
 from ftw_optim._factors.finiteness import finite_candidates
 
@@ -46,10 +47,20 @@ class Capture:
         plan: what to capture. The inputs of the whole model tell the number of candidates.
         sample_ids: the candidate of each position, or of each row of some layers; see :class:`SampleIds`.
         of: whose rows the closure runs; for those of another closure the self-check has not vouched.
+        agreed: whether any of the processes says yes, where all have to make the same passes because each holds only a
+            part of the parameters; None: this one makes the passes that it needs.
     """
 
-    def __init__(self, plan: CapturePlan, *, sample_ids: GivenIds | None = None, of: str = "candidates") -> None:
+    def __init__(
+        self,
+        plan: CapturePlan,
+        *,
+        sample_ids: GivenIds | None = None,
+        of: str = "candidates",
+        agreed: Callable[[bool], bool] | None = None,
+    ) -> None:
         self._plan, self._of = plan, of
+        self._same_passes, self._agreed = agreed is not None, agreed or bool
         modules = plan.structure.modules.values()
         self._ids = None if sample_ids is None else SampleIds(sample_ids, plan.structure.model)
         self._recorder = Recorder(plan, self._ids)
@@ -134,8 +145,9 @@ class Capture:
         else:
             self.resume()
             proof = self._proof(losses, scale, checks, generator)
+            due = self._is_due(checks, self._recorder.uses)
             with nothing_nested(self._plan.structure):
-                by_edges(total, self._recorder.uses, keep_graph=keep_graph or self._is_due(checks, self._recorder.uses))
+                by_edges(total, self._recorder.uses, keep_graph=keep_graph or due)
             if proof is not None:
                 for use in self._recorder.uses:
                     proof.compare(use)
@@ -143,7 +155,9 @@ class Capture:
             found = self._assembled(len(losses))
         reached = [use for use in self._recorder.uses if use.reached]
         # Of what is not finite nothing can be compared: then the check waits for the next step.
-        if (doubtful or self._is_due(checks, reached)) and bool(finite_candidates(found, losses).all()):
+        if (self._is_due(checks, reached, doubtful=doubtful)) and not self._agreed(
+            not bool(finite_candidates(found, losses).all())
+        ):
             check = self._check(losses, graph, scale, generator, keep_graph=keep_graph)
             if check is not None:
                 for name, uses in found.items():
@@ -232,14 +246,18 @@ class Capture:
             self._ids.check(self._count)
             self._share_rows = self._ids.share_rows()
         graph = Graph(losses)
+        if graph.reentrant and self._plan.structure.sharding:
+            raise NotImplementedError(
+                "Expected checkpointing with use_reentrant=False in a model that FSDP2 shards, got the reentrant one, "
+                "which takes plain backward passes only."
+            )
         if checks is not None:
             checks.notice(graph.links)
         self._passed_through |= graph.dtypes
         if graph.reentrant:  # which hides what was computed inside
             self._passed_through |= {p.dtype for p in self._plan.structure.parameters.values() if p.is_floating_point()}
-        outside = [
-            name for name, p in self._plan.parameters.items() if graph.used_outside(p, self._recorder.uses_of[name])
-        ]
+        read = leaves(self._plan.structure, self._plan.parameters)
+        outside = [name for name, leaf in read.items() if graph.used_outside(leaf, self._recorder.uses_of[name])]
         refuse_uses_outside(outside)
         finite = losses.isfinite()
         return graph, finite, torch.where(finite, losses, torch.zeros_like(losses)).sum() * scale
@@ -252,14 +270,16 @@ class Capture:
     ) -> Membership | None:
         """The proof of whose the rows of layers are, begun; None where nothing has to be proved."""
         uses = [] if checks is None else self._unproven(losses)
-        if not uses:
+        if checks is None or not self._agreed(bool(uses)):
             return None
+        if self._same_passes:
+            uses = self._recorder.uses
         with nothing_nested(self._plan.structure):
             return Membership(uses, losses, check_weights(len(losses), generator, self.computed_in), scale)
 
-    def _is_due(self, checks: SelfChecks | None, uses: Iterable[Use]) -> bool:
-        """Whether a layer was read in a way that the self-check has not vouched for."""
-        return checks is not None and checks.due(map(self._key, uses))
+    def _is_due(self, checks: SelfChecks | None, uses: Iterable[Use], *, doubtful: bool = False) -> bool:
+        """Whether a layer was read in a way that the self-check has not vouched for, or something else is in doubt."""
+        return checks is not None and self._agreed(doubtful or checks.due(map(self._key, uses)))
 
     def _check(
         self, losses: Tensor, graph: Graph, scale: float, generator: torch.Generator, *, keep_graph: bool
@@ -275,7 +295,8 @@ class Capture:
         return PassCheck(weights, gradients, layers, computed_in)
 
     def _gradients(self, total: Tensor, graph: Graph, *, keep_graph: bool) -> dict[str, Tensor]:
-        return parameter_gradients(total, self._plan.parameters, graph, self._plan.structure, keep_graph=keep_graph)
+        read = leaves(self._plan.structure, self._plan.parameters)
+        return parameter_gradients(total, read, graph, self._plan.structure, keep_graph=keep_graph)
 
     def _note_passed(
         self, checks: SelfChecks | None, check: PassCheck, vouched: Iterable[tuple[Owner, tuple[object, ...], bool]]

@@ -19,6 +19,7 @@ from ftw_optim._capture.plan import CapturePlan
 from ftw_optim._capture.replay.calls import Call, autocast_dtype, detached, tensors_of
 from ftw_optim._capture.sample_ids import SampleIds
 from ftw_optim._capture.self_check import WAYS_OUT
+from ftw_optim._capture.stand_ins import stand_ins
 from ftw_optim._layers.randomness import RandomState
 from ftw_optim._layers.registry import LayerRule
 
@@ -72,8 +73,9 @@ class Recorder:
         self.phase = Phase.FORWARD
         read_grid, before, after = self._functions()
         self._handles.append(self._plan.structure.model.register_forward_pre_hook(read_grid, with_kwargs=True))
+        known = stand_ins(self._plan.structure)
         for owner in self._plan.owners:
-            self._watched.setdefault(id(owner.module), []).append(_Watched(owner, self._plan.parameters))
+            self._watched.setdefault(id(owner.module), []).append(_Watched(owner, self._plan.parameters, known))
         for module in {id(owner.module): owner.module for owner in self._plan.owners}.values():
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             # First of the forward hooks: it must see the output before any other hook changes it.
@@ -206,20 +208,21 @@ class Recorder:
 class _Watched:
     """A layer whose calls are recorded: what is known of it before, and of the calls that have begun."""
 
-    __slots__ = ("again", "owner", "parameters", "plain", "replays", "started")
+    __slots__ = ("again", "known", "owner", "parameters", "plain", "replays", "started")
 
-    def __init__(self, owner: Owner, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, owner: Owner, parameters: Mapping[str, nn.Parameter], known: Mapping[str, Tensor]) -> None:
         self.owner = owner
         self.again = owner.rule is None
         self.replays = self.again or (isinstance(owner.rule, LayerRule) and owner.rule.replays)
         self.plain = not self.replays and isinstance(owner.rule, LayerRule)
-        self.parameters = [(local, parameters[name]) for local, name in owner.parameters.items()]
+        self.parameters = [(local, name, parameters[name]) for local, name in owner.parameters.items()]
+        self.known = known
         self.started: list[tuple[int, RandomState | None, list[int | None]]] = []
 
     def refuse_stand_ins(self) -> None:
-        """Refuse a call in which other tensors stand in the places of the captured parameters."""
-        for local, parameter in self.parameters:
-            if parameter_at(self.owner.module, local) is not parameter:
+        """Refuse a call in which other tensors stand in the places of the captured parameters, but those of FSDP2."""
+        for local, name, parameter in self.parameters:
+            if parameter_at(self.owner.module, local) is not self.known.get(name, parameter):
                 raise NotImplementedError(
                     f"Expected {self.owner.parameters[local]} in layer {self.owner.name!r} when it is called, but "
                     f"something stands in its place (torch.func.functional_call does that). {WAYS_OUT}"

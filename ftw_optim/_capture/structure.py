@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from operator import is_
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar, cast, final
 
 import torch
 from torch import nn
@@ -32,12 +32,23 @@ class Structure:
         self.modules: Mapping[str, nn.Module] = dict(model.named_modules())
         self.parameters: Mapping[str, nn.Parameter] = dict(model.named_parameters())
         self.names: Mapping[int, str] = {id(parameter): name for name, parameter in self.parameters.items()}
+        self.sharding: Sequence[nn.Module] = [module for module in self.modules.values() if is_sharding(module)]
+        """The modules that FSDP2 has made, which hold shards of their parameters."""
         self._noticed = _Noticed(list(self.modules.values()))
         self._found: dict[str, tuple[Hashable, Any]] = {}
 
     def holds(self) -> bool:
         """Whether the model is still made of the same. What it was made of is held, so no identity comes again."""
         return self._noticed.holds()
+
+    def shards(self, name: str) -> bool:
+        """Whether FSDP2 brings the parameters of this module together when it is called."""
+        return is_sharding(self.modules[name])
+
+    def reshard(self) -> None:
+        """Put the shards back in the places of whole parameters, where a pass has left these."""
+        for module in self.sharding:
+            cast(Any, module).reshard()
 
     def once(self, what: str, find: Callable[[], Found], *, of: Hashable = None) -> Found:
         """What ``find`` returned when it was first asked for ``what``.
@@ -62,10 +73,19 @@ class KnownStructure:
 
     def of(self, model: nn.Module) -> Structure:
         """The present structure of the model: the same object as long as nothing has changed."""
+        if self._known is not None:
+            self._known.reshard()
         if self._known is None or self._known.model is not model or not self._known.holds():
             self._known = None  # whatever has been removed from the model is free
+            for module in filter(is_sharding, model.modules()):  # a forward without a backward leaves whole parameters
+                cast(Any, module).reshard()
             self._known = Structure(model)
         return self._known
+
+
+def is_sharding(module: nn.Module) -> bool:
+    """Whether FSDP2 (``fully_shard``) has made this module one of its own."""
+    return type(module).__name__.startswith("FSDP") and hasattr(module, "reshard") and hasattr(module, "unshard")
 
 
 def has_hooks(parameter: nn.Parameter) -> bool:

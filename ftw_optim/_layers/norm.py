@@ -101,7 +101,10 @@ def scale_norm(module: nn.Module) -> LayerRule | None:
     if weight.ndim == 0 or not 1 < weight.numel() <= 2**20:  # the probe runs on six times as many numbers
         return None
     generator = torch.Generator().manual_seed(0)
-    x, other = (torch.randn(*shape, generator=generator).to(weight) for shape in ((2, 3, *weight.shape), weight.shape))
+    x, other = (
+        torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
+        for shape in ((2, 3, *weight.shape), weight.shape)
+    )
     try:
         with inspected(module):
             with swapped(module, {"weight": other}):
@@ -129,6 +132,7 @@ def _offset_scale_norm(module: nn.Module, inputs: tuple[Any, ...], output_grad: 
 
 def _at(module: nn.Module, inputs: tuple[Any, ...], value: float) -> Tensor:
     weight = own_parameters(module)["weight"]
-    with swapped(module, {"weight": torch.full_like(weight, value)}), torch.no_grad():
+    whole = torch.full(weight.shape, value, dtype=weight.dtype, device=weight.device)  # of a shard too
+    with swapped(module, {"weight": whole}), torch.no_grad():
         output: Tensor = module.forward(*inputs)
     return output

@@ -14,6 +14,8 @@ from torch import Tensor
 
 Found = TypeVar("Found")
 
+_KNOWN = "_known_to_all_ranks"
+
 BUCKET = 2**25
 """Bytes that are summed or exchanged at a time."""
 
@@ -45,7 +47,7 @@ class Ranks(ABC):
         """Do some work that may fail on any rank, and hear what came of it on all.
 
         Args:
-            work: the work; nothing in it may wait for another rank.
+            work: the work; nothing in it may wait for another rank, but where it is told something itself.
             tell: what the others are told of its result; small, and it can be pickled.
 
         Returns:
@@ -144,10 +146,12 @@ class Several(Ranks):
     def told(self, work: Callable[[], Found], tell: Callable[[Found], Any]) -> tuple[Found, list[Any]]:
         """See :class:`Ranks`."""
         found, error, message = _tried(work, tell)
+        if error is not None and getattr(error, _KNOWN, False):  # it was told on the way, and nobody waits any more
+            raise error
         messages: list[Any] = [None] * self.count
         dist.all_gather_object(messages, message, group=self._objects)
         if error is not None:
-            raise error
+            raise _known(error)
         _refuse(messages)
         return found, [given for given, _ in messages]
 
@@ -209,7 +213,14 @@ def _refuse(messages: Sequence[tuple[Any, str | None]]) -> None:
     failed = [(rank, text) for rank, (_, text) in enumerate(messages) if text is not None]
     if failed:
         rank, text = failed[0]
-        raise RuntimeError(f"Rank {rank} raised {text}. This rank has changed nothing either.")
+        raise _known(RuntimeError(f"Rank {rank} raised {text}. This rank has changed nothing either."))
+
+
+def _known(error: BaseException) -> BaseException:
+    """The error, marked as one that all ranks have been told of."""
+    with suppress(AttributeError):
+        setattr(error, _KNOWN, True)
+    return error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -1,4 +1,8 @@
-"""What stands around or in a model of several processes: DDP, whose own sums are left out; all else is refused."""
+"""What stands around or in a model of several processes: DDP or FSDP2, whose own sums are left out; else it is refused.
+
+FSDP2 sums gradients where they arrive at its parameters. The passes of a step end before that, at the outputs of layers
+or at the whole parameters that stand in for shards, and what they give is summed by the step itself.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from ftw_optim._capture.plan import CapturePlan
+from ftw_optim._capture.stand_ins import is_sharded, noting_stand_ins
 from ftw_optim._capture.structure import Structure
+from ftw_optim._layers.registry import LayerRule
+from ftw_optim._ranks.shards import check_layout
 
 _REFUSED = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FSDP1",
-    "torch.distributed.fsdp.FSDPModule": "FSDP2",
-    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": "FSDP2",
     "deepspeed.runtime.engine.DeepSpeedEngine": "DeepSpeed",
     "deepspeed.runtime.pipe.engine.PipelineEngine": "a DeepSpeed pipeline",
     "torch.nn.parallel.data_parallel.DataParallel": "nn.DataParallel",
@@ -25,19 +30,21 @@ _REFUSED = {
 
 
 @contextmanager
-def without_own_sums(structure: Structure, members: Sequence[int]) -> Iterator[None]:
+def without_own_sums(plan: CapturePlan, members: Sequence[int]) -> Iterator[None]:
     """A block in which DDP around the model, or in it, sums no gradients: the step sums the combined ones itself.
 
     A wrapper that is not part of the model, as where a framework wraps it later, is found when it is called.
 
     Args:
-        structure: the model.
+        plan: what is captured of which model.
         members: the processes of the selection, which must be those of the wrapper.
 
     Raises:
         NotImplementedError: something around the model cannot be right in several processes.
     """
-    structure.once("parts", lambda: _refuse_parts(structure))
+    structure = plan.structure
+    structure.once("parts", lambda: _refuse_parts(structure, members))
+    _refuse_whole_layers(plan)
     held: dict[DistributedDataParallel, tuple[bool, bool]] = {}
 
     def hold(wrapper: DistributedDataParallel) -> None:
@@ -58,24 +65,44 @@ def without_own_sums(structure: Structure, members: Sequence[int]) -> Iterator[N
     try:
         for module in inside:
             hold(module)
-        if not inside:
+        if not inside and not structure.sharding:
             handle = register_module_forward_pre_hook(look)
-        yield
+        with noting_stand_ins(structure):
+            yield
     finally:
+        structure.reshard()  # FSDP2 leaves whole parameters where no backward pass of its own has followed a forward
         if handle is not None:
             handle.remove()
         for wrapper, (sums, sends) in held.items():
             wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = sums, sends
 
 
-def _refuse_parts(structure: Structure) -> None:
-    """Refuse models that hold only a part of their parameters."""
+def _refuse_parts(structure: Structure, members: Sequence[int]) -> None:
+    """Refuse models that hold parts of their parameters in other ways than FSDP2 does."""
     for module in structure.modules.values():
         if (kind := _refused(module)) is not None:
             raise _not_in_several(kind)
     for name, parameter in structure.parameters.items():
-        if type(parameter) not in (nn.Parameter, torch.Tensor) and hasattr(parameter, "placements"):
-            raise _not_in_several(f"{name}, a DTensor")
+        if not is_sharded(parameter):
+            continue
+        if not structure.sharding:
+            raise _not_in_several(f"{name}, a DTensor without fully_shard")
+        check_layout(name, parameter, members)
+
+
+def _refuse_whole_layers(plan: CapturePlan) -> None:
+    """Refuse layers that are run again for their gradients, and need all of their parameters then."""
+    structure = plan.structure
+    for owner in plan.owners if structure.sharding else ():
+        again = owner.rule is None or (isinstance(owner.rule, LayerRule) and owner.rule.replays)
+        sharded = [name for name in owner.parameters.values() if is_sharded(structure.parameters[name])]
+        if again and sharded:
+            raise NotImplementedError(
+                f"Expected layers with a rule in a model that FSDP2 shards, but {owner.name!r} "
+                f"({type(owner.module).__name__}) is run again for the gradients of {', '.join(sharded[:3])}, whose "
+                "parts are elsewhere then. Freeze it, leave it out of fully_shard (ignored_params), or use "
+                "DistributedDataParallel."
+            )
 
 
 def _refused(module: nn.Module) -> str | None:
@@ -107,6 +134,6 @@ def _refuse_settings(wrapper: DistributedDataParallel, members: Sequence[int]) -
 
 def _not_in_several(kind: str) -> NotImplementedError:
     return NotImplementedError(
-        f"Expected DistributedDataParallel, or a plain module, in a run of several processes, got {kind}: a selection "
-        "over all of its processes is not supported. Wrap the model in DistributedDataParallel."
+        f"Expected DistributedDataParallel, fully_shard (FSDP2) or a plain module in a run of several processes, got "
+        f"{kind}: a selection over all of its processes is not supported."
     )

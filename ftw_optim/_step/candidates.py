@@ -86,7 +86,8 @@ class CandidatePass:
             TypeError, ValueError: the closure returned something other than losses of as many rows.
         """
         setup = self._setup
-        capture = self._of_target.captures.enter_context(Capture(setup.plan, of="target rows"))
+        capture = Capture(setup.plan, of="target rows", agreed=setup.agreed)
+        self._of_target.captures.enter_context(capture)
         with collecting_later():
             with own_randomness(setup.structure.parameters.values(), setup.seed_of("rows")), torch.enable_grad():
                 losses = target_losses(closure)
@@ -166,12 +167,13 @@ class CandidatePass:
         return together(batches)
 
     def _begun(self, batch: int) -> Capture:
-        capture = Capture(self._setup.plan, sample_ids=self._ids(batch))
+        capture = Capture(self._setup.plan, sample_ids=self._ids(batch), agreed=self._setup.agreed)
         return self._of_candidates.captures.enter_context(capture)
 
     def _differentiated(self, capture: Capture, value: Any, taker: Taker | None, batches: _Batches) -> CapturedRows:
         """Run the backward pass of one batch; its capture ends here unless its graph is kept."""
         losses, setup = checked_losses(value, capture.counts), self._setup
+        setup.meet()
         keep_graph = setup.way.keeps_graph or (batches is self._of_target and setup.way.needs_rows)
         footprints: dict[str, Footprint] = {}
         found: Mapping[str, Sequence[Factors]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from torch import Tensor
 from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.backward import Graph, gradients_set_aside
 from ftw_optim._capture.projections import verify_projection
+from ftw_optim._capture.stand_ins import leaves, whole_zeros
 from ftw_optim._factors.factors import weighted_sum
 from ftw_optim._factors.finiteness import all_finite, told
 from ftw_optim._matching.selection import Selection
+from ftw_optim._ranks.shards import placed_like
 from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.closures import checked_losses
 from ftw_optim._step.comparison import Comparison
@@ -77,10 +80,10 @@ def _of_all(setup: StepSetup, gradients: Mapping[str, Tensor], reached: Sequence
     """The sums of the gradients over all ranks, for the parameters that any of them reached."""
     names = setup.parameters.named(reached)
     own = [
-        gradients[name].detach() if name in gradients else torch.zeros_like(setup.parameters.updated[name])
-        for name in names
+        gradients[name].detach() if name in gradients else whole_zeros(setup.parameters.updated[name]) for name in names
     ]
-    return dict(zip(names, setup.ranks.summed(own), strict=True))
+    summed = zip(names, setup.ranks.summed(own), strict=True)
+    return {name: placed_like(setup.parameters.updated[name], whole) for name, whole in summed}
 
 
 def _usable_ways(setup: StepSetup, selection: Selection, candidate_pass: CandidatePass) -> list[str]:
@@ -141,7 +144,15 @@ def _from_rerun(
     setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> Combined:
     """A weighted backward over the kept candidates, run once more."""
-    gradients = _ordinary_backward(setup, _losses_again(setup, factors.own(selection), candidate_pass))
+    own = factors.own(selection)
+    totals = _losses_again(setup, own.kept, own.weights, candidate_pass)
+    if setup.agreed is not None and not len(own.kept):
+        # Where parameters are divided, the other ranks' passes wait for this one, whatever it runs.
+        any_row = torch.zeros(1, dtype=torch.int64)
+        _ordinary_backward(setup, _losses_again(setup, any_row, torch.zeros(1), candidate_pass))
+    gradients = _ordinary_backward(
+        setup, chain(totals, candidate_pass.weighted_losses(own.target_weights, of_target=True))
+    )
     return gradients, all(told([all_finite(gradients.values())]))
 
 
@@ -152,9 +163,8 @@ _FUNCTIONS: dict[str, Callable[[StepSetup, Selection, PassFactors, CandidatePass
 }
 
 
-def _losses_again(setup: StepSetup, selection: Selection, candidate_pass: CandidatePass) -> Iterator[Tensor]:
-    """The weighted losses of the kept candidates, a micro-batch at a time, and of target rows that take part."""
-    kept, weights = selection.kept, selection.weights
+def _losses_again(setup: StepSetup, kept: Tensor, weights: Tensor, candidate_pass: CandidatePass) -> Iterator[Tensor]:
+    """The weighted losses of the kept candidates, a micro-batch at a time."""
     value, done = candidate_pass.again(kept), 0
     for batch in value if isinstance(value, Iterator) else [value]:
         losses = checked_losses(batch)
@@ -167,24 +177,30 @@ def _losses_again(setup: StepSetup, selection: Selection, candidate_pass: Candid
             yield (share.to(losses) * losses).sum()
     if done != len(kept):
         raise ValueError(f"closure(rows=kept) must return the losses of these {len(kept)} rows, got {done}.")
-    yield from candidate_pass.weighted_losses(selection.target_weights, of_target=True)
 
 
 def _ordinary_backward(setup: StepSetup, totals: Iterable[Tensor], *, keep_graph: bool = False) -> dict[str, Tensor]:
     """The gradients that ``(scale * total).backward()`` forms for the updated parameters, summed over the totals."""
     updated, several = setup.parameters.updated, not setup.ranks.alone
+    past: dict[str, Tensor] = {}
     with gradients_set_aside(setup.structure.parameters.values()):
         for total in totals:
             # Named only where others would get a gradient too: a plain backward is what hooks expect, and the only one
             # that reentrant checkpointing takes.
             named = (several or setup.parameters.others_train) and not Graph(total).reentrant
-            inputs = list(updated.values()) if named else None
+            inputs = list(leaves(setup.structure, updated).values()) if named else None
             scaled = total * setup.scale
             if several and inputs is not None:  # past DDP, which may still wait for a backward pass of its own
                 found = torch.autograd.grad(scaled, inputs, retain_graph=keep_graph, allow_unused=True)
-                for parameter, gradient in zip(updated.values(), found, strict=True):
+                for (name, parameter), gradient in zip(updated.items(), found, strict=True):
                     if gradient is not None:
-                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                        gradient = gradient.to(parameter.dtype)  # that of a stand-in may be shorter
+                        past[name] = past[name] + gradient if name in past else gradient
             else:
                 torch.autograd.backward(scaled, inputs=inputs, retain_graph=keep_graph)
-        return {name: p.grad for name, p in updated.items() if p.grad is not None}
+        left = {name: p.grad for name, p in updated.items() if p.grad is not None}
+    return {
+        name: past[name] + left[name] if name in past and name in left else (past | left)[name]
+        for name in updated
+        if name in past or name in left
+    }

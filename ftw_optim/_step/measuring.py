@@ -8,6 +8,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ftw_optim._gram.exact import GramSums
 from ftw_optim._gram.inner_products import Products
@@ -47,9 +48,10 @@ class Measured:
         return torch.stack(squares).isfinite().all(dim=0) if squares else torch.ones_like(self.finite)
 
 
-def preconditioners_of(setup: StepSetup) -> Preconditioners:
-    """The maps of the inner optimizer's coming step."""
-    return Preconditioners(setup.inner, unknown_as_identity=setup.metric is Metric.EUCLIDEAN)
+def preconditioners_of(setup: StepSetup, optimizer: Optimizer | None = None) -> Preconditioners:
+    """The maps of the inner optimizer's coming step, or of one that stands in for it."""
+    unknown_as_identity = setup.metric is Metric.EUCLIDEAN
+    return Preconditioners(optimizer or setup.inner, unknown_as_identity=unknown_as_identity)
 
 
 def dtype_of_sums(parameters: Mapping[str, Tensor]) -> torch.dtype:
@@ -68,13 +70,25 @@ def sums_of(
     preconditioners: Preconditioners,
     *,
     scale: float | None = None,
+    whole: Mapping[str, Tensor] | None = None,
 ) -> MatchingSums:
-    """The sums of this step's Gram matrix, before anything is added; ``scale`` None: the factors have the step's."""
+    """The sums of this step's Gram matrix, before anything is added.
+
+    Args:
+        setup: the inputs and options of the step.
+        accepted: the candidates that count, bool (n,).
+        target: the target.
+        device: where the sums are.
+        preconditioners: the maps.
+        scale: of the factors; None: that of the step.
+        whole: the parameters as ``preconditioners`` know them; None: the scored ones.
+    """
     parameters, groups = setup.parameters.scored, setup.parameters.groups
+    known = parameters if whole is None else whole
     spec = GramSpec(
         shapes={name: parameter.shape for name, parameter in parameters.items()},
         target=target.gradients,
-        precondition=lambda name, reference: preconditioners(parameters[name], groups[name], reference),
+        precondition=lambda name, reference: preconditioners(known[name], groups[name], reference),
         metrics=setup.metrics,
         dtype=dtype_of_sums(parameters),
         device=device,
@@ -83,7 +97,7 @@ def sums_of(
         buffer=setup.buffer,
         observe=setup.observe,
         precondition_all=lambda names, references: preconditioners.stacked(
-            [parameters[name] for name in names], groups[names[0]], references
+            [known[name] for name in names], groups[names[0]], references
         ),
     )
     if setup.sketch is None:

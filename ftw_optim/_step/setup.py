@@ -105,9 +105,21 @@ class StepSetup:
         """A block in which nothing around the model talks to other processes, but this step alone."""
         with ExitStack() as stack:
             if not self.ranks.alone:
-                block = without_own_sums(self.structure, self.ranks.members)
+                block = without_own_sums(self.plan, self.ranks.members)
                 self.ranks.beginning(lambda: stack.enter_context(block))
             yield
+
+    @property
+    def agreed(self) -> Callable[[bool], bool] | None:
+        """Whether any rank says yes, where all must make the same passes; None where each makes those it needs."""
+        if self.ranks.alone or not self.structure.sharding:
+            return None
+        return lambda own: self.ranks.any(lambda: own)
+
+    def meet(self) -> None:
+        """Hear whether another rank has failed, before a pass that would wait for it."""
+        if not self.ranks.alone and self.structure.sharding:
+            self.ranks.told(lambda: None, lambda _: None)
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator of this step's random numbers for one purpose."""
@@ -123,6 +135,7 @@ class StepSetup:
                 backwards=self.backwards,
                 scale=self.scale,
                 seed=self.seed_of("target"),
+                meet=self.meet,
             )
 
     def watch_after(self, target: TargetNow) -> Watch:

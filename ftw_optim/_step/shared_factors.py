@@ -25,6 +25,7 @@ from ftw_optim._matching.selection import Selection
 from ftw_optim._preconditioners.lookup import Preconditioners
 from ftw_optim._ranks.owners import Exchange, owners
 from ftw_optim._ranks.ranks import Ranks
+from ftw_optim._ranks.shards import WholeParameters
 from ftw_optim._step.captured_rows import CapturedRows
 from ftw_optim._step.kept_factors import KeptFactors, in_no_bucket
 from ftw_optim._step.measuring import Measured, dtype_of_sums, preconditioners_of, sums_of
@@ -191,6 +192,7 @@ class SharedFactors:
             device=device,
         )
         owner = owners(exchange.sizes, ranks.count)
+        whole = WholeParameters(setup.inner, parameters, ranks, owner, device)
         order = self.rows.order()
         failure: BaseException | None = None
         made: tuple[Preconditioners, GramSums] | None = None
@@ -200,8 +202,10 @@ class SharedFactors:
             if failure is None:
                 try:
                     if made is None:
-                        preconditioners = preconditioners_of(setup)
-                        sums = sums_of(setup, self.accepted, self._target, device, preconditioners, scale=1.0)
+                        preconditioners = preconditioners_of(setup, whole.optimizer)
+                        sums = sums_of(
+                            setup, self.accepted, self._target, device, preconditioners, scale=1.0, whole=whole.found
+                        )
                         assert isinstance(sums, GramSums)
                         self._own.buckets, made = self._own.alike(preconditioners), (preconditioners, sums)
                     self._write(places)
@@ -210,13 +214,15 @@ class SharedFactors:
 
         for names in exchange.buckets():
             with setup.clock.phase("exchange"):
+                whole.bring(names)
                 found = exchange.exchanged(names, owner, fill)
             if failure is None and made is not None:
                 try:
                     with setup.clock.phase("gram"):
-                        self._measure(made[1], found, made[0], order)
+                        self._measure(made[1], found, made[0], order, whole.found)
                 except BaseException as error:
                     failure = error
+            whole.let_go(names)
 
         def outcome() -> Mapping[Metric, Products]:
             if failure is not None:
@@ -248,11 +254,15 @@ class SharedFactors:
                 place[:, start:stop].copy_(block.out(start, stop))
 
     def _measure(
-        self, sums: GramSums, found: Mapping[str, Tensor], preconditioners: Preconditioners, order: Tensor | None
+        self,
+        sums: GramSums,
+        found: Mapping[str, Tensor],
+        preconditioners: Preconditioners,
+        order: Tensor | None,
+        whole: Mapping[str, Tensor],
     ) -> None:
         """Add the parameters that this rank owns, of which it has the gradients of all rows."""
-        parameters = self._setup.parameters
-        some = {name: parameters.scored[name] for name in found}
+        some = {name: whole[name] for name in found}
         uses = {
             name: [
                 Factors.explicit(
@@ -261,7 +271,7 @@ class SharedFactors:
             ]
             for name, rows in found.items()
         }
-        kinds: dict[str, Hashable] = dict(preconditioners.kinds(some, parameters.groups))
+        kinds: dict[str, Hashable] = dict(preconditioners.kinds(some, self._setup.parameters.groups))
         shapes = {name: parameter.shape for name, parameter in some.items()}
         buckets = buckets_of(uses, shapes, kinds, limit=self._setup.memory_limit)
         for bucket in buckets:

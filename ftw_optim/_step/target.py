@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.backward import Graph, parameter_gradients
+from ftw_optim._capture.stand_ins import leaves, whole_zeros
 from ftw_optim._capture.structure import Structure
 from ftw_optim._factors.finiteness import all_finite
 from ftw_optim._layers.randomness import own_randomness
@@ -84,6 +85,7 @@ class TargetGradient:
         backwards: int,
         scale: float,
         seed: int,
+        meet: Callable[[], None] = lambda: None,
     ) -> TargetNow:
         """The target gradient of this step: formed anew, or the kept one.
 
@@ -94,6 +96,7 @@ class TargetGradient:
             backwards: number of selections before this one.
             scale: multiplies the losses for the pass; the gradient is divided by it.
             seed: seed of the random state the closure runs under.
+            meet: called between the closure and the backward pass.
 
         Returns:
             The gradient by parameter name, zero where the target does not depend on a parameter; float32 at least.
@@ -114,13 +117,15 @@ class TargetGradient:
         everywhere, modules = structure.parameters.values(), structure.modules.values()
         with own_randomness(everywhere, seed), torch.enable_grad(), ArmedHooks(modules) as armed:
             losses = target_losses(self.closure)
+            meet()
             armed.take_over()
             graph = Graph(losses)
-            found = parameter_gradients(losses.mean() * scale, parameters, graph, structure)
+            read = leaves(structure, parameters)
+            found = parameter_gradients(losses.mean() * scale, read, graph, structure)
         new = {
             name: found[name].to(torch.promote_types(parameter.dtype, torch.float32)) / scale
             if name in found
-            else torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            else whole_zeros(parameter, torch.promote_types(parameter.dtype, torch.float32))
             for name, parameter in parameters.items()
         }
         flags = torch.stack([losses.detach().isfinite().all(), all_finite(new.values()).to(losses.device)])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ftw_optim._capture.stand_ins import whole_zeros
 from ftw_optim._factors.factors import weighted_sum
 from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.captured_rows import CapturedRows
@@ -58,6 +59,6 @@ def _mean(rows: CapturedRows, name: str, parameter: Tensor, scale: float) -> Ten
     """The mean gradient of the target rows, float32 at least; zero where they do not reach the parameter."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     if name not in rows.found:
-        return torch.zeros_like(parameter, dtype=dtype)
+        return whole_zeros(parameter, dtype)
     weights = torch.full((len(rows.losses),), 1 / len(rows.losses), dtype=torch.float64)
     return weighted_sum(rows.found[name], weights, parameter.shape).to(dtype) / scale

@@ -47,6 +47,24 @@ CASES = {
     "euclidean": Case(metric="euclidean"),
     "update": Case(metric="update"),
     "few kept": Case(wrap={}, filter=TopKFilter(keep=1), combine="rerun"),
+    "shards": Case(shard={}, counts=(5, 3)),
+    "shards, graph": Case(shard={}, combine="graph"),
+    "shards, rerun": Case(shard={}, combine="rerun"),
+    "shards, kept by one rank": Case(shard={}, combine="rerun", filter=TopKFilter(keep=1)),
+    "shards stay whole": Case(shard={"reshard_after_forward": False}, combine="graph", counts=(2, 4)),
+    "shards, micro-batches": Case(shard={}, pieces=2, combine="graph"),
+    "shards, accumulated": Case(shard={}, accumulated=2),
+    "shards, scaled": Case(shard={}, scale=1024.0, combine="graph"),
+    "shards, a rank of NaN": Case(shard={}, counts=(5, -3)),
+    "shards, a rank of NaN, graph": Case(shard={}, counts=(-2, 5), combine="graph"),
+    "shards, target rows": Case(shard={}, train_on_target=True, targets=(2, 3)),
+    "shards, target rows, graph": Case(shard={}, train_on_target=True, targets=(1, 3), combine="graph"),
+    "shards, target rows, rerun": Case(shard={}, train_on_target=True, targets=(1, 3), combine="rerun"),
+    "shards, remembered": Case(shard={}, target={"decay": 0.7, "refresh_every": 2}, targets=(1, 3)),
+    "shards, one layer scored": Case(shard={}, scored="last", combine="graph"),
+    "shards, float32": Case(shard={}, dtype=torch.float32),
+    "shards, euclidean": Case(shard={}, metric="euclidean"),
+    **{f"shards, {name}": Case(shard={}, optimizer=name) for name in ("SGD", "RMSprop", "Adagrad")},
     **{name: Case(optimizer=name) for name in ("SGD", "Adafactor", "RMSprop", "Adagrad")},
 }
 FAST = {"uneven", "ddp, graph", "target rows", "Adafactor", "a rank without candidates"}
@@ -65,7 +83,7 @@ def test_four_processes(counts: tuple[int, ...], four_processes: Processes) -> N
 
 def _check(case: Case, processes: Processes) -> None:
     ranks = processes.run(run, case)
-    whole = run(replace(case, wrap=None), alone=True)
+    whole = run(replace(case, wrap=None, shard=None), alone=True)
     exact = case.dtype == torch.float64
     unused = bool((case.wrap or {}).get("find_unused_parameters"))
     near: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-11} if exact else {"rtol": 1e-4, "atol": 1e-5}

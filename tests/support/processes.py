@@ -89,6 +89,8 @@ def _work(rank: int, count: int, store: str, end: Connection, path: list[str]) -
     warnings.simplefilter("error")
     # What TRL sets by default and PEFT asks of a model, under names that Transformers has changed.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    # Layers that are sharded one by one return views of their outputs, which nothing here changes in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     # As torchrun tells, which frameworks ask; they find the group that is there.
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ |= {name: str(value) for name, value in own.items()}

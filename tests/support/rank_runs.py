@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,6 +41,8 @@ class Case:
         counts: number of candidates of each rank at each step; a negative number: that many, of which all are NaN.
         targets: number of target rows of each rank.
         wrap: settings of DDP; None: no wrapper.
+        shard: settings of ``fully_shard``, for every layer and the whole; None: no shards.
+        mesh: shape of its mesh: one axis along which parameters are divided, perhaps behind one along which copied.
         outside: whether the optimizer is given the module inside the wrapper.
         pieces: micro-batches of a step.
         accumulated: calls of ``backward`` for one step.
@@ -48,6 +53,8 @@ class Case:
     counts: Sequence[int] = (4, 4)
     targets: Sequence[int] = (3, 3)
     wrap: dict[str, Any] | None = None
+    shard: dict[str, Any] | None = None
+    mesh: Sequence[int] = (2,)
     outside: bool = False
     optimizer: str = "AdamW"
     combine: str = "factors"
@@ -112,6 +119,9 @@ def run(case: Case, *, alone: bool = False) -> dict[str, Any]:
     model: nn.Module = net
     if case.wrap is not None and not alone:
         model = DistributedDataParallel(net, **case.wrap)
+    if case.shard is not None and not alone:
+        sharded(net, case.mesh, **case.shard)
+        parameters = list(net.parameters())
     batch: dict[str, Tensor] = {}
     optimizer = SelectiveOptimizer(
         OPTIMIZERS[case.optimizer](parameters),
@@ -148,15 +158,28 @@ def run(case: Case, *, alone: bool = False) -> dict[str, Any]:
         found["mine"].append(selection.mine)
         if (number + 1) % case.accumulated == 0:
             found["gradients"].append(
-                {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+                {name: whole(p.grad).clone() for name, p in net.named_parameters() if p.grad is not None}
             )
             for p in parameters:
                 if p.grad is not None:
                     p.grad.div_(case.scale)
             optimizer.step()
             optimizer.zero_grad()
-    found["parameters"] = {name: p.detach().clone() for name, p in net.named_parameters()}
+    found["parameters"] = {name: whole(p.detach()).clone() for name, p in net.named_parameters()}
     return found
+
+
+def sharded(net: nn.Module, mesh: Sequence[int], **settings: Any) -> None:
+    """Shard every layer that has parameters, and what is left, over the processes of the run."""
+    devices = init_device_mesh("cpu", tuple(mesh))
+    for layer in net.children():
+        fully_shard(layer, mesh=devices, **settings)
+    fully_shard(net, mesh=devices, **settings)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which this process may hold a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 CANDIDATES = torch.arange(4 * 4 * 6).reshape(4, 4, 6) % 22

@@ -1,0 +1,188 @@
+"""Parameters of which each process holds a part: how the rank that measures one gets all of it, and who holds what.
+
+A rank owns whole parameters here too, and so is sent the other ranks' parts of these and of the optimizer's state:
+as many bytes as it holds itself, however many ranks there are. With them every preconditioner is what one process has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ftw_optim._capture.stand_ins import is_sharded
+from ftw_optim._ranks.ranks import Ranks
+
+State = Mapping[str, Any]
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layout:
+    """Which rows of tensors each rank holds that are laid out like one of them.
+
+    Attributes:
+        parts: for each rank the number of its part along the first axis; None where it holds a copy of another's.
+        count: the number of parts.
+    """
+
+    parts: Sequence[int | None]
+    count: int
+
+    @classmethod
+    def of(cls, tensor: Any, members: Sequence[int]) -> Layout:
+        """The layout of a DTensor over the processes ``members``, which :func:`check_layout` has accepted."""
+        mesh = tensor.device_mesh.mesh
+        along = next((axis for axis, one in enumerate(tensor.placements) if one.is_shard()), None)
+        parts: list[int | None] = []
+        for rank in members:
+            place = (mesh == rank).nonzero()[0].tolist()
+            copies = [at for axis, at in enumerate(place) if axis != along]
+            parts.append(None if any(copies) else 0 if along is None else place[along])
+        return cls(parts=parts, count=1 if along is None else mesh.shape[along])
+
+    def size(self, shape: torch.Size, rank: int) -> int:
+        """The number of entries of a whole tensor of this shape that a rank sends."""
+        part = self.parts[rank]
+        if part is None:
+            return 0
+        if self.count == 1:
+            return shape.numel()
+        rows = -(-shape[0] // self.count)
+        return max(0, min(rows, shape[0] - part * rows)) * math.prod(shape[1:])
+
+
+def check_layout(name: str, tensor: Any, members: Sequence[int]) -> None:
+    """Refuse a DTensor that is not copied to, or divided along its first axis among, the processes ``members``.
+
+    Raises:
+        NotImplementedError: it is something else.
+    """
+    devices = sorted(tensor.device_mesh.mesh.flatten().tolist())
+    if devices != sorted(members):
+        raise NotImplementedError(
+            f"Expected {name} on a mesh of the processes {list(members)} of the selection, got one of {devices}."
+        )
+    sharded = [one for one in tensor.placements if not one.is_replicate()]
+    if len(sharded) > 1 or not all(one.is_shard(0) for one in sharded):
+        raise NotImplementedError(
+            f"Expected {name} divided along its first axis or copied, as fully_shard does, got {tensor.placements}."
+        )
+
+
+@final
+class WholeParameters:
+    """An optimizer's parameters as the rank that owns them measures them: whole, with the whole state.
+
+    Args:
+        inner: the optimizer, which holds shards.
+        parameters: its parameters, by name.
+        ranks: the ranks.
+        owner: the rank that owns each parameter.
+        device: where the parts are sent from.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        parameters: Mapping[str, Tensor],
+        ranks: Ranks,
+        owner: Mapping[str, int],
+        device: torch.device,
+    ) -> None:
+        self._inner, self._parameters, self._ranks, self._owner = inner, parameters, ranks, owner
+        self._device = device
+        self.found: dict[str, Tensor] = {}
+        """Those that have been brought together and not let go; of plain parameters all."""
+        self.optimizer = inner
+        """The optimizer as it would be with these."""
+        self.any_sharded = any(map(is_sharded, parameters.values()))
+        if self.any_sharded:
+            # No copy of an optimizer may run its __init__ or forget what it has beside groups and state.
+            self.optimizer = object.__new__(type(inner))
+            self.optimizer.__dict__.update(inner.__dict__)
+            self.optimizer.state = defaultdict(dict)
+        else:
+            self.found.update(parameters)
+
+    def bring(self, names: Sequence[str]) -> None:
+        """Bring the named parameters and their states to the ranks that own them; called by all of them."""
+        if not self.any_sharded:
+            return
+        ranks = self._ranks
+        of = [[name for name in names if self._owner[name] == rank] for rank in range(ranks.count)]
+        sent = [self._bytes([one for name in some for one in self._divided(name)]) for some in of]
+        own = of[ranks.own]
+        layouts = {name: [(one, Layout.of(one, ranks.members)) for one in self._divided(name)] for name in own}
+        sizes = [
+            sum(one.itemsize * layout.size(one.shape, rank) for some in layouts.values() for one, layout in some)
+            for rank in range(ranks.count)
+        ]
+        received = ranks.exchanged(torch.cat(sent), [len(part) for part in sent], sizes)
+        rest = list(torch.split(received, sizes))
+        for name in own:
+            whole = []
+            for one, layout in layouts[name]:
+                pieces: dict[int, Tensor] = {}
+                for rank, part in enumerate(layout.parts):
+                    if part is not None:
+                        length = one.itemsize * layout.size(one.shape, rank)
+                        pieces[part], rest[rank] = rest[rank][:length], rest[rank][length:]
+                joined = torch.cat([pieces[part] for part in sorted(pieces)])  # a copy, so aligned for its dtype
+                whole.append(joined.view(one.dtype).view(one.shape))
+            self._hold(name, iter(whole))
+
+    def let_go(self, names: Sequence[str]) -> None:
+        """Forget the whole of these parameters."""
+        if self.any_sharded:
+            for name in names:
+                parameter = self.found.pop(name, None)
+                if parameter is not None:
+                    self.optimizer.state.pop(parameter, None)
+
+    def _state(self, name: str) -> State:
+        state: State = self._inner.state.get(self._parameters[name], {})
+        return state
+
+    def _divided(self, name: str) -> Iterator[Any]:
+        """The parameter and the DTensors of its state, in an order that is the same on all ranks."""
+        for one in (self._parameters[name], *self._state(name).values()):
+            if isinstance(one, Tensor) and is_sharded(one):
+                yield one
+
+    def _bytes(self, tensors: Sequence[Any]) -> Tensor:
+        """The parts that this rank sends of these, one behind the other."""
+        members, own = self._ranks.members, self._ranks.own
+        parts = [one.to_local() for one in tensors if Layout.of(one, members).parts[own] is not None]
+        flat = [part.detach().contiguous().view(-1).view(torch.uint8) for part in parts if part.numel()]
+        return torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=self._device)
+
+    def _hold(self, name: str, whole: Iterator[Tensor]) -> None:
+        parameter = self._parameters[name]
+        found = next(whole) if is_sharded(parameter) else parameter
+        state = {
+            key: next(whole) if isinstance(value, Tensor) and is_sharded(value) else value
+            for key, value in self._state(name).items()
+        }
+        self.found[name] = found
+        if state:
+            self.optimizer.state[found] = state
+
+
+def placed_like(parameter: Any, whole: Tensor) -> Tensor:
+    """A whole tensor, the same on all ranks, as the part of it that this rank holds of a parameter."""
+    if not is_sharded(parameter):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    copies = [Replicate()] * parameter.device_mesh.ndim
+    found: Tensor = DTensor.from_local(whole, parameter.device_mesh, copies, run_check=False).redistribute(
+        placements=parameter.placements
+    )
+    return found
