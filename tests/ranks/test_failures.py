@@ -16,7 +16,7 @@ from ftw_optim import GreedyFilter, SelectiveOptimizer, Sketch, TargetGradient, 
 from ftw_optim._preconditioners.lookup import Preconditioners
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
-from tests.support.rank_runs import TARGETS, Net, made, rows_of
+from tests.support.rank_runs import TARGETS, Net, made, rows_of, whole
 
 
 class _Broken(RuntimeError):
@@ -30,7 +30,7 @@ class _BrokenFilter(TopKFilter):
         raise _Broken("the stage is broken")
 
 
-def broken(where: str, rank: int) -> dict[str, Any]:
+def broken(where: str, rank: int, shards: bool = False) -> dict[str, Any]:
     """A job whose second step fails on one rank; what is left, and what the third step does."""
     here = dist.get_rank() == rank
     failing = [False]
@@ -45,11 +45,14 @@ def broken(where: str, rank: int) -> dict[str, Any]:
 
     def target() -> Tensor:
         fail("target")
-        return rows_of(model, TARGETS, rare=True)
+        found = rows_of(model, TARGETS, rare=True)
+        fail("end of the target")
+        return found
 
     model, optimizer, losses = made(
         target=TargetGradient(target, held_out=held_out, held_out_every=1),
         combine="rerun" if where == "second pass" else "factors",
+        shards=shards,
     )
 
     def candidates(rows: Tensor | None = None) -> Tensor:
@@ -59,7 +62,7 @@ def broken(where: str, rank: int) -> dict[str, Any]:
         return found
 
     optimizer.step(candidates)
-    before = [p.detach().clone() for p in model.parameters()]
+    before = [whole(p.detach()).clone() for p in model.parameters()]
     failing[0] = True
     filters, rule = optimizer.filter, Preconditioners.__call__
     if where == "stage":
@@ -76,14 +79,14 @@ def broken(where: str, rank: int) -> dict[str, Any]:
     Preconditioners.__call__ = rule  # type: ignore[method-assign]
     Preconditioners.stacked = _STACKED  # type: ignore[method-assign]
     optimizer.filter = filters
-    same = all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    same = all(torch.equal(whole(p), q) for p, q in zip(model.parameters(), before, strict=True))
     optimizer.step(candidates)
     return {
         "error": error,
         "seconds": spent,
         "same": same,
         "count": optimizer._backwards,
-        "parameters": [p.detach().clone() for p in model.parameters()],
+        "parameters": [whole(p.detach()).clone() for p in model.parameters()],
     }
 
 
@@ -95,23 +98,29 @@ def _raise(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("where", "rank"),
+    ("where", "rank", "shards"),
     [
-        ("closure", 1),
-        slow("closure", 0),
-        slow("end of the closure", 1),
-        slow("target", 0),
-        slow("held-out rows", 1),
-        slow("second pass", 1),
-        ("owner", 1),
-        slow("stage", 0),
-        slow("owner", 0),
+        ("closure", 1, False),
+        slow("closure", 0, False),
+        slow("end of the closure", 1, False),
+        slow("target", 0, False),
+        slow("held-out rows", 1, False),
+        slow("second pass", 1, False),
+        ("owner", 1, False),
+        slow("stage", 0, False),
+        slow("owner", 0, False),
+        # Shards come together within a forward pass, so what fails before it keeps the others waiting.
+        ("end of the closure", 1, True),
+        slow("end of the closure", 0, True),
+        slow("end of the target", 1, True),
+        slow("owner", 1, True),
+        slow("stage", 0, True),
     ],
 )
 def test_a_rank_that_fails_lets_all_fail_at_once_and_the_next_step_is_right(
-    where: str, rank: int, two_processes: Processes
+    where: str, rank: int, shards: bool, two_processes: Processes
 ) -> None:
-    found = two_processes.run(broken, where, rank)
+    found = two_processes.run(broken, where, rank, shards)
     for number, one in enumerate(found):
         kind, text = one["error"]
         assert kind == ("_Broken" if number == rank else "RuntimeError")
@@ -121,7 +130,7 @@ def test_a_rank_that_fails_lets_all_fail_at_once_and_the_next_step_is_right(
         assert one["seconds"] < 2.0
         assert one["same"]
         assert one["count"] == 2
-    never = two_processes.run(broken, "nowhere", rank)
+    never = two_processes.run(broken, "nowhere", rank, shards)
     assert never[0]["count"] == 3
     twice = two_processes.run(steps, 2)
     for one in found:

@@ -171,7 +171,8 @@ def run(case: Case, *, alone: bool = False) -> dict[str, Any]:
 
 def sharded(net: nn.Module, mesh: Sequence[int], **settings: Any) -> None:
     """Shard every layer that has parameters, and what is left, over the processes of the run."""
-    devices = init_device_mesh("cpu", tuple(mesh))
+    names = ("copies", "parts")[-len(mesh) :]
+    devices = init_device_mesh("cpu", tuple(mesh), mesh_dim_names=names)
     for layer in net.children():
         fully_shard(layer, mesh=devices, **settings)
     fully_shard(net, mesh=devices, **settings)
@@ -188,11 +189,15 @@ TARGETS = torch.arange(3 * 6).reshape(3, 6) % 9
 
 
 def made(
-    *, net: nn.Module | None = None, group: Any = None, lr: float = 1e-2, **options: Any
-) -> tuple[DistributedDataParallel, SelectiveOptimizer, Callable[..., Tensor]]:
-    """A model on this rank, its optimizer, and the closure of the rank's candidates."""
+    *, net: nn.Module | None = None, group: Any = None, lr: float = 1e-2, shards: bool = False, **options: Any
+) -> tuple[nn.Module, SelectiveOptimizer, Callable[..., Tensor]]:
+    """A model on this rank, in DDP or in shards, its optimizer, and the closure of the rank's candidates."""
     torch.manual_seed(3)
-    model = DistributedDataParallel((Net() if net is None else net).double(), process_group=group)
+    model: nn.Module = (Net() if net is None else net).double()
+    if shards:
+        sharded(model, (dist.get_world_size(),))
+    else:
+        model = DistributedDataParallel(model, process_group=group)
     candidates = CANDIDATES[dist.get_rank()]
 
     def losses(rows: Tensor | None = None) -> Tensor:

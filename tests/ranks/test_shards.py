@@ -1,0 +1,324 @@
+"""Models that FSDP2 shards: what it leaves behind, what others set on it, and what cannot be right in shards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import distribute_tensor
+from torch.utils.checkpoint import checkpoint
+
+from ftw_optim import GreedyFilter, KeepAll, SelectiveOptimizer, UniformWeights
+from ftw_optim._capture.owners import owners
+from ftw_optim._layers.linear import linear
+from ftw_optim._layers.registry import LayerRule
+from tests.support.grids import slow
+from tests.support.processes import Failure, Processes
+from tests.support.rank_runs import CANDIDATES, TARGETS, Net, made, rows_of, sharded, whole
+
+
+class Tied(Net):
+    """The last layer and the embedding are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(23, 11)
+        self.first = nn.Linear(11, 11)
+        self.last = nn.Linear(11, 23, bias=False)
+        self.last.weight = self.embedding.weight
+
+
+class Checkpointed(Net):
+    """The first layer runs again in the backward pass."""
+
+    reentrant = False
+
+    def forward(self, tokens: Tensor, *, rare: bool = False) -> Tensor:
+        hidden = checkpoint(self.first, self.embedding(tokens), use_reentrant=self.reentrant)
+        hidden = self.norm(torch.tanh(hidden))
+        return self.last(hidden + self.rare(hidden) if rare else hidden)
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+class Frozen(Net):
+    """The embedding is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding.requires_grad_(False)
+
+
+def _whole_group(net: nn.Module) -> None:
+    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def _layers(net: nn.Module, **settings: Any) -> None:
+    sharded(net, (dist.get_world_size(),), **settings)
+
+
+def _other_divisor(net: nn.Module) -> None:
+    _layers(net)
+    net.set_gradient_divide_factor(1.0)
+    net.set_force_sum_reduction_for_comms(True)
+
+
+WAYS: dict[str, tuple[type[Net], Callable[[nn.Module], None]]] = {
+    "one group": (Net, _whole_group),
+    "tied": (Tied, _whole_group),
+    "checkpointed": (Checkpointed, _layers),
+    "frozen": (Frozen, _layers),
+    "divided by others": (Net, _other_divisor),
+}
+
+
+def steps(
+    kind: type[Net], shard: Callable[[nn.Module], None] | None, *, evaluate: bool = False, **options: Any
+) -> dict[str, Any]:
+    """A job of three steps, or what one process does with all candidates."""
+    torch.manual_seed(3)
+    net = kind().double()
+    candidates = CANDIDATES[:2].flatten(0, 1)
+    if shard is not None:
+        shard(net)
+        candidates = CANDIDATES[dist.get_rank()]
+    optimizer = SelectiveOptimizer(
+        torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2),
+        net,
+        lambda: rows_of(net, TARGETS, rare=True),
+        **{"filter": GreedyFilter(keep=3), **options},
+    )
+    grams = []
+    for _ in range(3):
+        if evaluate:
+            with torch.no_grad():
+                rows_of(net, TARGETS)
+
+        def losses(rows: Tensor | None = None) -> Tensor:
+            return rows_of(net, candidates if rows is None else candidates[rows], rare=True)
+
+        optimizer.step(losses)
+        assert optimizer.selection is not None
+        grams.append(optimizer.selection.gram)
+    return {"grams": grams, "parameters": [whole(p.detach()).clone() for p in net.parameters()]}
+
+
+@pytest.mark.parametrize("combine", ["factors", slow("graph")])
+@pytest.mark.parametrize("way", [name if name == "tied" else slow(name) for name in WAYS])
+def test_shards_of_all_kinds_are_one_model(way: str, combine: str, two_processes: Processes) -> None:
+    kind, shard = WAYS[way]
+    found = two_processes.run(steps, kind, shard)
+    _same(found, steps(kind, None))
+
+
+def test_an_evaluation_between_steps_leaves_nothing_behind(two_processes: Processes) -> None:
+    _same(two_processes.run(_evaluating), steps(Net, None, evaluate=True))
+
+
+def _evaluating() -> dict[str, Any]:
+    return steps(Net, _layers, evaluate=True)
+
+
+def _same(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    for one in found:
+        for gram, other in zip(one["grams"], expected["grams"], strict=True):
+            torch.testing.assert_close(gram, other, rtol=1e-11, atol=1e-14)
+        for value, other in zip(one["parameters"], expected["parameters"], strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-11, atol=1e-12)
+
+
+def plain_or_kept_whole(plain: bool, combine: str) -> list[Tensor]:
+    """A job of FSDP2's own training, or of a selection that keeps all rows alike."""
+    torch.manual_seed(3)
+    net = Net().double()
+    _layers(net)
+    candidates = CANDIDATES[dist.get_rank()]
+    inner = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    selective = SelectiveOptimizer(
+        inner,
+        net,
+        lambda: rows_of(net, TARGETS, rare=True),
+        filter=KeepAll(),
+        weight=UniformWeights(),
+        combine=combine,
+    )
+    for _ in range(3):
+        if plain:
+            inner.zero_grad()
+            rows_of(net, candidates, rare=True).mean().backward()
+            inner.step()
+        else:
+            selective.step(lambda rows=None: rows_of(net, candidates if rows is None else candidates[rows], rare=True))
+    return [whole(p.detach()).clone() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("combine", ["factors", slow("graph"), slow("rerun")])
+def test_with_all_kept_alike_it_is_fsdps_own_training(combine: str, two_processes: Processes) -> None:
+    plain, kept = (two_processes.run(plain_or_kept_whole, way, combine)[0] for way in (True, False))
+    for one, other in zip(kept, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+def short(policy: bool) -> dict[str, Any]:
+    """A job in float32, computed in bfloat16 where FSDP2 is told so."""
+    torch.manual_seed(3)
+    net = Net()
+    settings = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)}
+    _layers(net, **(settings if policy else {}))
+    candidates = CANDIDATES[dist.get_rank()]
+    optimizer = SelectiveOptimizer(
+        torch.optim.AdamW(net.parameters(), lr=1e-2), net, lambda: rows_of(net, TARGETS), combine="graph"
+    )
+    optimizer.backward(lambda: rows_of(net, candidates))
+    assert optimizer.selection is not None
+    return {
+        "gram": optimizer.selection.gram,
+        "dtypes": {p.grad.dtype for p in net.parameters() if p.grad is not None},
+    }
+
+
+def test_mixed_precision_changes_the_products_by_its_rounding_alone(two_processes: Processes) -> None:
+    exact, rounded = (two_processes.run(short, policy)[0] for policy in (False, True))
+    assert rounded["dtypes"] == {torch.float32}
+    size = float(exact["gram"].diagonal().max())
+    difference = float((exact["gram"] - rounded["gram"]).abs().max()) / size
+    assert 0.0 < difference < 5e-2
+
+
+def corrupted() -> None:
+    """A job whose rule for linear layers is wrong by a tenth."""
+    _model, optimizer, losses = made(shards=True)
+    rules = {id(one.rule): one.rule for one in owners(optimizer._structure.of(optimizer.model))}
+    linears: list[Any] = [rule for rule in rules.values() if isinstance(rule, LayerRule) and rule.function is linear]
+    for rule in linears:
+        object.__setattr__(rule, "function", _wrong)
+    try:
+        optimizer.step(losses)
+    finally:
+        for rule in linears:
+            object.__setattr__(rule, "function", linear)
+
+
+def _wrong(module: nn.Module, inputs: tuple[Any, ...], output_grad: Tensor) -> Any:
+    return linear(module, inputs, 1.1 * output_grad)
+
+
+def test_the_self_check_sees_shards(two_processes: Processes) -> None:
+    for one in two_processes.outcomes(corrupted):
+        assert isinstance(one, Failure)
+        assert one.kind == "RuntimeError", one.text
+        assert "autograd" in one.text
+
+
+class Attending(Net):
+    """A layer that is run again for its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(11, 1, batch_first=True)
+
+    def forward(self, tokens: Tensor, *, rare: bool = False) -> Tensor:
+        hidden = self.norm(torch.tanh(self.first(self.embedding(tokens))))
+        return self.last(self.attention(hidden, hidden, hidden, need_weights=False)[0])
+
+
+def refused(what: str) -> None:
+    """A job that is refused by name."""
+    torch.manual_seed(3)
+    net: nn.Module = {"attention": Attending, "reentrant": Reentrant}.get(what, Net)()
+    count = dist.get_world_size()
+    if what == "no fsdp":
+        mesh = init_device_mesh("cpu", (count,))
+        net.first.weight = nn.Parameter(distribute_tensor(net.first.weight.detach(), mesh))
+    elif what == "another axis":
+        net.unused = nn.Linear(4, 4)
+        fully_shard(net, mesh=init_device_mesh("cpu", (count,)), shard_placement_fn=_second_axis)
+    else:
+        _layers(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        candidates = CANDIDATES[dist.get_rank()]
+        optimizer = SelectiveOptimizer(torch.optim.AdamW(net.parameters()), net, lambda: rows_of(net, TARGETS))
+        optimizer.step(lambda: rows_of(net, candidates))
+
+
+def _second_axis(parameter: nn.Parameter) -> Any:
+    from torch.distributed.tensor import Shard
+
+    return Shard(1) if parameter.shape == (4, 4) else None
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("attention", "is run again for the gradients of attention."),
+        slow("reentrant", "use_reentrant=False"),
+        slow("no fsdp", "a DTensor without fully_shard"),
+        slow("another axis", "divided along its first axis"),
+    ],
+)
+def test_what_cannot_be_right_in_shards_is_refused_by_name(what: str, said: str, two_processes: Processes) -> None:
+    for one in two_processes.outcomes(refused, what):
+        assert isinstance(one, Failure)
+        assert one.kind == "NotImplementedError"
+        assert said in one.text
+
+
+def resumed(directory: str, number: int, read: bool) -> dict[str, Any]:
+    """A job of some steps, from a checkpoint where one is to be read; another is written."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    torch.manual_seed(3)
+    net = Net().double()
+    net.unused.requires_grad_(False)  # a parameter without state has none to read either
+    if several:
+        _layers(net)
+    # All ranks together have the same candidates, however many they are.
+    ranks, own = (dist.get_world_size(), dist.get_rank()) if several else (1, 0)
+    candidates = CANDIDATES.flatten(0, 1).tensor_split(ranks)[own]
+    optimizer = SelectiveOptimizer(
+        torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2),
+        net,
+        lambda: rows_of(net, TARGETS, rare=True),
+        filter=GreedyFilter(keep=3),
+    )
+    if read:
+        state = dict(zip(("model", "optimizer"), get_state_dict(net, optimizer), strict=True))
+        load(state, checkpoint_id=f"{directory}/{number - 1}")
+        set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for _ in range(2):
+        optimizer.step(lambda: rows_of(net, candidates, rare=True))
+    state = dict(zip(("model", "optimizer"), get_state_dict(net, optimizer), strict=True))
+    save(state, checkpoint_id=f"{directory}/{number}")
+    return {
+        "selections": optimizer.selections,
+        "parameters": [whole(p.detach()).clone() for p in net.parameters()],
+    }
+
+
+@pytest.mark.slow
+def test_checkpoints_go_from_two_processes_to_four_and_to_one(
+    tmp_path: Path, two_processes: Processes, four_processes: Processes
+) -> None:
+    for number, processes in enumerate((two_processes, four_processes)):
+        processes.run(resumed, str(tmp_path), number, number > 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process alone
+        last = resumed(str(tmp_path), 2, True)
+        (tmp_path / "alone").mkdir()
+        for number in range(3):
+            never = resumed(str(tmp_path / "alone"), number, number > 0)
+    assert last["selections"] == never["selections"]
+    for one, other in zip(last["parameters"], never["parameters"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
