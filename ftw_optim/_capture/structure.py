@@ -85,7 +85,9 @@ class KnownStructure:
 
 def is_sharding(module: nn.Module) -> bool:
     """Whether FSDP2 (``fully_shard``) has made this module one of its own."""
-    return type(module).__name__.startswith("FSDP") and hasattr(module, "reshard") and hasattr(module, "unshard")
+    return any(
+        kind.__name__ == "FSDPModule" and "torch.distributed" in kind.__module__ for kind in type(module).__mro__
+    )
 
 
 def has_hooks(parameter: nn.Parameter) -> bool:

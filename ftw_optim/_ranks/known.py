@@ -41,8 +41,12 @@ class KnownRanks:
     def __reduce__(self) -> tuple[Any, ...]:
         return (KnownRanks, ()) if self._given is None else (_lost, ())  # groups belong to their run
 
-    def now(self) -> Ranks:
-        """The ranks of the coming step; where there are several, all of them ask at the same time."""
+    def now(self, *, sharded: bool = False) -> Ranks:
+        """The ranks of the coming step; where there are several, all of them ask at the same time.
+
+        Args:
+            sharded: whether each process holds a part of the parameters: one process is then not all there is to know.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             return Alone()
         if self._lost:
@@ -52,7 +56,8 @@ class KnownRanks:
             )
         group: Any = dist.group.WORLD if self._given is None else self._given
         if self._known is None or self._known[0] is not group:
-            self._known = group, (Alone() if dist.get_world_size(group) == 1 else Several(group))
+            whole = dist.get_world_size(group) == 1 and not sharded
+            self._known = group, (Alone() if whole else Several(group))
         return self._known[1]
 
 

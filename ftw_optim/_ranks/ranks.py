@@ -39,8 +39,8 @@ class Ranks(ABC):
 
     @property
     def alone(self) -> bool:
-        """Whether this process is the only one."""
-        return self.count == 1
+        """Whether this process holds everything by itself."""
+        return False
 
     @abstractmethod
     def told(self, work: Callable[[], Found], tell: Callable[[Found], Any]) -> tuple[Found, list[Any]]:
@@ -105,6 +105,11 @@ class Ranks(ABC):
 @final
 class Alone(Ranks):
     """A process by itself: nothing is sent, and nothing is copied."""
+
+    @property
+    def alone(self) -> bool:
+        """See :class:`Ranks`."""
+        return True
 
     def told(self, work: Callable[[], Found], tell: Callable[[Found], Any]) -> tuple[Found, list[Any]]:
         """See :class:`Ranks`."""

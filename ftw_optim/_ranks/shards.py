@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, final
 
 import torch
@@ -20,6 +21,22 @@ from ftw_optim._capture.stand_ins import is_sharded
 from ftw_optim._ranks.ranks import Ranks
 
 State = Mapping[str, Any]
+
+
+def layout_of(tensor: Any, members: Sequence[int]) -> Layout:
+    """The layout of a DTensor over the processes ``members``, which :func:`check_layout` has accepted."""
+    return _layout(tensor.device_mesh, tuple(tensor.placements), tuple(members))
+
+
+@lru_cache(maxsize=64)
+def _layout(mesh: Any, placements: Sequence[Any], members: Sequence[int]) -> Layout:
+    along = next((axis for axis, one in enumerate(placements) if one.is_shard()), None)
+    parts: list[int | None] = []
+    for rank in members:
+        place = (mesh.mesh == rank).nonzero()[0].tolist()
+        copies = [at for axis, at in enumerate(place) if axis != along]
+        parts.append(None if any(copies) else 0 if along is None else place[along])
+    return Layout(parts=parts, count=1 if along is None else mesh.mesh.shape[along])
 
 
 @final
@@ -34,18 +51,6 @@ class Layout:
 
     parts: Sequence[int | None]
     count: int
-
-    @classmethod
-    def of(cls, tensor: Any, members: Sequence[int]) -> Layout:
-        """The layout of a DTensor over the processes ``members``, which :func:`check_layout` has accepted."""
-        mesh = tensor.device_mesh.mesh
-        along = next((axis for axis, one in enumerate(tensor.placements) if one.is_shard()), None)
-        parts: list[int | None] = []
-        for rank in members:
-            place = (mesh == rank).nonzero()[0].tolist()
-            copies = [at for axis, at in enumerate(place) if axis != along]
-            parts.append(None if any(copies) else 0 if along is None else place[along])
-        return cls(parts=parts, count=1 if along is None else mesh.shape[along])
 
     def size(self, shape: torch.Size, rank: int) -> int:
         """The number of entries of a whole tensor of this shape that a rank sends."""
@@ -99,7 +104,7 @@ class WholeParameters:
         self._inner, self._parameters, self._ranks, self._owner = inner, parameters, ranks, owner
         self._device = device
         self.found: dict[str, Tensor] = {}
-        """Those that have been brought together and not let go; of plain parameters all."""
+        """The parameters that have been brought together and not let go; of plain ones all."""
         self.optimizer = inner
         """The optimizer as it would be with these."""
         self.any_sharded = any(map(is_sharded, parameters.values()))
@@ -119,7 +124,7 @@ class WholeParameters:
         of = [[name for name in names if self._owner[name] == rank] for rank in range(ranks.count)]
         sent = [self._bytes([one for name in some for one in self._divided(name)]) for some in of]
         own = of[ranks.own]
-        layouts = {name: [(one, Layout.of(one, ranks.members)) for one in self._divided(name)] for name in own}
+        layouts = {name: [(one, layout_of(one, ranks.members)) for one in self._divided(name)] for name in own}
         sizes = [
             sum(one.itemsize * layout.size(one.shape, rank) for some in layouts.values() for one, layout in some)
             for rank in range(ranks.count)
@@ -159,7 +164,7 @@ class WholeParameters:
     def _bytes(self, tensors: Sequence[Any]) -> Tensor:
         """The parts that this rank sends of these, one behind the other."""
         members, own = self._ranks.members, self._ranks.own
-        parts = [one.to_local() for one in tensors if Layout.of(one, members).parts[own] is not None]
+        parts = [one.to_local() for one in tensors if layout_of(one, members).parts[own] is not None]
         flat = [part.detach().contiguous().view(-1).view(torch.uint8) for part in parts if part.numel()]
         return torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=self._device)
 

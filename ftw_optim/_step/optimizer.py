@@ -16,7 +16,7 @@ from ftw_optim._capture.coverage import Coverage, table
 from ftw_optim._capture.plan import plan
 from ftw_optim._capture.sample_ids import GivenIds
 from ftw_optim._capture.self_check import SelfChecks
-from ftw_optim._capture.structure import KnownStructure
+from ftw_optim._capture.structure import KnownStructure, Structure
 from ftw_optim._factors.buffer import Buffer
 from ftw_optim._factors.micro_batches import Footprint
 from ftw_optim._gram.metric import Metric
@@ -306,12 +306,14 @@ class SelectiveOptimizer(OptimizerWrapper):
 
     def _told_setup(self, function: Callable[..., Any], **options: Any) -> tuple[StepSetup, CandidateClosure]:
         """The setup of one step; where it fails in one of several processes, the others are told."""
-        ranks = self._ranks.now()
-        return ranks.beginning(lambda: self._setup(function, ranks, **options))
+        structure = self._structure.of(self.model)
+        ranks = self._ranks.now(sharded=bool(structure.sharding))
+        return ranks.beginning(lambda: self._setup(function, structure, ranks, **options))
 
     def _setup(
         self,
         function: Callable[..., Any],
+        structure: Structure,
         ranks: Ranks,
         *,
         scale: float,
@@ -327,7 +329,6 @@ class SelectiveOptimizer(OptimizerWrapper):
             self._checks.forget()
         check_target(self.target, self.train_on_target)
         assert self.train_on_target is not None
-        structure = self._structure.of(self.model)
         parameters = parameters_of(structure, self.param_groups, self.scored)
         closure = CandidateClosure(function, parameters.updated, may_be_plain=may_be_plain)
         way = way_of(self.combine, structure, parameters)

@@ -17,7 +17,7 @@ from tests.support.trainer_runs import model, tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "benchmarks" / "examples"
 NAMES = ("trainer_lora", "sft_lora", "plain_loop")
-CHANGED = {"trainer_lora": 12, "sft_lora": 12, "plain_loop": 16, "torchrun_loop": 18}
+CHANGED = {"trainer_lora": 12, "sft_lora": 12, "plain_loop": 16, "torchrun_loop": 18, "torchrun_fsdp": 20}
 """Lines of the diff that are added or removed, those of the docstring and of the import included."""
 
 pytestmark = [
@@ -76,10 +76,16 @@ def test_the_packed_example_runs(folder: Path, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_the_example_for_several_processes_runs_on_two(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "saved", "of_interest"),
+    [("torchrun_loop", "adapter_model", "lora_B"), ("torchrun_fsdp", "model", "proj")],
+)
+def test_an_example_for_several_processes_runs_on_two(
+    name: str, saved: str, of_interest: str, folder: Path, tmp_path: Path
+) -> None:
     found = {}
     for end in ("_baseline", ""):
-        script = str(EXAMPLES / f"torchrun_loop{end}.py")
+        script = str(EXAMPLES / f"{name}{end}.py")
         settings = ["--model", str(folder / "model"), "--data", str(folder / "pool.jsonl"), "--steps", "3", "--cpu"]
         settings += ["--output", str(tmp_path / f"run{end}")] + (
             [] if end else ["--target", str(folder / "target.jsonl")]
@@ -87,8 +93,8 @@ def test_the_example_for_several_processes_runs_on_two(folder: Path, tmp_path: P
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
         done = subprocess.run([*launcher, *settings], capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
-        found[end] = safetensors.torch.load_file(tmp_path / f"run{end}" / "adapter_model.safetensors")
-    trained = [key for key in found[""] if "lora_B" in key]
+        found[end] = safetensors.torch.load_file(tmp_path / f"run{end}" / f"{saved}.safetensors")
+    trained = [key for key in found[""] if of_interest in key]
     assert trained
     assert all(
         bool(found[""][key].any()) and not torch.equal(found[""][key], found["_baseline"][key]) for key in trained
