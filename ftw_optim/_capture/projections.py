@@ -48,20 +48,24 @@ def verify_projection(
     together = {name for bucket in reached for name in bucket.names}
     alone = {name: gradient for name, gradient in gradients.items() if name not in together}
     _refuse_different([name for name in alone if name not in found])
-    check = _Projections(weights, generator, tuple(computed_in))
+    check = Projections(weights, generator, tuple(computed_in))
     for name, gradient in alone.items():
         check.add(name, found[name], gradient)
     for bucket in reached:
         formed = torch.stack([gradients[name] for name in bucket.names])
         check.add_all(bucket, formed, Buffer() if buffer is None else buffer)
-    misses, flags = check.told(more)
-    _refuse_different(misses)
-    return flags
+    return check.finish(more)
 
 
 @final
-class _Projections:
-    """The projections of some gradients, both as autograd formed them and as factors give them."""
+class Projections:
+    """The projections of some gradients, both as autograd formed them and as factors give them.
+
+    Args:
+        weights: the weights of the losses, shape ``(n,)``, divided by the scale of the factors.
+        generator: draws the random projections.
+        computed_in: the dtypes the layers computed in.
+    """
 
     def __init__(self, weights: Tensor, generator: torch.Generator, computed_in: Sequence[torch.dtype]) -> None:
         self._weights, self._generator, self._computed_in = weights, generator, computed_in
@@ -77,11 +81,30 @@ class _Projections:
     def add(self, name: str, uses: Sequence[Factors], gradient: Tensor) -> None:
         """Add the gradient of one parameter."""
         matrix = gradient.to(uses[0].dtype()).reshape(uses[0].rows, uses[0].columns)
+        ends = self.ends(matrix)
+        self.add_projected(
+            name, uses, ends, ends[0] @ matrix @ ends[1], torch.linalg.vector_norm(matrix), gradient.dtype
+        )
+
+    def ends(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """The two vectors of the projection of one parameter's gradient."""
         left, right = (self._drawn(size, like=matrix) for size in matrix.shape)
-        expected, size = projection(uses, self._weights, left, right)
-        dtypes = [gradient.dtype, *self._computed_in]
+        return left, right
+
+    def add_projected(
+        self,
+        name: str,
+        uses: Sequence[Factors],
+        ends: tuple[Tensor, Tensor],
+        formed: Tensor,
+        norm: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        """Add the gradient of one parameter, of which only the projection and the norm are left."""
+        expected, size = projection(uses, self._weights, *ends)
+        dtypes = [dtype, *self._computed_in]
         self._begin(name, uses, dtypes)
-        self._note(left @ matrix @ right, expected, size, torch.linalg.vector_norm(matrix), dtypes=dtypes)
+        self._note(formed, expected, size, norm, dtypes=dtypes)
 
     def add_all(self, bucket: Bucket, gradients: Tensor, buffer: Buffer) -> None:
         """Add the gradients of a bucket's parameters, shape ``(B, *shape)``."""
@@ -107,7 +130,17 @@ class _Projections:
         self._rows.append((formed, expected, size, norm))
         self._tolerances += [tolerance(dtypes)] * len(expected)
 
-    def told(self, more: Sequence[Tensor]) -> tuple[list[str], list[bool]]:
+    def finish(self, more: Sequence[Tensor] = ()) -> list[bool]:
+        """Refuse gradients that differ from their factors; returns further flags, read in the same transfer.
+
+        Raises:
+            RuntimeError: there is such a gradient.
+        """
+        misses, flags = self._told(more)
+        _refuse_different(misses)
+        return flags
+
+    def _told(self, more: Sequence[Tensor]) -> tuple[list[str], list[bool]]:
         """The names of the gradients that differ from their factors, and the values of further flags."""
         if not self._names:
             return [], told(more)
@@ -124,6 +157,50 @@ class _Projections:
         flags = told([(formed - expected).abs() > 4 * bounds, *more])
         count = len(self._names)
         return [name for name, miss in zip(self._names, flags, strict=False) if miss], flags[count:]
+
+
+@final
+class PassingGradients:
+    """The same check of gradients that are gone once they were seen, and may come in several parts.
+
+    Args:
+        found: captured factors, by parameter name.
+        weights, generator, computed_in: as for :class:`Projections`.
+    """
+
+    def __init__(
+        self,
+        found: Mapping[str, Sequence[Factors]],
+        weights: Tensor,
+        generator: torch.Generator,
+        computed_in: Iterable[torch.dtype] = (),
+    ) -> None:
+        self._found = found
+        self._check = Projections(weights, generator, tuple(computed_in))
+        self._seen: dict[str, tuple[tuple[Tensor, Tensor], Tensor, Tensor, torch.dtype]] = {}
+
+    def see(self, name: str, gradient: Tensor) -> None:
+        """Look at a part of the gradient of one parameter.
+
+        Raises:
+            RuntimeError: no factors were captured of this parameter.
+        """
+        uses = self._found.get(name)
+        if uses is None:
+            _refuse_different([name])
+            return
+        matrix = gradient.to(uses[0].dtype()).reshape(uses[0].rows, uses[0].columns)
+        ends = self._seen[name][0] if name in self._seen else self._check.ends(matrix)
+        formed, norm = ends[0] @ matrix @ ends[1], torch.linalg.vector_norm(matrix)
+        if name in self._seen:
+            formed, norm = formed + self._seen[name][1], norm + self._seen[name][2]
+        self._seen[name] = ends, formed, norm, gradient.dtype
+
+    def finish(self, more: Sequence[Tensor] = ()) -> list[bool]:
+        """See :meth:`Projections.finish`."""
+        for name, (ends, formed, norm, dtype) in self._seen.items():
+            self._check.add_projected(name, self._found[name], ends, formed, norm, dtype)
+        return self._check.finish(more)
 
 
 def _refuse_different(names: Sequence[str]) -> None:

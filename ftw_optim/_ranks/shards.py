@@ -31,12 +31,12 @@ def layout_of(tensor: Any, members: Sequence[int]) -> Layout:
 @lru_cache(maxsize=64)
 def _layout(mesh: Any, placements: Sequence[Any], members: Sequence[int]) -> Layout:
     along = next((axis for axis, one in enumerate(placements) if one.is_shard()), None)
-    parts: list[int | None] = []
-    for rank in members:
-        place = (mesh.mesh == rank).nonzero()[0].tolist()
-        copies = [at for axis, at in enumerate(place) if axis != along]
-        parts.append(None if any(copies) else 0 if along is None else place[along])
-    return Layout(parts=parts, count=1 if along is None else mesh.mesh.shape[along])
+    places = [(mesh.mesh == rank).nonzero()[0].tolist() for rank in members]
+    return Layout(
+        parts=[0 if along is None else place[along] for place in places],
+        copies=[any(at for axis, at in enumerate(place) if axis != along) for place in places],
+        count=1 if along is None else mesh.mesh.shape[along],
+    )
 
 
 @final
@@ -45,22 +45,27 @@ class Layout:
     """Which rows of tensors each rank holds that are laid out like one of them.
 
     Attributes:
-        parts: for each rank the number of its part along the first axis; None where it holds a copy of another's.
+        parts: for each rank the number of its part along the first axis.
+        copies: for each rank whether another, before it, holds the same part.
         count: the number of parts.
     """
 
-    parts: Sequence[int | None]
+    parts: Sequence[int]
+    copies: Sequence[bool]
     count: int
 
-    def size(self, shape: torch.Size, rank: int) -> int:
-        """The number of entries of a whole tensor of this shape that a rank sends."""
-        part = self.parts[rank]
-        if part is None:
-            return 0
+    def rows(self, shape: torch.Size, rank: int) -> slice:
+        """The rows of a whole tensor of this shape that a rank holds."""
         if self.count == 1:
-            return shape.numel()
-        rows = -(-shape[0] // self.count)
-        return max(0, min(rows, shape[0] - part * rows)) * math.prod(shape[1:])
+            return slice(0, shape[0])
+        size = -(-shape[0] // self.count)
+        start = min(self.parts[rank] * size, shape[0])
+        return slice(start, min(start + size, shape[0]))
+
+    def size(self, shape: torch.Size, rank: int) -> int:
+        """The number of entries that a rank holds of a tensor of this shape."""
+        rows = self.rows(shape, rank)
+        return int(rows.stop - rows.start) * math.prod(shape[1:])
 
 
 def check_layout(name: str, tensor: Any, members: Sequence[int]) -> None:
@@ -126,7 +131,12 @@ class WholeParameters:
         own = of[ranks.own]
         layouts = {name: [(one, layout_of(one, ranks.members)) for one in self._divided(name)] for name in own}
         sizes = [
-            sum(one.itemsize * layout.size(one.shape, rank) for some in layouts.values() for one, layout in some)
+            sum(
+                one.itemsize * layout.size(one.shape, rank)
+                for some in layouts.values()
+                for one, layout in some
+                if not layout.copies[rank]
+            )
             for rank in range(ranks.count)
         ]
         received = ranks.exchanged(torch.cat(sent), [len(part) for part in sent], sizes)
@@ -136,7 +146,7 @@ class WholeParameters:
             for one, layout in layouts[name]:
                 pieces: dict[int, Tensor] = {}
                 for rank, part in enumerate(layout.parts):
-                    if part is not None:
+                    if not layout.copies[rank]:
                         length = one.itemsize * layout.size(one.shape, rank)
                         pieces[part], rest[rank] = rest[rank][:length], rest[rank][length:]
                 joined = torch.cat([pieces[part] for part in sorted(pieces)])  # a copy, so aligned for its dtype
@@ -164,7 +174,7 @@ class WholeParameters:
     def _bytes(self, tensors: Sequence[Any]) -> Tensor:
         """The parts that this rank sends of these, one behind the other."""
         members, own = self._ranks.members, self._ranks.own
-        parts = [one.to_local() for one in tensors if layout_of(one, members).parts[own] is not None]
+        parts = [one.to_local() for one in tensors if not layout_of(one, members).copies[own]]
         flat = [part.detach().contiguous().view(-1).view(torch.uint8) for part in parts if part.numel()]
         return torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=self._device)
 
@@ -178,16 +188,3 @@ class WholeParameters:
         self.found[name] = found
         if state:
             self.optimizer.state[found] = state
-
-
-def placed_like(parameter: Any, whole: Tensor) -> Tensor:
-    """A whole tensor, the same on all ranks, as the part of it that this rank holds of a parameter."""
-    if not is_sharded(parameter):
-        return whole
-    from torch.distributed.tensor import DTensor, Replicate
-
-    copies = [Replicate()] * parameter.device_mesh.ndim
-    found: Tensor = DTensor.from_local(whole, parameter.device_mesh, copies, run_check=False).redistribute(
-        placements=parameter.placements
-    )
-    return found

@@ -13,16 +13,17 @@ from torch import Tensor
 from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.backward import Graph, gradients_set_aside
 from ftw_optim._capture.projections import verify_projection
-from ftw_optim._capture.stand_ins import leaves, whole_zeros
+from ftw_optim._capture.stand_ins import is_sharded
 from ftw_optim._factors.factors import weighted_sum
 from ftw_optim._factors.finiteness import all_finite, told
 from ftw_optim._matching.selection import Selection
-from ftw_optim._ranks.shards import placed_like
+from ftw_optim._step import combine_shards
 from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.closures import checked_losses
 from ftw_optim._step.comparison import Comparison
 from ftw_optim._step.gathering import PassFactors
 from ftw_optim._step.setup import StepSetup, full_precision
+from ftw_optim._step.shared_factors import SharedFactors
 from ftw_optim._step.way import WAYS
 
 Combined = tuple[dict[str, Tensor], bool]
@@ -56,8 +57,9 @@ def combine(
         return selection, {name: torch.full_like(updated[name], torch.inf) for name in factors.reached}
     for way in _usable_ways(setup, selection, candidate_pass):
         with setup.clock.phase("combine"):
+            formed = _formed_in_shards if setup.structure.sharding else _formed
             (gradients, _), told = setup.ranks.told(
-                partial(_formed, way, setup, selection, factors, candidate_pass),
+                partial(formed, way, setup, selection, factors, candidate_pass),
                 lambda found: (setup.parameters.mask(found[0]), found[1]),
             )
             # Where nothing is captured, a candidate's infinite gradient shows only now. A scaler wants to see it.
@@ -76,14 +78,28 @@ def _formed(
         return _FUNCTIONS[way](setup, selection, factors, candidate_pass)
 
 
+def _formed_in_shards(
+    way: str, setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
+) -> Combined:
+    """The combined gradient of this process's candidates; of shards, this rank's part of that of all."""
+    assert isinstance(factors, SharedFactors)
+    precision = nullcontext() if WAYS[way].needs_rows else full_precision(factors.candidates.losses)
+    with torch.enable_grad(), precision:
+        if way == "factors":
+            return combine_shards.from_factors(setup, selection, factors)
+        if way == "graph":
+            return combine_shards.from_graph(setup, selection, factors, candidate_pass)
+        again = partial(losses_again, setup, candidate_pass=candidate_pass)
+        return combine_shards.from_rerun(setup, selection, factors, candidate_pass, again)
+
+
 def _of_all(setup: StepSetup, gradients: Mapping[str, Tensor], reached: Sequence[int]) -> dict[str, Tensor]:
     """The sums of the gradients over all ranks, for the parameters that any of them reached."""
     names = setup.parameters.named(reached)
-    own = [
-        gradients[name].detach() if name in gradients else whole_zeros(setup.parameters.updated[name]) for name in names
-    ]
-    summed = zip(names, setup.ranks.summed(own), strict=True)
-    return {name: placed_like(setup.parameters.updated[name], whole) for name, whole in summed}
+    updated = setup.parameters.updated
+    plain = [name for name in names if not is_sharded(updated[name])]
+    own = [gradients[name].detach() if name in gradients else torch.zeros_like(updated[name]) for name in plain]
+    return {**gradients, **dict(zip(plain, setup.ranks.summed(own), strict=True))}
 
 
 def _usable_ways(setup: StepSetup, selection: Selection, candidate_pass: CandidatePass) -> list[str]:
@@ -145,11 +161,7 @@ def _from_rerun(
 ) -> Combined:
     """A weighted backward over the kept candidates, run once more."""
     own = factors.own(selection)
-    totals = _losses_again(setup, own.kept, own.weights, candidate_pass)
-    if setup.agreed is not None and not len(own.kept):
-        # Where parameters are divided, the other ranks' passes wait for this one, whatever it runs.
-        any_row = torch.zeros(1, dtype=torch.int64)
-        _ordinary_backward(setup, _losses_again(setup, any_row, torch.zeros(1), candidate_pass))
+    totals = losses_again(setup, own.kept, own.weights, candidate_pass)
     gradients = _ordinary_backward(
         setup, chain(totals, candidate_pass.weighted_losses(own.target_weights, of_target=True))
     )
@@ -163,7 +175,7 @@ _FUNCTIONS: dict[str, Callable[[StepSetup, Selection, PassFactors, CandidatePass
 }
 
 
-def _losses_again(setup: StepSetup, kept: Tensor, weights: Tensor, candidate_pass: CandidatePass) -> Iterator[Tensor]:
+def losses_again(setup: StepSetup, kept: Tensor, weights: Tensor, candidate_pass: CandidatePass) -> Iterator[Tensor]:
     """The weighted losses of the kept candidates, a micro-batch at a time."""
     value, done = candidate_pass.again(kept), 0
     for batch in value if isinstance(value, Iterator) else [value]:
@@ -182,25 +194,18 @@ def _losses_again(setup: StepSetup, kept: Tensor, weights: Tensor, candidate_pas
 def _ordinary_backward(setup: StepSetup, totals: Iterable[Tensor], *, keep_graph: bool = False) -> dict[str, Tensor]:
     """The gradients that ``(scale * total).backward()`` forms for the updated parameters, summed over the totals."""
     updated, several = setup.parameters.updated, not setup.ranks.alone
-    past: dict[str, Tensor] = {}
     with gradients_set_aside(setup.structure.parameters.values()):
         for total in totals:
             # Named only where others would get a gradient too: a plain backward is what hooks expect, and the only one
             # that reentrant checkpointing takes.
             named = (several or setup.parameters.others_train) and not Graph(total).reentrant
-            inputs = list(leaves(setup.structure, updated).values()) if named else None
+            inputs = list(updated.values()) if named else None
             scaled = total * setup.scale
             if several and inputs is not None:  # past DDP, which may still wait for a backward pass of its own
                 found = torch.autograd.grad(scaled, inputs, retain_graph=keep_graph, allow_unused=True)
-                for (name, parameter), gradient in zip(updated.items(), found, strict=True):
+                for parameter, gradient in zip(updated.values(), found, strict=True):
                     if gradient is not None:
-                        gradient = gradient.to(parameter.dtype)  # that of a stand-in may be shorter
-                        past[name] = past[name] + gradient if name in past else gradient
+                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             else:
                 torch.autograd.backward(scaled, inputs=inputs, retain_graph=keep_graph)
-        left = {name: p.grad for name, p in updated.items() if p.grad is not None}
-    return {
-        name: past[name] + left[name] if name in past and name in left else (past | left)[name]
-        for name in updated
-        if name in past or name in left
-    }
+        return {name: p.grad for name, p in updated.items() if p.grad is not None}

@@ -138,6 +138,11 @@ class SharedFactors:
         return self._own.candidates
 
     @property
+    def found(self) -> Mapping[str, Sequence[Factors]]:
+        """See :class:`KeptFactors`; of this rank's rows."""
+        return self._own.found
+
+    @property
     def alone(self) -> dict[str, Sequence[Factors]]:
         """See :class:`KeptFactors`; of this rank's rows."""
         return self._own.alone
