@@ -35,6 +35,8 @@ from .proposals import (
     similar,
     similar_and_sound,
     similar_embeddings,
+    vetted,
+    vetted_random,
 )
 from .weights import ExpectedFilter, ExpectedWeights
 
@@ -161,6 +163,7 @@ LATE_UNIFORM = Method(filter=_all, weight=UniformWeights(), decay=0.75)
 LATE_ACCEPTED = Method(filter=lambda keep, lr: AcceptFilter(), weight=UniformWeights(), decay=0.75)
 LATE_EXPECTED = Method(filter=_all, weight=ExpectedWeights(), decay=0.75)
 LATE_ABOVE = Method(filter=lambda keep, lr: ExpectedFilter(share=0.3), weight=UniformWeights(), decay=0.75)
+HALF_UNIFORM = Method(filter=_all, weight=UniformWeights(), decay=0.5, refresh_every=2)
 LATE = 0.75
 """Share of the steps in which the target rows only guide, where they are trained on in the later ones."""
 
@@ -189,6 +192,8 @@ ARMS = {
     "similarity+ftw": _guide("n similar, ftw", propose=similar, method=FILTER_THEN_WEIGHT),
     "similarity+accept": _guide("n similar, accepted", propose=similar, method=LATE_ACCEPTED),
     "learned+accept": _guide("n learned, accepted", propose=learned, method=LATE_ACCEPTED),
+    "vetted-n": _guide("n vetted", propose=vetted, method=LATE_UNIFORM),
+    "random+vetted": _guide("n random, vetted", propose=vetted_random, method=LATE_UNIFORM),
     "learned-n": _guide("n learned", propose=learned, method=UNIFORM),
     "learned+ftw": _guide("n learned, ftw", propose=learned, method=FILTER_THEN_WEIGHT),
     "scores-n": _guide("n learned, no prior", propose=learned_from_scores, method=UNIFORM),
@@ -202,6 +207,10 @@ ARMS = {
     "target+watched": _target("learned until blind", propose=learned, method=WATCHED_WITH_TARGET),
     "target+honest": _target("learned, split", propose=learned, method=HONEST_UNIFORM),
     "late+similarity": _target("similar, target late", propose=similar, target_after=LATE),
+    "half+similarity": _target("similar, target late", propose=similar, target_after=0.5),
+    "half+vetted": _target("vetted, target late", propose=vetted, method=HALF_UNIFORM, target_after=0.5),
+    "half+random+vetted": _target("random, vetted", propose=vetted_random, method=HALF_UNIFORM, target_after=0.5),
+    "late+vetted": _target("vetted, 3/4 late", propose=vetted, method=LATE_UNIFORM, target_after=LATE),
     "late+learned": _target("learned, target late", propose=learned, method=LATE_UNIFORM, target_after=LATE),
     "late+similarity+accept": _target("similar, acc, late", propose=similar, method=LATE_ACCEPTED, target_after=LATE),
     "late+learned+expected": _target("learned, exp. w, late", propose=learned, method=LATE_EXPECTED, target_after=LATE),

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ftw_optim import Selection
-from ftw_optim.proposals import LearnedProposal, Proposal, SimilarityProposal
+from ftw_optim.proposals import LearnedProposal, Proposal, SimilarityProposal, VettedProposal
 
 from .damage import MARK
 from .records import IGNORED, Example, endless_batches
@@ -83,6 +83,16 @@ def similar_and_sound(known: Known) -> Chooser:
 def similar_embeddings(known: Known) -> Chooser:
     """Records whose mean input embedding is most like that of the target rows."""
     return _proposed_by(SimilarityProposal(samples(known.guide), embedding=known.embeddings, seed=known.seed))
+
+
+def vetted(known: Known) -> Chooser:
+    """Records that share the most tokens with the target rows, but for those of a kind with worse scores."""
+    return _proposed_by(VettedProposal(samples(known.guide), seed=known.seed))
+
+
+def vetted_random(known: Known) -> Chooser:
+    """Records at random, but for those of a kind with worse scores."""
+    return _proposed_by(VettedProposal(samples(known.guide), order="uniform", seed=known.seed))
 
 
 def learned(known: Known) -> Chooser:

@@ -237,7 +237,8 @@ class _Step:
         lab, arm = self._lab, self._arm
         start = now(lab.top.device)
         late = self._step >= self._late_from
-        run_targets = self._target_batches is not None and (late or arm.method is not None)
+        guiding = arm.method is not None and (not self._late_from or self._step % arm.method.refresh_every == 0)
+        run_targets = self._target_batches is not None and (late or guiding)
         instead = 0 if run_targets or self._target_batches is None else arm.trained_target_rows(self._sizes)
         candidates = self._chooser.choose(read, arm.rows(self._sizes) + instead)
         seconds = now(lab.top.device) - start

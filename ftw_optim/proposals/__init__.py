@@ -2,8 +2,9 @@
 
 ``interface.py`` is what a proposal does, and the place to begin with one of your own. ``features.py`` describes records
 without a model, ``drawing.py`` draws from them, so that a draw depends on the record and never on its place, and
-``regression.py`` learns scores. ``uniform.py``, ``similarity.py`` and ``learned.py`` hold one proposal each;
-``sampler.py`` brings one to a ``DataLoader``. Imports torch and, for the selection that is observed, ``_matching``.
+``regression.py`` learns scores. ``uniform.py``, ``similarity.py``, ``learned.py`` and ``vetted.py`` hold one proposal
+each; ``sampler.py`` brings one to a ``DataLoader``. Imports torch and, for the selection that is observed,
+``_matching``.
 """
 
 from ftw_optim.proposals.interface import Proposal as Proposal
@@ -11,3 +12,4 @@ from ftw_optim.proposals.learned import LearnedProposal as LearnedProposal
 from ftw_optim.proposals.sampler import ProposedSampler as ProposedSampler
 from ftw_optim.proposals.similarity import SimilarityProposal as SimilarityProposal
 from ftw_optim.proposals.uniform import UniformProposal as UniformProposal
+from ftw_optim.proposals.vetted import VettedProposal as VettedProposal

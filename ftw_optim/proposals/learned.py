@@ -90,7 +90,7 @@ class LearnedProposal(Proposal):
         self.explore, self.explore_by = explore, explore_by
         self._features = Features(target_samples, dim=dim, seed=seed, embedding=embedding, use_source=use_source)
         self._regression = Regression(
-            self._columns(torch.empty(0, self._features.width)).shape[1], forgetting=forgetting
+            self.columns(torch.empty(0, self._features.width)).shape[1], forgetting=forgetting
         )
         self._calls = 0
         self.expected: Tensor = torch.empty(0, dtype=torch.float64)
@@ -107,8 +107,8 @@ class LearnedProposal(Proposal):
         """See :class:`Proposal`; with ``features`` the samples themselves are not looked at."""
         check_count(count)
         known = self._features.given(samples, features)
-        columns = self._columns(known)
-        scores = columns @ self._coefficients(columns) if len(known) else torch.empty(0, dtype=torch.float64)
+        columns = self.columns(known)
+        scores = columns @ self.coefficients(columns) if len(known) else torch.empty(0, dtype=torch.float64)
         chosen = best_and_uniform(
             scores,
             keys_of(known),
@@ -132,20 +132,25 @@ class LearnedProposal(Proposal):
         if selection.blind or selection.stale:
             return
         known = self._features.given(samples, features)
-        energy = selection.gram.diagonal().double() * selection.target_energy
-        scores = selection.cross_gram.double() / energy.sqrt()
-        valid = scores.isfinite() & energy.isfinite() & (energy > 0.0)
-        valid[selection.rejected] = False
+        scores, valid = scores_of(selection)
         if bool(valid.any()):
-            # A sketch may estimate more than a cosine can be.
-            self._regression.observe(self._columns(known[valid]), scores[valid].clamp(-1.0, 1.0))
+            self._regression.observe(self.columns(known[valid]), scores[valid])
 
-    def _columns(self, features: Tensor) -> Tensor:
+    @property
+    def width(self) -> int:
+        """The number of features of a record."""
+        return self._features.width
+
+    def given(self, samples: Sequence[Sample], features: Tensor | None) -> Tensor:
+        """The features of samples: those that the caller has, else computed."""
+        return self._features.given(samples, features)
+
+    def columns(self, features: Tensor) -> Tensor:
         """The columns of the regression, float64: a constant, the likeness if there are targets, the other features."""
         first = 3 if self._features.has_targets else 4
         return torch.cat([torch.ones(len(features), 1), features[:, first:]], dim=1).double()
 
-    def _coefficients(self, columns: Tensor) -> Tensor:
+    def coefficients(self, columns: Tensor) -> Tensor:
         """Coefficients of the columns, expected or drawn from the posterior, for the records on offer.
 
         The prior is one of columns with mean 0 and standard deviation 1 among these records. Token columns are scaled
@@ -189,3 +194,12 @@ class LearnedProposal(Proposal):
         check_state(state_dict, self.state_dict())
         self._regression.load_state_dict(state_dict["learned"])
         self._calls = state_dict["calls"]
+
+
+def scores_of(selection: Selection) -> tuple[Tensor, Tensor]:
+    """The scores of a step's candidates, float64 ``(n,)``, and which of them have one, bool ``(n,)``."""
+    energy = selection.gram.diagonal().double() * selection.target_energy
+    scores = selection.cross_gram.double() / energy.sqrt()
+    valid = scores.isfinite() & energy.isfinite() & (energy > 0.0)
+    valid[selection.rejected] = False
+    return scores.clamp(-1.0, 1.0), valid  # a sketch may estimate more than a cosine can be

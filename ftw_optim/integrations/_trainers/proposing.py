@@ -6,7 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
-from ftw_optim.proposals import LearnedProposal, Proposal, ProposedSampler, SimilarityProposal, UniformProposal
+from ftw_optim.proposals import (
+    LearnedProposal,
+    Proposal,
+    ProposedSampler,
+    SimilarityProposal,
+    UniformProposal,
+    VettedProposal,
+)
 
 OPTIONS = ("proposal", "read_ahead", "passed_over")
 """The options that go to the sampler."""
@@ -17,6 +24,7 @@ NAMED: Mapping[str, _Make] = {
     "learned": lambda targets, seed: LearnedProposal(targets, seed=seed),
     "similarity": lambda targets, seed: SimilarityProposal(targets, seed=seed),
     "uniform": lambda targets, seed: UniformProposal(seed),
+    "vetted": lambda targets, seed: VettedProposal(targets, seed=seed),
 }
 """Proposals that need no more than target examples and a seed."""
 
