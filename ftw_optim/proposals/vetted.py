@@ -17,7 +17,9 @@ from ftw_optim.proposals.learned import LearnedProposal, scores_of
 REMEMBERED = 96
 """Observed records that the kinds are told from."""
 LEAST = 36
-"""Observed records before anything is told."""
+"""Observed records before two kinds are told apart."""
+FEW = 6
+"""Scores of each kind before one is left out."""
 APART = 3.0
 """Distance of the means of two kinds, in standard deviations within them. What a normal distribution shows, divided at
 its best point, is 2.65."""
@@ -89,7 +91,7 @@ class VettedProposal(Proposal):
         self.vetoes = False
         self._least = 0.0
         self._seen = self._learned.columns(torch.empty(0, self._learned.width))
-        self._scores = torch.empty(0, dtype=torch.float64)
+        self._lower = self._upper = torch.empty(0, dtype=torch.float64)
 
     def features(self, samples: Sequence[Sample]) -> Tensor:
         """The features of samples, to keep and to pass to the other calls; a row depends on its sample alone."""
@@ -131,19 +133,27 @@ class VettedProposal(Proposal):
         if selection.blind or selection.stale:
             return
         known = self._learned.given(samples, features)
-        self._learned.observe(samples, selection, features=known)
         scores, valid = scores_of(selection)
-        if bool(valid.any()):
-            self._remember(self._learned.columns(known[valid]), scores[valid])
+        if not bool(valid.any()):
+            return
+        columns = self._learned.columns(known[valid])
+        if len(self._seen) >= LEAST:
+            # Said before these scores are learned: a regression would find two kinds in any noise that it has seen.
+            worse = self._beyond_likeness(columns) <= self._least
+            self._lower = torch.cat([self._lower, scores[valid][worse]])[-REMEMBERED // 2 :]
+            self._upper = torch.cat([self._upper, scores[valid][~worse]])[-REMEMBERED // 2 :]
+        self._learned.observe(samples, selection, features=known)
+        self._remember(columns)
+        if len(self._seen) >= LEAST:
             self._judge()
 
-    def _remember(self, columns: Tensor, scores: Tensor) -> None:
+    def _remember(self, columns: Tensor) -> None:
         """Keep the latest records; while a kind is left out, as many of each kind as when it was found.
 
         Of the kind left out few come after that, and both must stay in sight.
         """
         before = len(self._seen)
-        self._seen, self._scores = torch.cat([self._seen, columns]), torch.cat([self._scores, scores])
+        self._seen = torch.cat([self._seen, columns])
         if len(self._seen) <= REMEMBERED:
             return
         keep = torch.arange(len(self._seen) - REMEMBERED, len(self._seen))
@@ -153,17 +163,13 @@ class VettedProposal(Proposal):
             room = round(min(max(share, 1 / 6), 5 / 6) * REMEMBERED)
             lower, upper = worse.nonzero()[:, 0], (~worse).nonzero()[:, 0]
             keep = torch.cat([lower[-room:], upper[room - REMEMBERED :]]).sort().values
-        self._seen, self._scores = self._seen[keep], self._scores[keep]
+        self._seen = self._seen[keep]
 
     def _judge(self) -> None:
         """Decide whether there are two kinds, of which one is to be left out."""
-        if len(self._seen) < LEAST:
-            return
-        beyond = self._beyond_likeness(self._seen)
-        least, apart = two_kinds(beyond)
-        lower, upper = self._scores[beyond <= least], self._scores[beyond > least]
-        if min(len(lower), len(upper)) < 2:
-            self.vetoes = False
+        self._least, apart = two_kinds(self._beyond_likeness(self._seen))
+        lower, upper = self._lower, self._upper
+        if min(len(lower), len(upper)) < FEW:
             return
         gap = float(upper.mean() - lower.mean())
         error = float((lower.var() / len(lower) + upper.var() / len(upper)).sqrt())
@@ -172,18 +178,13 @@ class VettedProposal(Proposal):
         else:
             worse = float(lower.mean()) < WORSE * float(upper.mean())
             self.vetoes = apart > APART and gap > CERTAIN * error and worse
-        self._least = least
 
     def _beyond_likeness(self, columns: Tensor) -> Tensor:
-        """The expected scores of records less what their likeness lets expect, by a line through those remembered."""
+        """The expected scores of records but for what the regression takes from their likeness."""
         coefficients = self._learned.coefficients(self._seen)
-        found = columns @ coefficients
-        if not self._has_likeness:
-            return found
-        expected, likeness = self._seen @ coefficients, self._seen[:, 1]
-        centred = likeness - likeness.mean()
-        slope = (centred @ expected) / (centred @ centred).clamp(min=1e-12)
-        return found - slope * columns[:, 1]
+        if self._has_likeness:
+            coefficients[1] = 0.0
+        return columns @ coefficients
 
     def state_dict(self) -> dict[str, Any]:
         """The number of calls, what was learned, and the settings that must be equal on resume."""
@@ -193,19 +194,29 @@ class VettedProposal(Proposal):
             "settings": {"order": self.order, "explore": self.explore, "learned": learned["settings"]},
             "calls": self._calls,
             "learned": learned["learned"],
-            "kinds": {"vetoes": self.vetoes, "least": self._least, "seen": self._seen, "scores": self._scores},
+            "kinds": {
+                "vetoes": self.vetoes,
+                "least": self._least,
+                "seen": self._seen,
+                "lower": self._lower,
+                "upper": self._upper,
+            },
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """See :class:`Proposal`."""
         check_state(state_dict, self.state_dict())
         own, kinds = self._learned.state_dict(), state_dict["kinds"]
-        seen, scores = (torch.as_tensor(kinds[key], dtype=torch.float64, device="cpu") for key in ("seen", "scores"))
-        if seen.shape != (len(scores), self._seen.shape[1]):
-            raise ValueError(f"Expected {self._seen.shape[1]} columns of each remembered record, got {seen.shape}.")
+        seen, lower, upper = (
+            torch.as_tensor(kinds[key], dtype=torch.float64, device="cpu") for key in ("seen", "lower", "upper")
+        )
+        if seen.ndim != 2 or seen.shape[1] != self._seen.shape[1]:
+            raise ValueError(
+                f"Expected {self._seen.shape[1]} columns of each remembered record, got shape {tuple(seen.shape)}."
+            )
         self._learned.load_state_dict({**own, "learned": state_dict["learned"]})
         self._calls, self.vetoes, self._least = state_dict["calls"], bool(kinds["vetoes"]), float(kinds["least"])
-        self._seen, self._scores = seen.clone(), scores.clone()
+        self._seen, self._lower, self._upper = seen.clone(), lower.clone(), upper.clone()
 
 
 def two_kinds(values: Tensor) -> tuple[float, float]:

@@ -15,20 +15,10 @@ from ftw_optim import Selection
 from ftw_optim.integrations.streaming._proposing import packed
 from ftw_optim.proposals import LearnedProposal, SimilarityProposal, UniformProposal
 from ftw_optim.proposals.regression import Regression
-from tests.support.selections import selection
+from tests.support.selections import of_scores, selection
 
 _OFFERED, _CHOSEN, _STEPS = 64, 8, 30
 _TARGET = [{"input_ids": list(range(20))}]
-
-
-def of_scores(scores: Tensor, **changes: Any) -> Selection:
-    """A selection with these scores, at lengths that are not one."""
-    n = len(scores)
-    gram, energy = torch.diag(torch.linspace(0.5, 4.0, n, dtype=torch.float64)), 9.0
-    cross_gram = scores.double() * (gram.diagonal() * energy).sqrt()
-    return selection(
-        0, **{"n": n, "keep": 1, "gram": gram, "cross_gram": cross_gram, "target_energy": energy, **changes}
-    )
 
 
 def offered(generator: torch.Generator) -> list[dict[str, Any]]:

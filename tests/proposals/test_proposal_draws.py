@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftw_optim.integrations.streaming._proposing import packed, unpacked
-from ftw_optim.proposals import LearnedProposal, Proposal, SimilarityProposal, UniformProposal
+from ftw_optim.proposals import LearnedProposal, Proposal, SimilarityProposal, UniformProposal, VettedProposal
 from tests.support.selections import selection
 
 TARGET = [{"input_ids": [1, 2, 3]}, {"input_ids": [2, 3, 4]}]
@@ -26,6 +26,8 @@ KINDS: dict[str, Callable[[int], Any]] = {
     ),
     "learned": lambda seed: LearnedProposal(dim=8, seed=seed),
     "learned from likeness": lambda seed: LearnedProposal(TARGET, dim=8, use_source=True, seed=seed),
+    "vetted": lambda seed: VettedProposal(TARGET, dim=8, seed=seed),
+    "vetted, in any order": lambda seed: VettedProposal(order="uniform", dim=8, seed=seed),
 }
 
 

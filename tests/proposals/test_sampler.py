@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ftw_optim import Selection
-from ftw_optim.proposals import LearnedProposal, Proposal, ProposedSampler, SimilarityProposal, UniformProposal
+from ftw_optim.proposals import (
+    LearnedProposal,
+    Proposal,
+    ProposedSampler,
+    SimilarityProposal,
+    UniformProposal,
+    VettedProposal,
+)
 from tests.support.grids import slow
 from tests.support.selections import selection
 
@@ -24,6 +31,7 @@ KINDS: dict[str, Callable[[], Proposal]] = {
     "uniform": UniformProposal,
     "similar": lambda: SimilarityProposal(TARGET, explore=0.2),
     "learned": lambda: LearnedProposal(TARGET, dim=4),
+    "vetted": lambda: VettedProposal(TARGET, dim=4),
     "one's own": lambda: _First(),
 }
 READ = [(8, "drop"), (8, "keep"), (None, None)]
