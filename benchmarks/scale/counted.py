@@ -80,7 +80,7 @@ def counted(ranks: int, *, candidates: int = 2, width: int = 16, layers: int = 4
     inner = torch.optim.AdamW(model.parameters(), lr=1e-3)
     optimizer = SelectiveOptimizer(inner, model, lambda: losses(tokens), filter=GreedyFilter(keep=2), self_check=False)
     pretended = Pretended(ranks)
-    optimizer._ranks.now = lambda: pretended  # type: ignore[method-assign]
+    optimizer._ranks.now = lambda **_: pretended  # type: ignore[method-assign]
     optimizer.step(lambda: losses(tokens))
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     own = sum(sizes[name] for name, owner in owners(sizes, ranks).items() if owner == 0)

@@ -48,12 +48,10 @@ class Scattered:
         """The sums, as the parameters are held, once all ranks have added theirs."""
         while not self._send(last=True):
             pass
-        from torch.distributed.tensor import DTensor
-
         found: dict[str, Tensor] = {}
         for name, part in self.parts.items():
             like = self._parameters[name]
-            found[name] = DTensor.from_local(
+            found[name] = type(like).from_local(
                 part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
             )
         return found

@@ -121,6 +121,7 @@ def test_the_last_samples_of_a_round_are_fewer_or_left_out(drop_last: bool, size
         assert [len(item) for item in stream] == sizes  # the next round
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     position=st.integers(0, 12),
@@ -165,6 +166,7 @@ def _ahead(
     return used, drawn
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(ahead=st.integers(0, 3), position=st.integers(1, 6), passed_over=st.sampled_from(["drop", "keep"]))
 def test_items_read_ahead_are_proposed_again_as_they_were(ahead: int, position: int, passed_over: Any) -> None:

@@ -83,7 +83,7 @@ def trained(
         slow({**FLAT, "pad_to_multiple_of": 8}, {}),
         slow({"loss_type": "dft"}, {}),
         slow({"activation_checkpointing": False}, {"peft_config": lora(lora_dropout=0.2)}),
-        (PACKED, {"peft_config": lora(lora_dropout=0.2)}),
+        slow(PACKED, {"peft_config": lora(lora_dropout=0.2)}),
         slow({**PACKED, "gradient_accumulation_steps": 1}, {"selective": {**ALL, "combine": "rerun"}}),
     ],
     ids=["rows", "packed", "packed, graph", "flat", "flat, padded", "dft", "lora", "lora, packed", "packed, rerun"],

@@ -284,6 +284,7 @@ class Bigram(nn.Module):
         return (self.table(input_ids),)
 
 
+@pytest.mark.slow
 def test_a_padded_batch_has_the_losses_of_its_samples_alone() -> None:
     torch.manual_seed(0)
     model = Bigram()

@@ -155,6 +155,7 @@ def test_held_out_examples_are_watched(weighting: str, tmp_path: Path) -> None:
     assert all("selection/blind" in line for line in trainer.state.log_history if "loss" in line)
 
 
+@pytest.mark.slow
 def test_a_memorised_target_is_blind_and_one_of_rows_like_the_held_out_ones_is_not(tmp_path: Path) -> None:
     recording = Recording()
     trained(

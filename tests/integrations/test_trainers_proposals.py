@@ -170,6 +170,7 @@ def _flattened(rows: list[dict[str, Any]]) -> Any:
     }
 
 
+@pytest.mark.slow
 def test_another_loader_and_a_second_run_leave_the_sampler_in_its_place(tmp_path: Path) -> None:
     class Look(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -260,7 +261,7 @@ def test_a_checkpoint_of_a_run_without_a_proposal_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("selective", "error", "message"),
     [
-        ({"proposal": "best"}, ValueError, "one of 'learned', 'similarity', 'uniform', got 'best'"),
+        ({"proposal": "best"}, ValueError, "one of 'learned', 'similarity', 'uniform', 'vetted', got 'best'"),
         ({"proposal": 3}, TypeError, "got int"),
         ({"read_ahead": 8}, ValueError, "Expected a proposal beside read_ahead"),
         ({"proposal": None, "passed_over": "keep"}, ValueError, "Expected a proposal beside passed_over"),

@@ -239,6 +239,7 @@ def test_how_often_a_loss_of_ones_own_is_compared(check: int | str, tmp_path: Pa
     assert trainer.calls == 4 * compared  # type: ignore[attr-defined]  # both modes, and whether the number counts
 
 
+@pytest.mark.slow
 def test_dropout_and_counters_do_not_disturb_the_comparison(tmp_path: Path) -> None:
     """The same masks for both losses; what a model counts in training is as without the comparison."""
 

@@ -25,7 +25,7 @@ from tests.support.trainer_runs import ALL, Watch, arguments, examples, logged, 
         slow(lambda: model(attention_dropout=0.2), {"optim": "sgd", "max_grad_norm": 0.0}, {"combine": "graph"}),
         slow(lambda: lora_model(lora_dropout=0.2), {}, {}),
         (lambda: lora_model(lora_dropout=0.2), {"activation_checkpointing": True}, {"combine": "graph"}),
-        (model, {}, {"combine": "rerun"}),
+        slow(model, {}, {"combine": "rerun"}),
         slow(model, {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 5}, {}),
     ],
     ids=[
@@ -101,6 +101,7 @@ def test_a_gradient_scaler_changes_nothing_but_an_overflow(tmp_path: Path) -> No
         assert torch.equal(value, first[name])
 
 
+@pytest.mark.slow
 def test_a_model_that_averages_micro_batches_keeps_its_own_weights(tmp_path: Path) -> None:
     """A model that takes no token count divides by each micro-batch's own labels."""
 

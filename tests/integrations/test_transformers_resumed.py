@@ -119,6 +119,7 @@ def _untimed(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if not name.startswith("selection/ms")}
 
 
+@pytest.mark.slow
 def test_a_second_run_of_one_trainer_goes_on_with_its_optimizer(tmp_path: Path) -> None:
     trainer, _ = trained(SelectiveTrainer, model(), arguments(tmp_path), target_dataset=examples(5, seed=1))
     assert isinstance(trainer, SelectiveTrainer)

@@ -141,6 +141,7 @@ def test_a_stream_of_candidates_with_columns(tmp_path: Path) -> None:
     assert ["realised_decrease" in step["metrics"] for step in recording.steps] == [False, True, False, True, False]
 
 
+@pytest.mark.slow
 def test_evaluation_within_a_run_is_the_trainers_own(tmp_path: Path) -> None:
     """Columns for the log and metrics of selections keep out of it; the best model is loaded at the end."""
     rows = numbered(examples(15))

@@ -42,7 +42,7 @@ def pool(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(n=st.integers(1, 20), count=st.integers(1, 8), seed=st.integers(0, 5), random=st.randoms())
 def test_the_order_of_the_records_changes_nothing(kind: str, n: int, count: int, seed: int, random: Any) -> None:
     records = pool(n)

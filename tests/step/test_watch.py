@@ -57,6 +57,7 @@ def steps(learner: Learner, optimizer: SelectiveOptimizer, count: int) -> list[A
     return found
 
 
+@pytest.mark.slow
 def test_rows_that_are_learned_by_heart_are_blind_and_those_that_only_guide_are_not() -> None:
     learner = Learner()
     found = steps(learner, learner.optimizer(train_on_target=True), 150)
