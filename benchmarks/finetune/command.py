@@ -14,8 +14,10 @@ from pays.records import Record
 from .corpus import TARGET_AREA, build_corpus
 from .picture import write_picture
 
-ARMS = ["adamw-n", "ftw", "target-n", "target+random", "target+similarity"]
+ARMS = ["adamw-n", "ftw", "target+random", "target+similarity", "half+random+vetted"]
 STEPS = 30
+DAMAGE = "placeholder=0.5"
+"""Share of this installation's docstrings in the stream that have a placeholder in their place."""
 TARGET_RECORDS, TEST_RECORDS = 64, 256
 
 
@@ -29,6 +31,7 @@ def parse_arguments(
     parser.add_argument("--pool", help="records of the stream; default: docstrings of this Python installation")
     parser.add_argument("--target", help="examples of the target")
     parser.add_argument("--test", help="held-out examples of the target")
+    parser.add_argument("--undamaged", action="store_true", help="this installation's docstrings as they are")
     parser.add_argument("--quick", action="store_true", help="a tiny random model on generated records")
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"), help="results (%(default)s)")
     options, others = parser.parse_known_args(arguments)
@@ -46,6 +49,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
         given.append("--quick")
     elif options.pool is None:
         given += [*_embedded(options.out), "--own-source", TARGET_AREA]
+        given += [] if options.undamaged else ["--damage", DAMAGE]
     else:
         given += ["--pool", options.pool, "--target", options.target, "--test", options.test]
     # The last of two equal options holds: that of the command line.

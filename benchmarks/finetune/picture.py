@@ -1,4 +1,4 @@
-"""The table as a picture: test loss against steps and seconds, and whose records had the weight."""
+"""The table as a picture: test loss against steps and seconds, and which records had the weight."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ def write_picture(figures: Sequence[Figures], directory: Path) -> None:
     colours = dict(zip([one.arm for one in figures], matplotlib.color_sequences["tab10"], strict=False))
     labels = {one.arm: ARMS[one.arm.split(":")[0]].label for one in figures}
     for one in figures:
-        # Where no candidate takes part, only the target is trained on.
         line = "--" if ARMS[one.arm.split(":")[0]].method is None else "-"
         for axes, x in ((by_steps, one.at), (by_seconds, one.seconds)):
             axes.plot(x, one.curve, line, color=colours[one.arm], marker="o", markersize=3, label=labels[one.arm])
@@ -26,9 +25,13 @@ def write_picture(figures: Sequence[Figures], directory: Path) -> None:
     by_seconds.set(xlabel="CPU seconds of training")
     by_steps.legend(fontsize="small")
     shown = [one for one in figures if one.rows[0]]
+    damaged = any(one.damaged[1] for one in shown)
     by_source.barh(
-        [labels[one.arm] for one in shown], [one.own[1] for one in shown], color=[colours[one.arm] for one in shown]
+        [labels[one.arm] for one in shown],
+        [one.damaged[1] if damaged else one.own[1] for one in shown],
+        color=[colours[one.arm] for one in shown],
     )
     by_source.invert_yaxis()
-    by_source.set(xlabel="share of the pool records' weight that the target's own source had", xlim=(0, 1))
+    whose = "damaged records" if damaged else "the target's own source"
+    by_source.set(xlabel=f"share of the pool records' weight that {whose} had", xlim=(0, 1))
     figure.savefig(directory / "finetune.png", dpi=120)

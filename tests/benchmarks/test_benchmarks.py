@@ -245,9 +245,10 @@ def test_the_default_job_is_towards_an_area_of_this_machine(
         "zero-shot",
         "AdamW on n",
         "filter-then-weight",
-        "n target rows",
         "target + random",
         "target + similar",
+        "random, vetted",
+        "50 % of the stream placeholder",
     ):
         assert label in printed
     assert (tmp_path / "finetune.png").stat().st_size > 10_000
