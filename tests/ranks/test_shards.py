@@ -22,6 +22,9 @@ from ftw_optim import GreedyFilter, KeepAll, SelectiveOptimizer, UniformWeights
 from ftw_optim._capture.owners import owners
 from ftw_optim._layers.linear import linear
 from ftw_optim._layers.registry import LayerRule
+from ftw_optim._ranks import owners as ranks_owners
+from ftw_optim._ranks import scattering
+from ftw_optim._ranks.scattering import Scattered
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
 from tests.support.rank_runs import CANDIDATES, TARGETS, Net, made, rows_of, sharded, whole
@@ -137,6 +140,30 @@ def _same(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
             torch.testing.assert_close(gram, other, rtol=1e-11, atol=1e-14)
         for value, other in zip(one["parameters"], expected["parameters"], strict=True):
             torch.testing.assert_close(value, other, rtol=1e-11, atol=1e-12)
+
+
+def in_small_buckets(combine: str) -> dict[str, Any]:
+    """A job in which every parameter is sent for itself, and the most bytes of gradients that waited to be sent."""
+    most, add = [0], Scattered.add
+
+    def noting(self: Scattered, name: str, whole: Tensor) -> None:
+        most[0] = max(most[0], self._bytes + whole.nbytes)
+        add(self, name, whole)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scattering, "BUCKET", 800)
+        patch.setattr(ranks_owners, "BUCKET", 800)
+        patch.setattr(Scattered, "add", noting)
+        return {**steps(Net, _layers, combine=combine), "most": most[0]}
+
+
+@pytest.mark.parametrize("combine", ["graph", slow("factors"), slow("rerun")])
+def test_gradients_in_many_buckets_are_the_same_and_never_many_at_once(combine: str, two_processes: Processes) -> None:
+    found = two_processes.run(in_small_buckets, combine)
+    _same(found, steps(Net, None))
+    largest = max(p.numel() * 8 for p in Net().parameters())
+    assert all(one["most"] <= 800 + largest for one in found)
+    assert all(one["most"] > 0 for one in found)
 
 
 def plain_or_kept_whole(plain: bool, combine: str) -> list[Tensor]:
