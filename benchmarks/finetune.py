@@ -4,10 +4,10 @@ Run: python benchmarks/finetune.py          (about 12 minutes on 2 cores; --quic
      python benchmarks/finetune.py --pool POOL --target TARGET --test TEST [--own-source PREFIX] [--model MODEL]
 
 It fine-tunes SmolLM2-135M-Instruct with LoRA towards one area of text, from a noisy stream of all areas: AdamW on all
-records of the stream, filter-then-weight among them, target examples with records as they come, with similar ones, and
-with records of which a proposal leaves out the kind that earlier scores show to be worse. It prints the table of
-pays.py, which says how the arms are made comparable, and takes all of its options; --out keeps the table, every run and
-a picture. What is there is not run again.
+records of the stream, filter-then-weight among them, AdamW on records of which a proposal leaves out the kind that
+earlier scores show to be worse, and both kinds of records beside target examples. It prints the table of pays.py, which
+says how the arms are made comparable, and takes all of its options; --out keeps the table, every run and a picture.
+What is there is not run again.
 
 Without data of your own, the text is what every machine has: docstrings of this Python installation, signature first.
 Half of those in the stream have a placeholder in their place ("TODO", "..."); --undamaged leaves them as they are, a

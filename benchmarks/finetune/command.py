@@ -14,7 +14,7 @@ from pays.records import Record
 from .corpus import TARGET_AREA, build_corpus
 from .picture import write_picture
 
-ARMS = ["adamw-n", "ftw", "target+random", "target+similarity", "half+random+vetted"]
+ARMS = ["adamw-n", "ftw", "random+vetted", "target+random", "half+random+vetted"]
 STEPS = 30
 DAMAGE = "placeholder=0.5"
 """Share of this installation's docstrings in the stream that have a placeholder in their place."""

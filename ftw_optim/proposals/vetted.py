@@ -16,14 +16,14 @@ from ftw_optim.proposals.learned import LearnedProposal, scores_of
 
 REMEMBERED = 96
 """Observed records that the kinds are told from."""
-LEAST = 36
+LEAST = 16
 """Observed records before two kinds are told apart."""
-FEW = 6
+FEW = 4
 """Scores of each kind before one is left out."""
 APART = 3.0
 """Distance of the means of two kinds, in standard deviations within them. What a normal distribution shows, divided at
 its best point, is 2.65."""
-CERTAIN, DOUBTED = 3.0, 1.0
+CERTAIN, DOUBTED = 2.0, 1.0
 """Standard errors between the kinds' mean scores at which the worse one is left out, and at which no longer."""
 WORSE = 0.5
 """Mean score of the worse kind, as a share of that of the better one, from which on it is left out."""

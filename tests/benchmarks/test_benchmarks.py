@@ -245,8 +245,8 @@ def test_the_default_job_is_towards_an_area_of_this_machine(
         "zero-shot",
         "AdamW on n",
         "filter-then-weight",
+        "n random, vetted",
         "target + random",
-        "target + similar",
         "random, vetted",
         "50 % of the stream placeholder",
     ):

@@ -139,7 +139,7 @@ def test_both_kinds_stay_in_memory() -> None:
 
 def test_nothing_is_told_of_few_records() -> None:
     proposal = VettedProposal(_TARGET, dim=64)
-    steps(proposal, LEAST // _CHOSEN, noise=0.0)
+    steps(proposal, LEAST // _CHOSEN, noise=0.01)
     assert not proposal.vetoes
 
 
