@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from contextlib import suppress
 from operator import is_
 from typing import Any, TypeVar, cast, final
 
@@ -49,6 +50,16 @@ class Structure:
         """Put the shards back in the places of whole parameters, where a pass has left these."""
         for module in self.sharding:
             cast(Any, module).reshard()
+
+    def forget_failed_pass(self) -> None:
+        """Let FSDP2 forget a pass that an exception ended, of which it would keep what it had begun."""
+        roots: list[str] = []
+        for name, module in self.modules.items():
+            if is_sharding(module) and not any(not root or name.startswith(f"{root}.") for root in roots):
+                roots.append(name)
+                # Of a module within another that is not the model's, or that never ran, there is nothing to forget.
+                with suppress(RuntimeError, AttributeError):
+                    cast(Any, module).reset_iter_state()
 
     def once(self, what: str, find: Callable[[], Found], *, of: Hashable = None) -> Found:
         """What ``find`` returned when it was first asked for ``what``.

@@ -64,6 +64,8 @@ class Layout:
 
     def size(self, shape: torch.Size, rank: int) -> int:
         """The number of entries that a rank holds of a tensor of this shape."""
+        if self.count == 1:
+            return shape.numel()
         rows = self.rows(shape, rank)
         return int(rows.stop - rows.start) * math.prod(shape[1:])
 
@@ -118,6 +120,12 @@ class WholeParameters:
             self.optimizer = object.__new__(type(inner))
             self.optimizer.__dict__.update(inner.__dict__)
             self.optimizer.state = defaultdict(dict)
+            self.optimizer.param_groups = [{**group, "params": []} for group in inner.param_groups]
+            self._groups = {
+                id(parameter): number
+                for number, group in enumerate(inner.param_groups)
+                for parameter in group["params"]
+            }
         else:
             self.found.update(parameters)
 
@@ -160,6 +168,8 @@ class WholeParameters:
                 parameter = self.found.pop(name, None)
                 if parameter is not None:
                     self.optimizer.state.pop(parameter, None)
+                    group = self.optimizer.param_groups[self._groups[id(self._parameters[name])]]
+                    group["params"] = [one for one in group["params"] if one is not parameter]
 
     def _state(self, name: str) -> State:
         state: State = self._inner.state.get(self._parameters[name], {})
@@ -169,6 +179,7 @@ class WholeParameters:
         """The parameter and the DTensors of its state, in an order that is the same on all ranks."""
         for one in (self._parameters[name], *self._state(name).values()):
             if isinstance(one, Tensor) and is_sharded(one):
+                check_layout(f"{name} and its state", one, self._ranks.members)
                 yield one
 
     def _bytes(self, tensors: Sequence[Any]) -> Tensor:
@@ -186,5 +197,6 @@ class WholeParameters:
             for key, value in self._state(name).items()
         }
         self.found[name] = found
+        self.optimizer.param_groups[self._groups[id(parameter)]]["params"].append(found)
         if state:
             self.optimizer.state[found] = state

@@ -69,6 +69,9 @@ def without_own_sums(plan: CapturePlan, members: Sequence[int]) -> Iterator[None
             handle = register_module_forward_pre_hook(look)
         with noting_stand_ins(structure):
             yield
+    except BaseException:
+        structure.forget_failed_pass()
+        raise
     finally:
         structure.reshard()  # FSDP2 leaves whole parameters where no backward pass of its own has followed a forward
         if handle is not None:

@@ -68,6 +68,11 @@ class CandidatePass:
             batches.graphs.clear()
             batches.captures.__exit__(kind, error, trace)
 
+    @property
+    def batches(self) -> int:
+        """The number of batches of candidates whose graphs are kept."""
+        return len(self._of_candidates.graphs)
+
     def again(self, rows: Tensor) -> Any:
         """Run the closure on ``rows``, if there are any, after all captures have ended; returns what it returns."""
         self._of_candidates.end()

@@ -123,6 +123,7 @@ def _backward(
             hooked: Any = leaf
             stack.callback(hooked.register_post_accumulate_grad_hook(partial(take, name)).remove)
         for total in totals:
+            setup.meet()
             torch.autograd.backward(total * setup.scale, inputs=list(read.values()), retain_graph=keep_graph)
             for_nothing[0] = False
     return _with_sums(plain, sums)

@@ -50,6 +50,7 @@ def digest_of(setup: StepSetup) -> Digest:
         "train_on_target": "closure" if callable(setup.trains_on_target) else str(setup.trains_on_target),
         "seed and number of selections": str((setup.seed_of("digest"), setup.backwards)),
         "grad_scale": str(setup.scale),
+        "self_check": str(setup.checks is not None),
         "kept target gradient": str(setup.kept_target is not None),
     }
     if not setup.ranks.met or setup.backwards % LOOK_EVERY == 0:

@@ -53,14 +53,14 @@ def broken(where: str, rank: int, shards: bool = False) -> dict[str, Any]:
 
     model, optimizer, losses = made(
         target=TargetGradient(target, held_out=held_out, held_out_every=1),
-        combine="rerun" if where == "second pass" else "factors",
+        combine="rerun" if "second pass" in where else "factors",
         shards=shards,
     )
 
     def candidates(rows: Tensor | None = None) -> Tensor:
         fail("closure" if rows is None else "second pass")
         found = losses(rows)
-        fail("end of the closure")
+        fail("end of the closure" if rows is None else "end of the second pass")
         return found
 
     optimizer.step(candidates)
@@ -115,6 +115,7 @@ def _raise(*_: Any, **__: Any) -> Any:
         ("end of the closure", 1, True),
         slow("end of the closure", 0, True),
         slow("end of the target", 1, True),
+        slow("end of the second pass", 1, True),
         slow("owner", 1, True),
         slow("stage", 0, True),
     ],

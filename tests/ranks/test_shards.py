@@ -27,7 +27,7 @@ from ftw_optim._ranks import scattering
 from ftw_optim._ranks.scattering import Scattered
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
-from tests.support.rank_runs import CANDIDATES, TARGETS, Net, made, rows_of, sharded, whole
+from tests.support.rank_runs import CANDIDATES, TARGETS, Case, Net, made, rows_of, run, sharded, whole
 
 
 class Tied(Net):
@@ -164,6 +164,106 @@ def test_gradients_in_many_buckets_are_the_same_and_never_many_at_once(combine: 
     largest = max(p.numel() * 8 for p in Net().parameters())
     assert all(one["most"] <= 800 + largest for one in found)
     assert all(one["most"] > 0 for one in found)
+
+
+class SignOfMean(torch.optim.Optimizer):
+    """An optimizer that no rule knows: steps along a running mean, scaled by its running size."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                size = state.setdefault("size", torch.zeros_like(parameter))
+                size.mul_(0.9).add_(parameter.grad.square(), alpha=0.1)
+                parameter.add_(parameter.grad / (size.sqrt() + 1e-3), alpha=-group["lr"])
+
+
+def with_another_optimizer(alone: bool = False) -> dict[str, Any]:
+    """A job of steps with an optimizer that is tried out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", SignOfMean)
+        return steps(Net, None if alone else _layers)
+
+
+def test_an_optimizer_that_is_tried_out_is_tried_on_whole_parameters(two_processes: Processes) -> None:
+    _same(two_processes.run(with_another_optimizer), with_another_optimizer(alone=True))
+
+
+class Bursting(torch.autograd.Function):
+    """Fails in its backward pass when it is told to."""
+
+    now = False
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        if Bursting.now:
+            raise ValueError("burst")
+        return gradient
+
+
+class Burst(Net):
+    """A model whose backward pass may fail in its middle."""
+
+    def forward(self, tokens: Tensor, *, rare: bool = False) -> Tensor:
+        hidden = self.norm(torch.tanh(Bursting.apply(self.first(self.embedding(tokens)))))
+        return self.last(hidden + self.rare(hidden) if rare else hidden)
+
+
+def after_a_burst(alone: bool = False) -> dict[str, Any]:
+    """A job whose second step fails in its backward pass, and what the steps after it do."""
+    torch.manual_seed(3)
+    net = Burst().double()
+    candidates = CANDIDATES[:2].flatten(0, 1)
+    if not alone:
+        _layers(net)
+        candidates = CANDIDATES[dist.get_rank()]
+    optimizer = SelectiveOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.3),
+        net,
+        lambda: rows_of(net, TARGETS, rare=True),
+        filter=GreedyFilter(keep=3),
+    )
+    grams = []
+    for number in range(4):
+        if number == 1 and not alone:
+            Bursting.now = True
+            with pytest.raises(ValueError, match="burst"):
+                optimizer.step(lambda: rows_of(net, candidates, rare=True))
+            Bursting.now = False
+        optimizer.step(lambda: rows_of(net, candidates, rare=True))
+        assert optimizer.selection is not None
+        grams.append(optimizer.selection.gram)
+    return {"grams": grams, "parameters": [whole(p.detach()).clone() for p in net.parameters()]}
+
+
+def test_steps_after_a_backward_pass_that_failed_are_right(two_processes: Processes) -> None:
+    _same(two_processes.run(after_a_burst), after_a_burst(alone=True))
+
+
+def unequal(what: str) -> Any:
+    """A job in which ranks would make different passes."""
+    if what == "kept rows":  # of which one rank would run one batch, and the other two
+        case = Case(shard={}, pieces=2, combine="graph", counts=(5, -3), scored="last", steps=2)
+        return [one.skipped for one in run(case)["selections"]]
+    _model, optimizer, losses = made(shards=True, self_check=dist.get_rank() == 0)
+    return optimizer.step(losses)
+
+
+def test_ranks_that_would_make_different_passes_do_not_wait_for_each_other(two_processes: Processes) -> None:
+    assert two_processes.run(unequal, "kept rows") == [[True, True]] * 2
+    for one in two_processes.outcomes(unequal, "self_check"):
+        assert isinstance(one, Failure)
+        assert "Expected the self_check to be the same on all ranks" in one.text
 
 
 def plain_or_kept_whole(plain: bool, combine: str) -> list[Tensor]:
