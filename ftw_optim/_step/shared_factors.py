@@ -25,6 +25,7 @@ from ftw_optim._matching.selection import Selection
 from ftw_optim._preconditioners.lookup import Preconditioners
 from ftw_optim._ranks.owners import Exchange, owners
 from ftw_optim._ranks.ranks import Ranks
+from ftw_optim._ranks.rows import Rows
 from ftw_optim._ranks.shards import WholeParameters
 from ftw_optim._step.captured_rows import CapturedRows
 from ftw_optim._step.kept_factors import KeptFactors, in_no_bucket
@@ -53,53 +54,6 @@ class Told:
     targets: int
     guide_losses: Tensor | None
     reached: int
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The rows of a step, by rank: all candidates in the order of the ranks, and then all target rows.
-
-    Attributes:
-        counts: number of candidates of each rank.
-        targets: number of target rows of each rank that take part.
-        own: the rank of this process.
-    """
-
-    counts: Sequence[int]
-    targets: Sequence[int]
-    own: int
-
-    @property
-    def total(self) -> int:
-        """The number of candidates."""
-        return sum(self.counts)
-
-    @property
-    def mine(self) -> slice:
-        """The candidates of this process among all."""
-        start = sum(self.counts[: self.own])
-        return slice(start, start + self.counts[self.own])
-
-    @property
-    def my_targets(self) -> slice:
-        """The target rows of this process among all target rows."""
-        start = sum(self.targets[: self.own])
-        return slice(start, start + self.targets[self.own])
-
-    def own_of(self, values: Tensor) -> Tensor:
-        """The entries of this process, among one for each row of all."""
-        return torch.cat([values[: self.total][self.mine], values[self.total :][self.my_targets]])
-
-    def order(self) -> Tensor | None:
-        """Where each row is, in rows that are sorted by rank alone; None where that is the same."""
-        if not any(self.targets):
-            return None
-        starts = [sum(self.counts[:rank]) + sum(self.targets[:rank]) for rank in range(len(self.counts))]
-        numbered = list(zip(starts, self.counts, self.targets, strict=True))
-        candidates = [start + i for start, count, _ in numbered for i in range(count)]
-        targets = [start + count + i for start, count, more in numbered for i in range(more)]
-        return torch.tensor([*candidates, *targets])
 
 
 @final
