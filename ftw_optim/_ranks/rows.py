@@ -1,4 +1,4 @@
-"""Whose the rows of a selection over several ranks are."""
+"""The rows of a selection over several ranks: how many each rank has, and in which order they stand."""
 
 from __future__ import annotations
 
