@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 # Before the hub's client is imported: trainers would ask a hub for models, and tell it what they are used for.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before numpy, scipy and torch are: two workers have two cores, and the models are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

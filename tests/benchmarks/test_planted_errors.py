@@ -49,6 +49,7 @@ def test_a_model_without_an_error_passes_every_check(dtype: str, way: str, name:
     assert self_check.cell(name, parameters, lora=lora, way=way, seeds=2) == "0.00 0.00"
 
 
+@pytest.mark.slow
 def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(self_check, "ERRORS", ("BatchNorm",))
     monkeypatch.setattr(self_check, "CLEAN", ("clean",))

@@ -100,6 +100,7 @@ def test_the_loop_of_accelerate_trains_and_resumes(example: Callable[..., Path],
     torch.testing.assert_close(adapters(here, resumed), trained, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed from")  # the resumed run writes elsewhere
 def test_the_module_of_lightning_trains_and_resumes(example: Callable[..., Path], here: Path) -> None:
     output = example("lightning_module", "whole", epochs=1)

@@ -215,6 +215,7 @@ def test_growth_and_shares_are_judged_by_their_goals() -> None:
     assert "met     products and solve of materialising, worst at n 16: 14.0% (goal 15.0%)" in text
 
 
+@pytest.mark.slow
 def test_a_point_that_fails_is_said_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

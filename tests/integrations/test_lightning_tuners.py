@@ -154,6 +154,7 @@ class Later(LearningRateFinder):
             self.lr_find(trainer, pl_module)
 
 
+@pytest.mark.slow
 def test_a_finder_in_the_midst_of_a_fit_leaves_the_targets_where_they_were(options: dict[str, Any]) -> None:
     found = []
     for callbacks in ([Later(num_training_steps=11, update_attr=False)], []):
@@ -193,6 +194,7 @@ def test_the_batch_size_finder_finds_what_it_finds_without(
     torch.testing.assert_close(parameters(module), parameters(without), **SAME)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")  # Lightning restores without them
 def test_a_finder_that_fails_says_why_and_leaves_a_module_that_can_be_fitted(options: dict[str, Any]) -> None:
     module = Greedy()

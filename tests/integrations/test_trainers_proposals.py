@@ -139,6 +139,7 @@ class _EndEpoch(TrainerCallback):
         control.should_epoch_stop = state.global_step == self.step
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_place_is_refused(tmp_path: Path) -> None:
     """An epoch that a callback has ended early: by its steps the trainer would skip rows of another epoch."""
     options: dict[str, Any] = {"selective": {"proposal": "learned", "passed_over": "keep"}}
@@ -148,6 +149,7 @@ def test_a_checkpoint_of_another_place_is_refused(tmp_path: Path) -> None:
         trainer_of(tmp_path, Recording(), _EndEpoch(3), **options).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_rows_that_a_collator_packs_or_drops_are_refused(tmp_path: Path) -> None:
     def without_the_last(rows: list[dict[str, Any]]) -> Any:
         return padded(rows[:-1])
@@ -193,6 +195,7 @@ def test_another_loader_and_a_second_run_leave_the_sampler_in_its_place(tmp_path
     assert trainer.proposed_sampler.proposal is learned
 
 
+@pytest.mark.slow
 def test_data_with_a_transform_of_its_own_are_read_through_it(tmp_path: Path) -> None:
     numbers = Dataset.from_list([{"row": number} for number in range(len(ROWS))])
 
@@ -243,6 +246,7 @@ def test_the_sft_trainer_proposes_among_its_tokenized_rows(tmp_path: Path) -> No
     assert state["rows"] > 10
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_run_with_a_proposal_is_refused_without_one(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer_of(tmp_path, Recording(), Stop(3), selective={"proposal": "learned", "read_ahead": 12}).train()

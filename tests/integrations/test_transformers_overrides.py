@@ -52,6 +52,7 @@ def run(kind: type[Trainer], path: Path, net: nn.Module | None = None, **options
 # ---------------------------------------------------------------------- training steps
 
 
+@pytest.mark.slow
 def test_a_training_step_around_the_selective_one_is_called(tmp_path: Path) -> None:
     class Ours(Counting, SelectiveTrainer):
         pass
@@ -193,6 +194,7 @@ def test_a_term_that_the_model_adds_in_training(tmp_path: Path) -> None:
         run(SelectiveTrainer, tmp_path, net)
 
 
+@pytest.mark.slow
 def test_a_loss_that_does_not_hand_on_the_number_of_labels(tmp_path: Path) -> None:
     """The trainer's own step is then that of the means of micro-batches, and not that of all tokens."""
 
@@ -204,6 +206,7 @@ def test_a_loss_that_does_not_hand_on_the_number_of_labels(tmp_path: Path) -> No
         run(Ours, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_term_that_is_nothing_at_first(tmp_path: Path) -> None:
     """A distance from where the model began: by default it is seen at the second window."""
 
@@ -267,6 +270,7 @@ def test_dropout_and_counters_do_not_disturb_the_comparison(tmp_path: Path) -> N
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_repeated_is_compared_in_evaluation_alone(tmp_path: Path) -> None:
     net, passes = model(), []
 

@@ -57,6 +57,7 @@ def test_all_candidates_alike_are_the_trainers_own_run(
     torch.testing.assert_close(logged(ours, *names), logged(own, *names), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_autocast_is_the_trainers_own_run(tmp_path: Path) -> None:
     settings = {"bf16": True, "learning_rate": 1e-3}
     own, watch = trained(Trainer, model(), arguments(tmp_path, **settings))

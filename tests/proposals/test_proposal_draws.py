@@ -154,6 +154,7 @@ def test_the_most_alike_come_first_and_temperature_softens_that() -> None:
     assert abs(means[-1] - float(likeness.mean())) < 0.02  # uniform: its standard error is about 0.005
 
 
+@pytest.mark.slow
 def test_sources_take_turns_where_they_are_explored() -> None:
     records = pool(100)
     proposal = SimilarityProposal(TARGET, explore=1.0)

@@ -97,6 +97,7 @@ def test_damage_that_does_no_harm_is_not_left_out() -> None:
     assert not proposal.vetoes
 
 
+@pytest.mark.slow
 def test_what_turns_out_good_comes_back() -> None:
     proposal = VettedProposal(_TARGET, dim=64, forgetting=0.9)
     steps(proposal, 30)

@@ -174,6 +174,7 @@ def test_without_held_out_rows_nothing_is_watched() -> None:
     assert "watch" not in optimizer.state_dict()["selective"]
 
 
+@pytest.mark.slow
 def test_a_single_row_tells_nothing_of_its_kind() -> None:
     learner = Learner()
     optimizer = learner.optimizer(target={"held_out": lambda: learner.held_out()[:1]}, train_on_target=True)
