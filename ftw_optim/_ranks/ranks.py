@@ -141,11 +141,7 @@ class Several(Ranks):
         members = dist.get_process_group_ranks(group)
         self.own, self.count, self.met = dist.get_rank(group), len(members), False
         self._first = members[0]
-        # Objects go over the network of the hosts, whatever the tensors take: a failure must be told while a device
-        # still waits.
-        options: dict[str, Any] = {"timeout": _timeout(group), "use_local_synchronization": True}
-        self._objects = dist.new_group(members, backend="gloo", **options)
-        self._tensors = dist.new_group(members, backend=dist.get_backend(group), **options)
+        self._objects, self._tensors = _own_groups(group, members)
         self.members: Sequence[int] = members
 
     def told(self, work: Callable[[], Found], tell: Callable[[Found], Any]) -> tuple[Found, list[Any]]:
@@ -190,6 +186,30 @@ class Several(Ranks):
         found = values.new_empty(sum(received))
         dist.all_to_all_single(found, values, list(received), list(sent), group=self._tensors)
         return found
+
+
+_made: list[tuple[Any, Any, tuple[Any, Any]]] = []
+"""The run, a group of the user's in it, and the two groups that were made for its processes."""
+
+
+def _own_groups(group: dist.ProcessGroup, members: Sequence[int]) -> tuple[Any, Any]:
+    """Two groups for the processes of one: for objects and for tensors.
+
+    They are made once, whatever number of optimizers there is: each has threads of its own, which never rest.
+    """
+    run = dist.group.WORLD
+    _made[:] = [one for one in _made if one[0] is run]
+    for _, known, groups in _made:
+        if known is group:
+            return groups
+    # Objects go over the network of the hosts, whatever the tensors take: a failure must be told while a device waits.
+    options: dict[str, Any] = {"timeout": _timeout(group), "use_local_synchronization": True}
+    groups = (
+        dist.new_group(members, backend="gloo", **options),
+        dist.new_group(members, backend=dist.get_backend(group), **options),
+    )
+    _made.append((run, group, groups))
+    return groups
 
 
 def _timeout(group: dist.ProcessGroup) -> timedelta | None:

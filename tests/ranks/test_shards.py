@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +26,7 @@ from ftw_optim._ranks import scattering
 from ftw_optim._ranks.scattering import Scattered
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
-from tests.support.rank_runs import CANDIDATES, TARGETS, Case, Net, made, rows_of, run, sharded, whole
+from tests.support.rank_runs import CANDIDATES, TARGETS, Case, Net, made, mesh_of, rows_of, run, sharded, whole
 
 
 class Tied(Net):
@@ -65,7 +64,7 @@ class Frozen(Net):
 
 
 def _whole_group(net: nn.Module) -> None:
-    fully_shard(net, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(net, mesh=mesh_of((dist.get_world_size(),)))
 
 
 def _layers(net: nn.Module, **settings: Any) -> None:
@@ -367,11 +366,11 @@ def refused(what: str) -> None:
     net: nn.Module = {"attention": Attending, "reentrant": Reentrant}.get(what, Net)()
     count = dist.get_world_size()
     if what == "no fsdp":
-        mesh = init_device_mesh("cpu", (count,))
+        mesh = mesh_of((count,))
         net.first.weight = nn.Parameter(distribute_tensor(net.first.weight.detach(), mesh))
     elif what == "another axis":
         net.unused = nn.Linear(4, 4)
-        fully_shard(net, mesh=init_device_mesh("cpu", (count,)), shard_placement_fn=_second_axis)
+        fully_shard(net, mesh=mesh_of((count,)), shard_placement_fn=_second_axis)
     else:
         _layers(net)
     with warnings.catch_warnings():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
@@ -169,10 +170,15 @@ def run(case: Case, *, alone: bool = False) -> dict[str, Any]:
     return found
 
 
+@cache
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    """The processes of the run in this shape; made once, as each has threads that never rest."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=("copies", "parts")[-len(shape) :])
+
+
 def sharded(net: nn.Module, mesh: Sequence[int], **settings: Any) -> None:
     """Shard every layer that has parameters, and what is left, over the processes of the run."""
-    names = ("copies", "parts")[-len(mesh) :]
-    devices = init_device_mesh("cpu", tuple(mesh), mesh_dim_names=names)
+    devices = mesh_of(tuple(mesh))
     for layer in net.children():
         fully_shard(layer, mesh=devices, **settings)
     fully_shard(net, mesh=devices, **settings)
