@@ -155,7 +155,7 @@ class Capture:
             found = self._assembled(len(losses))
         reached = [use for use in self._recorder.uses if use.reached]
         # Of what is not finite nothing can be compared: then the check waits for the next step.
-        if (self._is_due(checks, reached, doubtful=doubtful)) and not self._agreed(
+        if self._is_due(checks, reached, doubtful=doubtful) and not self._agreed(
             not bool(finite_candidates(found, losses).all())
         ):
             check = self._check(losses, graph, scale, generator, keep_graph=keep_graph)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ftw_optim._capture.structure import Structure
+from ftw_optim._capture.structure import Structure, is_sharding
 
 Place = tuple[dict[str, Any], str, str]
 """The parameters that a module holds, the name of one in it, and its name in the model."""
@@ -68,7 +68,7 @@ def _places(structure: Structure) -> dict[str, list[Place]]:
         for local, parameter in module._parameters.items():
             if parameter is not None and is_sharded(parameter):
                 brings = path
-                while not structure.shards(brings) and brings:
+                while brings and not is_sharding(structure.modules[brings]):
                     brings = brings.rpartition(".")[0]
                 found.setdefault(brings, []).append((module._parameters, local, structure.names[id(parameter)]))
     return found

@@ -42,10 +42,6 @@ class Structure:
         """Whether the model is still made of the same. What it was made of is held, so no identity comes again."""
         return self._noticed.holds()
 
-    def shards(self, name: str) -> bool:
-        """Whether FSDP2 brings the parameters of this module together when it is called."""
-        return is_sharding(self.modules[name])
-
     def reshard(self) -> None:
         """Put the shards back in the places of whole parameters, where a pass has left these."""
         for module in self.sharding:

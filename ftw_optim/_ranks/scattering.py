@@ -79,7 +79,7 @@ class Scattered:
 
     def _exchange(self, some: list[tuple[str, Tensor]]) -> None:
         ranks = self._ranks
-        layouts = [(name, whole, layout_of(self._parameters[name], ranks.members)) for name, whole in some]
+        layouts = [(name, whole, layout_of(name, self._parameters[name], ranks.members)) for name, whole in some]
         sent = [
             torch.cat([whole[layout.rows(whole.shape, rank)].flatten() for _, whole, layout in layouts])
             for rank in range(ranks.count)

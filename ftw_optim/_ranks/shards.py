@@ -23,14 +23,28 @@ from ftw_optim._ranks.ranks import Ranks
 State = Mapping[str, Any]
 
 
-def layout_of(tensor: Any, members: Sequence[int]) -> Layout:
-    """The layout of a DTensor over the processes ``members``, which :func:`check_layout` has accepted."""
-    return _layout(tensor.device_mesh, tuple(tensor.placements), tuple(members))
+def layout_of(name: str, tensor: Any, members: Sequence[int]) -> Layout:
+    """The layout of a DTensor, which must be copied to, or divided along its first axis among, all of ``members``.
+
+    Raises:
+        NotImplementedError: it is something else; ``name`` says whose it is.
+    """
+    found = _layout(tensor.device_mesh, tuple(tensor.placements), tuple(members))
+    if isinstance(found, str):
+        raise NotImplementedError(f"Expected {name} {found}.")
+    return found
 
 
 @lru_cache(maxsize=64)
-def _layout(mesh: Any, placements: Sequence[Any], members: Sequence[int]) -> Layout:
-    along = next((axis for axis, one in enumerate(placements) if one.is_shard()), None)
+def _layout(mesh: Any, placements: Sequence[Any], members: Sequence[int]) -> Layout | str:
+    """The layout, or what was expected and what came."""
+    devices = sorted(mesh.mesh.flatten().tolist())
+    if devices != sorted(members):
+        return f"on a mesh of the processes {list(members)} of the selection, got one of {devices}"
+    divided = [axis for axis, one in enumerate(placements) if not one.is_replicate()]
+    if len(divided) > 1 or not all(placements[axis].is_shard(0) for axis in divided):
+        return f"divided along its first axis or copied, as fully_shard does, got {placements}"
+    along = divided[0] if divided else None
     places = [(mesh.mesh == rank).nonzero()[0].tolist() for rank in members]
     return Layout(
         parts=[0 if along is None else place[along] for place in places],
@@ -68,24 +82,6 @@ class Layout:
             return shape.numel()
         rows = self.rows(shape, rank)
         return int(rows.stop - rows.start) * math.prod(shape[1:])
-
-
-def check_layout(name: str, tensor: Any, members: Sequence[int]) -> None:
-    """Refuse a DTensor that is not copied to, or divided along its first axis among, the processes ``members``.
-
-    Raises:
-        NotImplementedError: it is something else.
-    """
-    devices = sorted(tensor.device_mesh.mesh.flatten().tolist())
-    if devices != sorted(members):
-        raise NotImplementedError(
-            f"Expected {name} on a mesh of the processes {list(members)} of the selection, got one of {devices}."
-        )
-    sharded = [one for one in tensor.placements if not one.is_replicate()]
-    if len(sharded) > 1 or not all(one.is_shard(0) for one in sharded):
-        raise NotImplementedError(
-            f"Expected {name} divided along its first axis or copied, as fully_shard does, got {tensor.placements}."
-        )
 
 
 @final
@@ -135,9 +131,9 @@ class WholeParameters:
             return
         ranks = self._ranks
         of = [[name for name in names if self._owner[name] == rank] for rank in range(ranks.count)]
-        sent = [self._bytes([one for name in some for one in self._divided(name)]) for some in of]
+        sent = [self._bytes([held for name in some for held in self._divided(name)]) for some in of]
         own = of[ranks.own]
-        layouts = {name: [(one, layout_of(one, ranks.members)) for one in self._divided(name)] for name in own}
+        layouts = {name: self._divided(name) for name in own}
         sizes = [
             sum(
                 one.itemsize * layout.size(one.shape, rank)
@@ -175,17 +171,18 @@ class WholeParameters:
         state: State = self._inner.state.get(self._parameters[name], {})
         return state
 
-    def _divided(self, name: str) -> Iterator[Any]:
-        """The parameter and the DTensors of its state, in an order that is the same on all ranks."""
-        for one in (self._parameters[name], *self._state(name).values()):
-            if isinstance(one, Tensor) and is_sharded(one):
-                check_layout(f"{name} and its state", one, self._ranks.members)
-                yield one
+    def _divided(self, name: str) -> list[tuple[Any, Layout]]:
+        """The parameter and the DTensors of its state with their layouts, in an order that is the same on all ranks."""
+        held = [self._parameters[name], *self._state(name).values()]
+        return [
+            (one, layout_of(f"{name} and its state", one, self._ranks.members))
+            for one in held
+            if isinstance(one, Tensor) and is_sharded(one)
+        ]
 
-    def _bytes(self, tensors: Sequence[Any]) -> Tensor:
+    def _bytes(self, tensors: Sequence[tuple[Any, Layout]]) -> Tensor:
         """The parts that this rank sends of these, one behind the other."""
-        members, own = self._ranks.members, self._ranks.own
-        parts = [one.to_local() for one in tensors if not layout_of(one, members).copies[own]]
+        parts = [one.to_local() for one, layout in tensors if not layout.copies[self._ranks.own]]
         flat = [part.detach().contiguous().view(-1).view(torch.uint8) for part in parts if part.numel()]
         return torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=self._device)
 

@@ -19,7 +19,7 @@ from ftw_optim._capture.plan import CapturePlan
 from ftw_optim._capture.stand_ins import is_sharded, noting_stand_ins
 from ftw_optim._capture.structure import Structure
 from ftw_optim._layers.registry import LayerRule
-from ftw_optim._ranks.shards import check_layout
+from ftw_optim._ranks.shards import layout_of
 
 _REFUSED = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FSDP1",
@@ -90,7 +90,7 @@ def _refuse_parts(structure: Structure, members: Sequence[int]) -> None:
             continue
         if not structure.sharding:
             raise _not_in_several(f"{name}, a DTensor without fully_shard")
-        check_layout(name, parameter, members)
+        layout_of(name, parameter, members)
 
 
 def _refuse_whole_layers(plan: CapturePlan) -> None:

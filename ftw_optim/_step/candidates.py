@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.capture import Capture
 from ftw_optim._capture.sample_ids import GivenIds
 from ftw_optim._factors.compaction import compacted
@@ -73,10 +74,34 @@ class CandidatePass:
         """The number of batches of candidates whose graphs are kept."""
         return len(self._of_candidates.graphs)
 
-    def again(self, rows: Tensor) -> Any:
-        """Run the closure on ``rows``, if there are any, after all captures have ended; returns what it returns."""
+    @property
+    def keeps_target_graph(self) -> bool:
+        """Whether the graph of target rows is wanted once more, where candidates are run again after all."""
+        return bool(self._of_target.graphs) and self.closure.takes_rows
+
+    def losses_again(self, kept: Tensor, weights: Tensor) -> Iterator[Tensor]:
+        """The weighted losses of candidates that are run once more, a batch at a time, after all captures have ended.
+
+        Args:
+            kept: indices of the candidates; none: nothing is run.
+            weights: of each.
+
+        Raises:
+            ValueError: the closure did not return the losses of these.
+        """
         self._of_candidates.end()
-        return self.closure(rows) if len(rows) else iter(())
+        value, done = self.closure(kept) if len(kept) else iter(()), 0
+        for batch in value if isinstance(value, Iterator) else [value]:
+            losses = checked_losses(batch)
+            share = weights[done : done + len(losses)]
+            done += len(losses)
+            if done > len(kept):
+                break
+            with ArmedHooks(self._setup.structure.modules.values()) as armed:
+                armed.take_over()
+                yield (share.to(losses) * losses).sum()
+        if done != len(kept):
+            raise ValueError(f"closure(rows=kept) must return the losses of these {len(kept)} rows, got {done}.")
 
     def target_rows(self, closure: Callable[[], Tensor], *, at_least: int) -> CapturedRows:
         """The losses and factors of target rows that take part in the step; to be called before the candidates' pass.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -10,7 +10,6 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ftw_optim._capture.armed_hooks import ArmedHooks
 from ftw_optim._capture.backward import Graph, gradients_set_aside
 from ftw_optim._capture.projections import verify_projection
 from ftw_optim._capture.stand_ins import is_sharded
@@ -19,11 +18,9 @@ from ftw_optim._factors.finiteness import all_finite, told
 from ftw_optim._matching.selection import Selection
 from ftw_optim._step import combine_shards
 from ftw_optim._step.candidates import CandidatePass
-from ftw_optim._step.closures import checked_losses
 from ftw_optim._step.comparison import Comparison
 from ftw_optim._step.gathering import PassFactors
 from ftw_optim._step.setup import StepSetup, full_precision
-from ftw_optim._step.shared_factors import SharedFactors
 from ftw_optim._step.way import WAYS
 
 Combined = tuple[dict[str, Tensor], bool]
@@ -57,9 +54,8 @@ def combine(
         return selection, {name: torch.full_like(updated[name], torch.inf) for name in factors.reached}
     for way in _usable_ways(setup, selection, candidate_pass):
         with setup.clock.phase("combine"):
-            formed = _formed_in_shards if setup.structure.sharding else _formed
             (gradients, _), told = setup.ranks.told(
-                partial(formed, way, setup, selection, factors, candidate_pass),
+                partial(_formed, way, setup, selection, factors, candidate_pass),
                 lambda found: (setup.parameters.mask(found[0]), found[1]),
             )
             # Where nothing is captured, a candidate's infinite gradient shows only now. A scaler wants to see it.
@@ -72,25 +68,11 @@ def combine(
 def _formed(
     way: str, setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> Combined:
-    """The combined gradient of this process's candidates."""
-    precision = nullcontext() if WAYS[way].needs_rows else full_precision(factors.candidates.losses)
-    with torch.enable_grad(), precision:
-        return _FUNCTIONS[way](setup, selection, factors, candidate_pass)
-
-
-def _formed_in_shards(
-    way: str, setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
-) -> Combined:
     """The combined gradient of this process's candidates; of shards, this rank's part of that of all."""
-    assert isinstance(factors, SharedFactors)
+    function = combine_shards.FUNCTIONS[way] if setup.in_shards else _FUNCTIONS[way]
     precision = nullcontext() if WAYS[way].needs_rows else full_precision(factors.candidates.losses)
     with torch.enable_grad(), precision:
-        if way == "factors":
-            return combine_shards.from_factors(setup, selection, factors)
-        if way == "graph":
-            return combine_shards.from_graph(setup, selection, factors, candidate_pass)
-        again = partial(losses_again, setup, candidate_pass=candidate_pass)
-        return combine_shards.from_rerun(setup, selection, factors, candidate_pass, again)
+        return function(setup, selection, factors, candidate_pass)
 
 
 def _of_all(setup: StepSetup, gradients: Mapping[str, Tensor], reached: Sequence[int]) -> dict[str, Tensor]:
@@ -115,7 +97,7 @@ def _usable_ways(setup: StepSetup, selection: Selection, candidate_pass: Candida
     if setup.parameters.scored.keys() == setup.parameters.updated.keys():
         usable.append("factors")
     # Where the ranks of a sharded model keep different numbers of rows, these may be in different numbers of batches.
-    again = candidate_pass.closure.takes_rows and (setup.agreed is None or candidate_pass.batches == 1)
+    again = candidate_pass.closure.takes_rows and (not setup.in_shards or candidate_pass.batches == 1)
     return [*usable, "rerun"] if again else usable
 
 
@@ -141,9 +123,8 @@ def _from_graph(
 ) -> Combined:
     """A weighted backward over the same graph, checked against the factors that were captured from it."""
     weights = factors.own(selection).row_weights()
-    # The target rows' graph is wanted once more where the candidates are run again after all.
-    keep_graph = len(selection.target_weights) > 0 and candidate_pass.closure.takes_rows
-    gradients = _ordinary_backward(setup, candidate_pass.weighted_losses(weights), keep_graph=keep_graph)
+    totals = candidate_pass.weighted_losses(weights)
+    gradients = _ordinary_backward(setup, totals, keep_graph=candidate_pass.keeps_target_graph)
     scored = {name: gradients[name] for name in setup.parameters.scored if name in gradients}
     flags = verify_projection(
         factors.alone,
@@ -163,7 +144,7 @@ def _from_rerun(
 ) -> Combined:
     """A weighted backward over the kept candidates, run once more."""
     own = factors.own(selection)
-    totals = losses_again(setup, own.kept, own.weights, candidate_pass)
+    totals = candidate_pass.losses_again(own.kept, own.weights)
     gradients = _ordinary_backward(
         setup, chain(totals, candidate_pass.weighted_losses(own.target_weights, of_target=True))
     )
@@ -175,22 +156,6 @@ _FUNCTIONS: dict[str, Callable[[StepSetup, Selection, PassFactors, CandidatePass
     "graph": _from_graph,
     "rerun": _from_rerun,
 }
-
-
-def losses_again(setup: StepSetup, kept: Tensor, weights: Tensor, candidate_pass: CandidatePass) -> Iterator[Tensor]:
-    """The weighted losses of the kept candidates, a micro-batch at a time."""
-    value, done = candidate_pass.again(kept), 0
-    for batch in value if isinstance(value, Iterator) else [value]:
-        losses = checked_losses(batch)
-        share = weights[done : done + len(losses)]
-        done += len(losses)
-        if done > len(kept):
-            break
-        with ArmedHooks(setup.structure.modules.values()) as armed:
-            armed.take_over()
-            yield (share.to(losses) * losses).sum()
-    if done != len(kept):
-        raise ValueError(f"closure(rows=kept) must return the losses of these {len(kept)} rows, got {done}.")
 
 
 def _ordinary_backward(setup: StepSetup, totals: Iterable[Tensor], *, keep_graph: bool = False) -> dict[str, Tensor]:

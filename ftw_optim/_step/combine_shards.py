@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
@@ -19,16 +19,16 @@ from ftw_optim._factors.finiteness import all_finite, told
 from ftw_optim._matching.selection import Selection
 from ftw_optim._ranks.scattering import Scattered
 from ftw_optim._step.candidates import CandidatePass
+from ftw_optim._step.gathering import PassFactors
 from ftw_optim._step.setup import StepSetup
-from ftw_optim._step.shared_factors import SharedFactors
 
 Gradients = dict[str, Tensor]
-Again = Callable[[Tensor, Tensor], Iterator[Tensor]]
-"""Runs rows once more, with weights, and gives their weighted losses."""
 
 
-def from_factors(setup: StepSetup, selection: Selection, factors: SharedFactors) -> tuple[Gradients, bool]:
-    """The weighted sums of the captured factors, and whether they are finite on this rank."""
+def _from_factors(
+    setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
+) -> tuple[Gradients, bool]:
+    """The weighted sums of the captured factors."""
     weights, updated = factors.own(selection).row_weights(), setup.parameters.updated
     few: Gradients = {}
     for bucket in factors.buckets:
@@ -49,8 +49,8 @@ def from_factors(setup: StepSetup, selection: Selection, factors: SharedFactors)
     return _with_sums(plain, sums)
 
 
-def from_graph(
-    setup: StepSetup, selection: Selection, factors: SharedFactors, candidate_pass: CandidatePass
+def _from_graph(
+    setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> tuple[Gradients, bool]:
     """A weighted backward over the same graph, checked against the factors that were captured from it."""
     weights = factors.own(selection).row_weights()
@@ -61,14 +61,14 @@ def from_graph(
         if name in setup.parameters.scored:
             check.see(name, gradient)
 
-    keep_graph = len(selection.target_weights) > 0 and candidate_pass.closure.takes_rows
-    found = _backward(setup, candidate_pass.weighted_losses(weights), keep_graph=keep_graph, see=see)
+    totals = candidate_pass.weighted_losses(weights)
+    found = _backward(setup, totals, keep_graph=candidate_pass.keeps_target_graph, see=see)
     check.finish()
     return found
 
 
-def from_rerun(
-    setup: StepSetup, selection: Selection, factors: SharedFactors, candidate_pass: CandidatePass, again: Again
+def _from_rerun(
+    setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> tuple[Gradients, bool]:
     """A weighted backward over the kept candidates, run once more; of a rank without any, over one for nothing.
 
@@ -77,9 +77,17 @@ def from_rerun(
     own = factors.own(selection)
     nothing = not len(own.kept)
     kept = torch.zeros(1, dtype=torch.int64) if nothing else own.kept
-    totals = again(kept, torch.zeros(1, dtype=torch.float64) if nothing else own.weights)
+    totals = candidate_pass.losses_again(kept, torch.zeros(1, dtype=torch.float64) if nothing else own.weights)
     of_target = candidate_pass.weighted_losses(own.target_weights, of_target=True)
     return _backward(setup, chain(totals, of_target), first_for_nothing=nothing)
+
+
+FUNCTIONS: Mapping[str, Callable[[StepSetup, Selection, PassFactors, CandidatePass], tuple[Gradients, bool]]] = {
+    "factors": _from_factors,
+    "graph": _from_graph,
+    "rerun": _from_rerun,
+}
+"""As in ``combine.py``: the gradients, those of shards as this rank holds them, and whether they are finite there."""
 
 
 def _backward(

@@ -25,7 +25,7 @@ def target_and_factors(setup: StepSetup, candidate_pass: CandidatePass) -> tuple
     if setup.ranks.alone:
         return _own(setup, candidate_pass)
     digest = setup.ranks.beginning(lambda: digest_of(setup))
-    if setup.agreed is not None:  # options decide about passes, for which all ranks wait
+    if setup.in_shards:  # options decide about passes, for which all ranks wait
         refuse_differences(setup.ranks, setup.ranks.told(lambda: hashed(digest), str)[1], digest)
     (target, own), told = setup.ranks.told(
         lambda: _own(setup, candidate_pass), lambda found: _told(setup, hashed(digest), *found)

@@ -110,15 +110,18 @@ class StepSetup:
             yield
 
     @property
+    def in_shards(self) -> bool:
+        """Whether each rank holds a part of the parameters: then all make the same passes, and wait for each other."""
+        return not self.ranks.alone and bool(self.structure.sharding)
+
+    @property
     def agreed(self) -> Callable[[bool], bool] | None:
         """Whether any rank says yes, where all must make the same passes; None where each makes those it needs."""
-        if self.ranks.alone or not self.structure.sharding:
-            return None
-        return lambda own: self.ranks.any(lambda: own)
+        return (lambda own: self.ranks.any(lambda: own)) if self.in_shards else None
 
     def meet(self) -> None:
         """Hear whether another rank has failed, before a pass that would wait for it."""
-        if not self.ranks.alone and self.structure.sharding:
+        if self.in_shards:
             self.ranks.told(lambda: None, lambda _: None)
 
     def generator(self, purpose: str) -> torch.Generator:

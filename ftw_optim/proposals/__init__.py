@@ -1,10 +1,10 @@
 """Proposals: which of many records read are worth a pass through the model, and so become candidates.
 
-``interface.py`` is what a proposal does, and the place to begin with one of your own. ``features.py`` describes records
-without a model, ``drawing.py`` draws from them, so that a draw depends on the record and never on its place, and
-``regression.py`` learns scores. ``uniform.py``, ``similarity.py``, ``learned.py`` and ``vetted.py`` hold one proposal
-each; ``sampler.py`` brings one to a ``DataLoader``. Imports torch and, for the selection that is observed,
-``_matching``.
+``interface.py`` is what a proposal does, and the place to begin with one of your own. ``features.py`` describes
+records without a model, ``drawing.py`` draws from them, so that a draw depends on the record and never on its place,
+and ``scoring.py`` with ``regression.py`` learns scores. ``uniform.py``, ``similarity.py``, ``learned.py`` and
+``vetted.py`` hold one proposal each; ``sampler.py`` brings one to a ``DataLoader``. Imports torch and, for the
+selection that is observed, ``_matching``.
 """
 
 from ftw_optim.proposals.interface import Proposal as Proposal

@@ -11,19 +11,9 @@ from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
 from ftw_optim.proposals.drawing import best_and_uniform, salt
-from ftw_optim.proposals.features import Features, keys_of, sources_of
-from ftw_optim.proposals.interface import (
-    Proposal,
-    Sample,
-    check_count,
-    check_explore,
-    check_state,
-    observed,
-)
-from ftw_optim.proposals.regression import Regression
-
-_CONSTANT = 0.01  # precision of the constant, relative to ``ridge``: the mean of the scores is learned at once
-_EQUAL = 1e-8  # a column with a variance below this part of its mean square is constant
+from ftw_optim.proposals.features import keys_of, sources_of
+from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_explore, check_state
+from ftw_optim.proposals.scoring import ScoreRegression
 
 
 @final
@@ -75,22 +65,19 @@ class LearnedProposal(Proposal):
         seed: int = 0,
     ) -> None:
         check_explore(explore, explore_by)
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}.")
-        if not 0.0 < ridge < math.inf:
-            raise ValueError(f"ridge must be positive and finite, got {ridge}: without it few scores fit anything.")
-        if not 0.0 < forgetting <= 1.0:
-            raise ValueError(f"forgetting must be in (0, 1], got {forgetting}: what remains after a step.")
-        if not 0.0 <= prior < math.inf:
-            raise ValueError(f"prior must be finite and not negative, got {prior}; 0 guesses nothing.")
         if not 0.0 <= thompson < math.inf:
             raise ValueError(f"thompson must be finite and not negative, got {thompson}; 0 draws nothing.")
-        self.thompson = thompson
-        self.ridge, self.forgetting, self.prior, self.seed = ridge, forgetting, prior, seed
+        self.thompson, self.seed = thompson, seed
         self.explore, self.explore_by = explore, explore_by
-        self._features = Features(target_samples, dim=dim, seed=seed, embedding=embedding, use_source=use_source)
-        self._regression = Regression(
-            self.columns(torch.empty(0, self._features.width)).shape[1], forgetting=forgetting
+        self._regression = ScoreRegression(
+            target_samples,
+            dim=dim,
+            embedding=embedding,
+            use_source=use_source,
+            ridge=ridge,
+            forgetting=forgetting,
+            prior=prior,
+            seed=seed,
         )
         self._calls = 0
         self.expected: Tensor = torch.empty(0, dtype=torch.float64)
@@ -101,14 +88,14 @@ class LearnedProposal(Proposal):
 
         A row depends on its sample alone.
         """
-        return self._features(samples)
+        return self._regression.features(samples)
 
     def propose(self, samples: Sequence[Sample], count: int, *, features: Tensor | None = None) -> Tensor:
         """See :class:`Proposal`; with ``features`` the samples themselves are not looked at."""
         check_count(count)
-        known = self._features.given(samples, features)
-        columns = self.columns(known)
-        scores = columns @ self.coefficients(columns) if len(known) else torch.empty(0, dtype=torch.float64)
+        known = self._regression.features.given(samples, features)
+        columns = self._regression.columns(known)
+        scores = columns @ self._coefficients(columns) if len(known) else torch.empty(0, dtype=torch.float64)
         chosen = best_and_uniform(
             scores,
             keys_of(known),
@@ -128,78 +115,30 @@ class LearnedProposal(Proposal):
         Neither do those of a selection whose guide is blind or stale, see :class:`Selection`: what was learned before
         stays.
         """
-        selection = observed(samples, selection)
-        if selection.blind or selection.stale:
-            return
-        known = self._features.given(samples, features)
-        scores, valid = scores_of(selection)
-        if bool(valid.any()):
-            self._regression.observe(self.columns(known[valid]), scores[valid])
+        told = self._regression.told(samples, selection, features)
+        if told is not None:
+            self._regression.learned.observe(*told)
 
-    @property
-    def width(self) -> int:
-        """The number of features of a record."""
-        return self._features.width
-
-    def given(self, samples: Sequence[Sample], features: Tensor | None) -> Tensor:
-        """The features of samples: those that the caller has, else computed."""
-        return self._features.given(samples, features)
-
-    def columns(self, features: Tensor) -> Tensor:
-        """The columns of the regression, float64: a constant, the likeness if there are targets, the other features."""
-        first = 3 if self._features.has_targets else 4
-        return torch.cat([torch.ones(len(features), 1), features[:, first:]], dim=1).double()
-
-    def coefficients(self, columns: Tensor) -> Tensor:
-        """Coefficients of the columns, expected or drawn from the posterior, for the records on offer.
-
-        The prior is one of columns with mean 0 and standard deviation 1 among these records. Token columns are scaled
-        together, and so are those of the source, so that the sum of their variances is 1.
-        """
-        alone = 3 + self._features.has_targets  # columns that are scaled for themselves
-        variance, mean = torch.var_mean(columns, 0, correction=0)
-        groups = [slice(i, i + 1) for i in range(1, alone)]
-        groups += [slice(alone, alone + self._features.dim), slice(alone + self._features.dim, len(mean))]
-        scale = torch.ones_like(mean)
-        for group in groups:
-            spread = float(variance[group].sum())
-            if spread > _EQUAL * float(mean[group].square().sum()):
-                scale[group] = spread**0.5
-        mean[0] = 0.0
-        guess = torch.zeros_like(mean)
-        guess[1] = self.prior if self._features.has_targets else 0.0
-        precision = torch.full_like(mean, self.ridge)
-        precision[0] *= _CONSTANT
+    def _coefficients(self, columns: Tensor) -> Tensor:
+        """Coefficients for the records on offer, with as much noise as was asked for."""
         generator = torch.Generator().manual_seed(salt("coefficients", self.seed, self._calls))
-        noise = self.thompson * torch.randn(len(mean), dtype=torch.float64, generator=generator)
-        return self._regression.draw(mean, scale, guess, precision, noise)
+        noise = self.thompson * torch.randn(columns.shape[1], dtype=torch.float64, generator=generator)
+        return self._regression.coefficients(columns, noise)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of calls, what was learned, and the settings that must be equal on resume."""
         settings = {
-            "ridge": self.ridge,
-            "forgetting": self.forgetting,
+            **self._regression.settings(),
             "explore": self.explore,
             "explore_by": self.explore_by,
-            "prior": self.prior,
             "thompson": self.thompson,
             "seed": self.seed,
-            "features": self._features.settings(),
         }
-        learned = self._regression.state_dict()
+        learned = self._regression.learned.state_dict()
         return {"kind": type(self).__name__, "settings": settings, "calls": self._calls, "learned": learned}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """See :class:`Proposal`."""
         check_state(state_dict, self.state_dict())
-        self._regression.load_state_dict(state_dict["learned"])
+        self._regression.learned.load_state_dict(state_dict["learned"])
         self._calls = state_dict["calls"]
-
-
-def scores_of(selection: Selection) -> tuple[Tensor, Tensor]:
-    """The scores of a step's candidates, float64 ``(n,)``, and which of them have one, bool ``(n,)``."""
-    energy = selection.gram.diagonal().double() * selection.target_energy
-    scores = selection.cross_gram.double() / energy.sqrt()
-    valid = scores.isfinite() & energy.isfinite() & (energy > 0.0)
-    valid[selection.rejected] = False
-    return scores.clamp(-1.0, 1.0), valid  # a sketch may estimate more than a cosine can be

@@ -11,8 +11,8 @@ from torch import Tensor
 from ftw_optim._matching.selection import Selection
 from ftw_optim.proposals.drawing import best_and_uniform, explored, salt
 from ftw_optim.proposals.features import keys_of, likeness_of, sources_of
-from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_explore, check_state, observed
-from ftw_optim.proposals.learned import LearnedProposal, scores_of
+from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_explore, check_state
+from ftw_optim.proposals.scoring import ScoreRegression
 
 REMEMBERED = 96
 """Observed records that the kinds are told from."""
@@ -45,7 +45,7 @@ class VettedProposal(Proposal):
     Args:
         target_samples: the target rows; None: no likeness.
         order: ``"likeness"``: the most alike first. ``"uniform"``: at random.
-        dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
+        dim, embedding, use_source, ridge, forgetting, prior: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse;
             where it is no whole number, rounded up or down at random.
         seed: seed of the draws and of the features.
@@ -67,6 +67,7 @@ class VettedProposal(Proposal):
         use_source: bool = False,
         ridge: float = 8.0,
         forgetting: float = 0.98,
+        prior: float = 0.1,
         explore: float = 0.125,
         seed: int = 0,
     ) -> None:
@@ -76,26 +77,25 @@ class VettedProposal(Proposal):
         if order == "likeness" and target_samples is None:
             raise ValueError("order='likeness' needs target_samples to be alike to; or pass order='uniform'.")
         self.order, self.explore, self.seed = order, explore, seed
-        self._learned = LearnedProposal(
+        self._regression = ScoreRegression(
             target_samples,
             dim=dim,
             embedding=embedding,
             use_source=use_source,
             ridge=ridge,
             forgetting=forgetting,
-            explore=0.0,
+            prior=prior,
             seed=seed,
         )
-        self._has_likeness = target_samples is not None
         self._calls = 0
         self.vetoes = False
         self._least = 0.0
-        self._seen = self._learned.columns(torch.empty(0, self._learned.width))
+        self._seen = self._regression.no_columns()
         self._lower = self._upper = torch.empty(0, dtype=torch.float64)
 
     def features(self, samples: Sequence[Sample]) -> Tensor:
         """The features of samples, to keep and to pass to the other calls; a row depends on its sample alone."""
-        return self._learned.features(samples)
+        return self._regression.features(samples)
 
     def propose(self, samples: Sequence[Sample], count: int, *, features: Tensor | None = None) -> Tensor:
         """See :class:`Proposal`; with ``features`` the samples themselves are not looked at.
@@ -103,12 +103,12 @@ class VettedProposal(Proposal):
         Of the kind that is left out, those come last that exploring asks for; more only where there are no others.
         """
         check_count(count)
-        known = self._learned.given(samples, features)
+        known = self._regression.features.given(samples, features)
         count = min(count, len(known))
         guess = likeness_of(known) if self.order == "likeness" else torch.zeros(len(known), dtype=torch.float64)
         worse = torch.zeros(len(known), dtype=torch.bool)
         if self.vetoes and len(known):
-            worse = self._beyond_likeness(self._learned.columns(known)) <= self._least
+            worse = self._beyond_likeness(self._regression.columns(known)) <= self._least
         draw = salt("vetted", self.seed, self._calls)
         self._calls += 1
         few = min(explored(count, self.explore, draw), int(worse.sum())) if bool(worse.any()) else 0
@@ -129,20 +129,16 @@ class VettedProposal(Proposal):
 
     def observe(self, samples: Sequence[Sample], selection: Selection, *, features: Tensor | None = None) -> None:
         """See :class:`Proposal`; as for :class:`LearnedProposal`, a guide that is blind or stale teaches nothing."""
-        selection = observed(samples, selection)
-        if selection.blind or selection.stale:
+        told = self._regression.told(samples, selection, features)
+        if told is None:
             return
-        known = self._learned.given(samples, features)
-        scores, valid = scores_of(selection)
-        if not bool(valid.any()):
-            return
-        columns = self._learned.columns(known[valid])
+        columns, scores = told
         if len(self._seen) >= LEAST:
             # Said before these scores are learned: a regression would find two kinds in any noise that it has seen.
             worse = self._beyond_likeness(columns) <= self._least
-            self._lower = torch.cat([self._lower, scores[valid][worse]])[-REMEMBERED // 2 :]
-            self._upper = torch.cat([self._upper, scores[valid][~worse]])[-REMEMBERED // 2 :]
-        self._learned.observe(samples, selection, features=known)
+            self._lower = torch.cat([self._lower, scores[worse]])[-(REMEMBERED // 2) :]
+            self._upper = torch.cat([self._upper, scores[~worse]])[-(REMEMBERED // 2) :]
+        self._regression.learned.observe(columns, scores)
         self._remember(columns)
         if len(self._seen) >= LEAST:
             self._judge()
@@ -181,19 +177,23 @@ class VettedProposal(Proposal):
 
     def _beyond_likeness(self, columns: Tensor) -> Tensor:
         """The expected scores of records but for what the regression takes from their likeness."""
-        coefficients = self._learned.coefficients(self._seen)
-        if self._has_likeness:
+        coefficients = self._regression.coefficients(self._seen)
+        if self._regression.features.has_targets:
             coefficients[1] = 0.0
         return columns @ coefficients
 
     def state_dict(self) -> dict[str, Any]:
         """The number of calls, what was learned, and the settings that must be equal on resume."""
-        learned = self._learned.state_dict()
         return {
             "kind": type(self).__name__,
-            "settings": {"order": self.order, "explore": self.explore, "learned": learned["settings"]},
+            "settings": {
+                **self._regression.settings(),
+                "order": self.order,
+                "explore": self.explore,
+                "seed": self.seed,
+            },
             "calls": self._calls,
-            "learned": learned["learned"],
+            "learned": self._regression.learned.state_dict(),
             "kinds": {
                 "vetoes": self.vetoes,
                 "least": self._least,
@@ -206,7 +206,7 @@ class VettedProposal(Proposal):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """See :class:`Proposal`."""
         check_state(state_dict, self.state_dict())
-        own, kinds = self._learned.state_dict(), state_dict["kinds"]
+        kinds = state_dict["kinds"]
         seen, lower, upper = (
             torch.as_tensor(kinds[key], dtype=torch.float64, device="cpu") for key in ("seen", "lower", "upper")
         )
@@ -214,7 +214,7 @@ class VettedProposal(Proposal):
             raise ValueError(
                 f"Expected {self._seen.shape[1]} columns of each remembered record, got shape {tuple(seen.shape)}."
             )
-        self._learned.load_state_dict({**own, "learned": state_dict["learned"]})
+        self._regression.learned.load_state_dict(state_dict["learned"])
         self._calls, self.vetoes, self._least = state_dict["calls"], bool(kinds["vetoes"]), float(kinds["least"])
         self._seen, self._lower, self._upper = seen.clone(), lower.clone(), upper.clone()
 

@@ -247,7 +247,7 @@ def test_the_default_job_is_towards_an_area_of_this_machine(
         "filter-then-weight",
         "n random, vetted",
         "target + random",
-        "random, vetted",
+        "target + vetted",
         "50 % of the stream placeholder",
     ):
         assert label in printed

@@ -87,33 +87,56 @@ WAYS: dict[str, tuple[type[Net], Callable[[nn.Module], None]]] = {
 
 
 def steps(
-    kind: type[Net], shard: Callable[[nn.Module], None] | None, *, evaluate: bool = False, **options: Any
+    kind: type[Net],
+    shard: Callable[[nn.Module], None] | None,
+    *,
+    evaluate: bool = False,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    lr: float = 1e-2,
+    bursts_at: int | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """A job of three steps, or what one process does with all candidates."""
+    """A job of four steps, or what one process does with all candidates.
+
+    Args:
+        kind: of the model.
+        shard: shards it; None: one process.
+        evaluate: whether the model is run without gradients before every step.
+        optimizer: the inner one.
+        lr: its learning rate.
+        bursts_at: a step that is made once more, after a backward pass that failed.
+        options: of the selective optimizer.
+    """
     torch.manual_seed(3)
     net = kind().double()
     candidates = CANDIDATES[:2].flatten(0, 1)
     if shard is not None:
         shard(net)
         candidates = CANDIDATES[dist.get_rank()]
-    optimizer = SelectiveOptimizer(
-        torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2),
+    inner: Any = optimizer
+    selective = SelectiveOptimizer(
+        inner([p for p in net.parameters() if p.requires_grad], lr=lr),
         net,
         lambda: rows_of(net, TARGETS, rare=True),
         **{"filter": GreedyFilter(keep=3), **options},
     )
+
+    def losses(rows: Tensor | None = None) -> Tensor:
+        return rows_of(net, candidates if rows is None else candidates[rows], rare=True)
+
     grams = []
-    for _ in range(3):
+    for number in range(4):
         if evaluate:
             with torch.no_grad():
                 rows_of(net, TARGETS)
-
-        def losses(rows: Tensor | None = None) -> Tensor:
-            return rows_of(net, candidates if rows is None else candidates[rows], rare=True)
-
-        optimizer.step(losses)
-        assert optimizer.selection is not None
-        grams.append(optimizer.selection.gram)
+        if number == bursts_at:
+            Bursting.now = True
+            with pytest.raises(ValueError, match="burst"):
+                selective.step(losses)
+            Bursting.now = False
+        selective.step(losses)
+        assert selective.selection is not None
+        grams.append(selective.selection.gram)
     return {"grams": grams, "parameters": [whole(p.detach()).clone() for p in net.parameters()]}
 
 
@@ -185,9 +208,7 @@ class SignOfMean(torch.optim.Optimizer):
 
 def with_another_optimizer(alone: bool = False) -> dict[str, Any]:
     """A job of steps with an optimizer that is tried out."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim, "AdamW", SignOfMean)
-        return steps(Net, None if alone else _layers)
+    return steps(Net, None if alone else _layers, optimizer=SignOfMean)
 
 
 def test_an_optimizer_that_is_tried_out_is_tried_on_whole_parameters(two_processes: Processes) -> None:
@@ -219,30 +240,8 @@ class Burst(Net):
 
 
 def after_a_burst(alone: bool = False) -> dict[str, Any]:
-    """A job whose second step fails in its backward pass, and what the steps after it do."""
-    torch.manual_seed(3)
-    net = Burst().double()
-    candidates = CANDIDATES[:2].flatten(0, 1)
-    if not alone:
-        _layers(net)
-        candidates = CANDIDATES[dist.get_rank()]
-    optimizer = SelectiveOptimizer(
-        torch.optim.SGD(net.parameters(), lr=0.3),
-        net,
-        lambda: rows_of(net, TARGETS, rare=True),
-        filter=GreedyFilter(keep=3),
-    )
-    grams = []
-    for number in range(4):
-        if number == 1 and not alone:
-            Bursting.now = True
-            with pytest.raises(ValueError, match="burst"):
-                optimizer.step(lambda: rows_of(net, candidates, rare=True))
-            Bursting.now = False
-        optimizer.step(lambda: rows_of(net, candidates, rare=True))
-        assert optimizer.selection is not None
-        grams.append(optimizer.selection.gram)
-    return {"grams": grams, "parameters": [whole(p.detach()).clone() for p in net.parameters()]}
+    """A job whose second step fails in its backward pass at first, with what the steps after that do."""
+    return steps(Burst, None if alone else _layers, optimizer=torch.optim.SGD, lr=0.3, bursts_at=None if alone else 1)
 
 
 def test_steps_after_a_backward_pass_that_failed_are_right(two_processes: Processes) -> None:

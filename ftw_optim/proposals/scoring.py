@@ -1,0 +1,130 @@
+"""What records' features let expect of their scores: the regression that proposals learn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ftw_optim._matching.selection import Selection
+from ftw_optim.proposals.features import Features
+from ftw_optim.proposals.interface import Sample, observed
+from ftw_optim.proposals.regression import Regression
+
+_CONSTANT = 0.01  # precision of the constant, relative to ``ridge``: the mean of the scores is learned at once
+_EQUAL = 1e-8  # a column with a variance below this part of its mean square is constant
+
+
+@final
+class ScoreRegression:
+    """A ridge regression of candidates' scores on the features of their records.
+
+    Args:
+        target_samples, dim, embedding, use_source, ridge, forgetting, prior: see
+            :class:`~ftw_optim.proposals.LearnedProposal`.
+        seed: seed of the features.
+
+    Attributes:
+        features: describes records.
+        learned: what the scores have taught.
+
+    Raises:
+        ValueError: an argument is not as described there.
+    """
+
+    def __init__(
+        self,
+        target_samples: Sequence[Sample] | None,
+        *,
+        dim: int,
+        embedding: Tensor | None,
+        use_source: bool,
+        ridge: float,
+        forgetting: float,
+        prior: float,
+        seed: int,
+    ) -> None:
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}.")
+        if not 0.0 < ridge < math.inf:
+            raise ValueError(f"ridge must be positive and finite, got {ridge}: without it few scores fit anything.")
+        if not 0.0 < forgetting <= 1.0:
+            raise ValueError(f"forgetting must be in (0, 1], got {forgetting}: what remains after a step.")
+        if not 0.0 <= prior < math.inf:
+            raise ValueError(f"prior must be finite and not negative, got {prior}; 0 guesses nothing.")
+        self.ridge, self.forgetting, self.prior = ridge, forgetting, prior
+        self.features = Features(target_samples, dim=dim, seed=seed, embedding=embedding, use_source=use_source)
+        self.learned = Regression(self.no_columns().shape[1], forgetting=forgetting)
+
+    def columns(self, features: Tensor) -> Tensor:
+        """The columns of the regression, float64: a constant, the likeness if there are targets, the other features."""
+        first = 3 if self.features.has_targets else 4
+        return torch.cat([torch.ones(len(features), 1), features[:, first:]], dim=1).double()
+
+    def no_columns(self) -> Tensor:
+        """The columns of no records."""
+        return self.columns(torch.empty(0, self.features.width))
+
+    def coefficients(self, columns: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Coefficients of the columns, expected or drawn from the posterior, for the records on offer.
+
+        The prior is one of columns with mean 0 and standard deviation 1 among these records. Token columns are scaled
+        together, and so are those of the source, so that the sum of their variances is 1.
+
+        Args:
+            columns: of the records on offer.
+            noise: standard normal numbers for the draw, shape ``(width,)`` float64; None: the expected ones.
+        """
+        alone = 3 + self.features.has_targets  # columns that are scaled for themselves
+        variance, mean = torch.var_mean(columns, 0, correction=0)
+        groups = [slice(i, i + 1) for i in range(1, alone)]
+        groups += [slice(alone, alone + self.features.dim), slice(alone + self.features.dim, len(mean))]
+        scale = torch.ones_like(mean)
+        for group in groups:
+            spread = float(variance[group].sum())
+            if spread > _EQUAL * float(mean[group].square().sum()):
+                scale[group] = spread**0.5
+        mean[0] = 0.0
+        guess = torch.zeros_like(mean)
+        guess[1] = self.prior if self.features.has_targets else 0.0
+        precision = torch.full_like(mean, self.ridge)
+        precision[0] *= _CONSTANT
+        return self.learned.draw(mean, scale, guess, precision, torch.zeros_like(mean) if noise is None else noise)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that must be equal on resume."""
+        return {
+            "ridge": self.ridge,
+            "forgetting": self.forgetting,
+            "prior": self.prior,
+            "features": self.features.settings(),
+        }
+
+    def told(
+        self, samples: Sequence[Sample], selection: Selection, features: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Columns and scores ``(n,)`` float64 of those of a step's candidates that have one; None where there is none.
+
+        Candidates without a score, such as rejected ones, tell nothing; neither do those of a selection whose guide is
+        blind or stale, see :class:`Selection`.
+
+        Args:
+            samples: the candidates.
+            selection: the selection among them.
+            features: of the samples, where the caller has them.
+        """
+        selection = observed(samples, selection)
+        if selection.blind or selection.stale:
+            return None
+        energy = selection.gram.diagonal().double() * selection.target_energy
+        scores = selection.cross_gram.double() / energy.sqrt()
+        valid = scores.isfinite() & energy.isfinite() & (energy > 0.0)
+        valid[selection.rejected] = False
+        known = self.features.given(samples, features)
+        if not bool(valid.any()):
+            return None
+        # A sketch may estimate more than a cosine can be.
+        return self.columns(known[valid]), scores[valid].clamp(-1.0, 1.0)
