@@ -81,6 +81,12 @@ def test_four_processes(counts: tuple[int, ...], four_processes: Processes) -> N
     _check(Case(counts=counts, targets=(1, 2, 1, 3), wrap={}), four_processes)
 
 
+@pytest.mark.parametrize("combine", [slow("factors"), slow("graph"), slow("rerun")])
+@pytest.mark.parametrize("mesh", [(4,), (2, 2)], ids=["shards", "shards and copies"])
+def test_four_processes_with_shards(mesh: tuple[int, ...], combine: str, four_processes: Processes) -> None:
+    _check(Case(shard={}, mesh=mesh, combine=combine, counts=(1, 4, 2, 1), targets=(1, 2, 1, 3)), four_processes)
+
+
 def _check(case: Case, processes: Processes) -> None:
     ranks = processes.run(run, case)
     whole = run(replace(case, wrap=None, shard=None), alone=True)
