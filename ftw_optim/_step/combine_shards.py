@@ -87,7 +87,7 @@ FUNCTIONS: Mapping[str, Callable[[StepSetup, Selection, PassFactors, CandidatePa
     "graph": _from_graph,
     "rerun": _from_rerun,
 }
-"""As in ``combine.py``: the gradients, those of shards as this rank holds them, and whether they are finite there."""
+"""Ways of combining by name, as in ``combine.py``: gradients (a shard as this rank holds it), and are they finite."""
 
 
 def _backward(
