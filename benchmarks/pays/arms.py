@@ -163,7 +163,9 @@ LATE_UNIFORM = Method(filter=_all, weight=UniformWeights(), decay=0.75)
 LATE_ACCEPTED = Method(filter=lambda keep, lr: AcceptFilter(), weight=UniformWeights(), decay=0.75)
 LATE_EXPECTED = Method(filter=_all, weight=ExpectedWeights(), decay=0.75)
 LATE_ABOVE = Method(filter=lambda keep, lr: ExpectedFilter(share=0.3), weight=UniformWeights(), decay=0.75)
+LATE_FTW = Method(filter=_greedy, weight=NonNegativeLeastSquares(), decay=0.75)
 HALF_UNIFORM = Method(filter=_all, weight=UniformWeights(), decay=0.5, refresh_every=2)
+HALF_FTW = Method(filter=_greedy, weight=NonNegativeLeastSquares(), decay=0.5, refresh_every=2)
 LATE = 0.75
 """Share of the steps in which the target rows only guide, where they are trained on in the later ones."""
 
@@ -208,6 +210,10 @@ ARMS = {
     "target+honest": _target("learned, split", propose=learned, method=HONEST_UNIFORM),
     "late+similarity": _target("similar, target late", propose=similar, target_after=LATE),
     "half+similarity": _target("similar, half late", propose=similar, target_after=0.5),
+    "half+ftw": _target("ftw, half late", method=HALF_FTW, target_after=0.5),
+    "late+ftw": _target("ftw, target late", method=LATE_FTW, target_after=LATE),
+    "half+similarity+ftw": _target("similar, ftw, half", propose=similar, method=HALF_FTW, target_after=0.5),
+    "late+similarity+ftw": _target("similar, ftw, late", propose=similar, method=LATE_FTW, target_after=LATE),
     "half+vetted": _target("vetted, half late", propose=vetted, method=HALF_UNIFORM, target_after=0.5),
     "half+random+vetted": _target("target + vetted", propose=vetted_random, method=HALF_UNIFORM, target_after=0.5),
     "late+vetted": _target("vetted, 3/4 late", propose=vetted, method=LATE_UNIFORM, target_after=LATE),
