@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -65,14 +65,17 @@ class SketchSums:
         accepted: mask of the candidates that are not rejected, bool (n,) on the CPU; the factors of others are zero.
         sketch: the size of the sketch.
         seed: seed of the random buckets and signs.
+        counted: parameters whose share of the target is added elsewhere.
     """
 
-    def __init__(self, spec: GramSpec, accepted: Tensor, *, sketch: Sketch, seed: int) -> None:
+    def __init__(
+        self, spec: GramSpec, accepted: Tensor, *, sketch: Sketch, seed: int, counted: Iterable[str] = ()
+    ) -> None:
         spec.refuse_other_ways(MATERIALISED, CONVOLVED)
         self._spec = spec
         self._size, self._seed = sketch.dim // COPIES, seed
         self._of_target = self._zeros(1)
-        self._counted: set[str] = set()
+        self._counted = set(counted)
         self._batches: list[dict[Metric, Tensor]] = []
         target = spec.target.values()
         norms = [torch.linalg.vector_norm(gradient).to(spec.device, spec.dtype) for gradient in target]
@@ -123,19 +126,24 @@ class SketchSums:
 
     def products(self) -> dict[Metric, Products]:
         """The estimated products of all candidates added so far, by metric."""
-        found = {}
-        for metric in self._spec.metrics:
-            rows = torch.cat([batch[metric] for batch in self._batches], dim=1)
-            both = torch.cat([rows, self._of_target[metric]], dim=1)
-            halves = both @ both.mT
-            whole, n = halves.mean(dim=0), rows.shape[1]
-            found[metric] = Products(
-                gram=whole[:n, :n],
-                cross_gram=whole[:n, n],
-                target_energy=whole[n, n],
-                error=_relative_error(halves),
-            )
-        return found
+        return {metric: estimated(*sketches) for metric, sketches in self.sketches().items()}
+
+    def sketches(self) -> dict[Metric, tuple[Tensor, Tensor]]:
+        """The sketches ``(copies, n, size)`` of all candidates added so far, the target's ``(copies, 1, size)``."""
+        return {
+            metric: (torch.cat([batch[metric] for batch in self._batches], dim=1), self._of_target[metric])
+            for metric in self._spec.metrics
+        }
+
+
+def estimated(rows: Tensor, target: Tensor) -> Products:
+    """The products of gradients of which these are the sketches, see :meth:`SketchSums.sketches`."""
+    both, n = torch.cat([rows, target], dim=1), rows.shape[1]
+    halves = both @ both.mT
+    whole = halves.mean(dim=0)
+    return Products(
+        gram=whole[:n, :n], cross_gram=whole[:n, n], target_energy=whole[n, n], error=_relative_error(halves)
+    )
 
 
 def _relative_error(halves: Tensor) -> Tensor:

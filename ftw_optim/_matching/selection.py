@@ -63,6 +63,9 @@ class Selection:
         stale: whether the target gradient is formed no more, and is of parameters of long ago.
         mine: which of the candidates are those of this process: ``values[selection.mine]``; all where it is alone. In a
             run of several processes everything else is of all of them, in the order of the ranks.
+        group: the candidates that this process's were compared with, among all; ``gram`` is of these alone. All, unless
+            ``among`` divides the ranks into groups: then whatever is one number is the mean over the groups that keep
+            some candidate, of which ``predicted_decrease`` is a lower bound.
         sketch: the sketch with which the products above were estimated; None where they are exact.
         milliseconds: host time by phase: ``target``, ``candidates`` (their forward and backward pass), ``gram``,
             ``solve`` (filter and weights, and waiting for the Gram system on an accelerator), ``combine``.
@@ -90,6 +93,7 @@ class Selection:
     blind: bool = False
     stale: bool = False
     mine: slice = field(default_factory=lambda: slice(None))
+    group: slice = field(default_factory=lambda: slice(None))
     sketch: SketchReport | None = None
     milliseconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -150,6 +154,8 @@ class Selection:
     def part(self, candidates: slice, targets: slice) -> Selection:
         """The selection as far as it concerns some neighbouring candidates, and target rows that take part."""
         start, stop = candidates.start, candidates.stop
+        compared = self.group.start or 0
+        square = slice(start - compared, stop - compared)
         kept = (self.kept >= start) & (self.kept < stop)
         rejected = (self.rejected >= start) & (self.rejected < stop)
         return replace(
@@ -157,12 +163,13 @@ class Selection:
             losses=self.losses[candidates],
             kept=self.kept[kept] - start,
             weights=self.weights[kept],
-            gram=self.gram[candidates, candidates],
+            gram=self.gram[square, square],
             cross_gram=self.cross_gram[candidates],
             rejected=self.rejected[rejected] - start,
             target_weights=self.target_weights[targets],
             target_losses=self.target_losses[targets],
             mine=slice(0, stop - start),
+            group=slice(0, stop - start),
         )
 
     def spread_weights(self) -> Tensor:

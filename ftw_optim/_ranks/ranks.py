@@ -79,6 +79,14 @@ class Ranks(ABC):
             received: how many numbers come from each rank.
         """
 
+    def neighbours(self, size: int) -> Ranks:
+        """This rank and those beside it, in groups of ``size`` from the first on; called by all of them together.
+
+        Args:
+            size: a divisor of :attr:`count`.
+        """
+        return self
+
     def beginning(self, work: Callable[[], Found]) -> Found:
         """The result of work before the first thing that is told of a step; if it fails, the others are told then."""
         if self.alone:
@@ -96,6 +104,17 @@ class Ranks(ABC):
     def any(self, work: Callable[[], bool]) -> bool:
         """Whether some work says so on any rank."""
         return any(self.told(work, bool)[1])
+
+    def gathered(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """The rows of all ranks, in their order.
+
+        Args:
+            rows: this rank's, of the same width and dtype everywhere.
+            counts: the number of rows of each rank.
+        """
+        own, width = rows.flatten(), rows.shape[1:].numel()
+        found = self.exchanged(own.repeat(self.count), [own.numel()] * self.count, [width * count for count in counts])
+        return found.view(-1, *rows.shape[1:])
 
     def joined(self, work: Callable[[], Tensor]) -> Tensor:
         """The small tensors that some work gives on each rank, one behind the other, on the CPU."""
@@ -135,25 +154,38 @@ class Several(Ranks):
 
     Args:
         group: the processes; the new groups are made by all of them together.
+        members: some of them by their numbers in the run, this one among them; None: all.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        members = dist.get_process_group_ranks(group)
-        self.own, self.count, self.met = dist.get_rank(group), len(members), False
+    def __init__(self, group: dist.ProcessGroup, members: Sequence[int] | None = None) -> None:
+        members = dist.get_process_group_ranks(group) if members is None else list(members)
+        self.own, self.count, self.met = members.index(dist.get_rank()), len(members), False
         self._first = members[0]
         self._objects, self._tensors = _own_groups(group, members)
         self.members: Sequence[int] = members
+        self._group = group
+        self._neighbours: dict[int, Ranks] = {}
+
+    def neighbours(self, size: int) -> Ranks:
+        """See :class:`Ranks`."""
+        if size == self.count:
+            return self
+        if size not in self._neighbours:
+            start = self.own // size * size
+            few = self.members[start : start + size]
+            self._neighbours[size] = Alone() if size == 1 else Several(self._group, few)
+        return self._neighbours[size]
 
     def told(self, work: Callable[[], Found], tell: Callable[[Found], Any]) -> tuple[Found, list[Any]]:
         """See :class:`Ranks`."""
         found, error, message = _tried(work, tell)
-        if error is not None and getattr(error, _KNOWN, False):  # it was told on the way, and nobody waits any more
-            raise error
+        if error is not None and set(self.members) <= getattr(error, _KNOWN, frozenset()):
+            raise error  # it was told on the way, and nobody waits any more
         messages: list[Any] = [None] * self.count
         dist.all_gather_object(messages, message, group=self._objects)
         if error is not None:
-            raise _known(error)
-        _refuse(messages)
+            raise _known(error, self.members)
+        self._refuse(messages)
         return found, [given for given, _ in messages]
 
     def as_first_says(self, work: Callable[[], Found]) -> Found:
@@ -165,9 +197,17 @@ class Several(Ranks):
         dist.broadcast_object_list(message, src=self._first, group=self._objects)
         if error is not None:
             raise error
-        _refuse(message)
+        self._refuse(message)
         found: Found = message[0][0]
         return found
+
+    def _refuse(self, messages: Sequence[tuple[Any, str | None]]) -> None:
+        """Raise where another rank failed."""
+        failed = [(rank, text) for rank, (_, text) in enumerate(messages) if text is not None]
+        if failed:
+            rank, text = failed[0]
+            error = RuntimeError(f"Rank {rank} raised {text}. This rank has changed nothing either.")
+            raise _known(error, self.members)
 
     def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """See :class:`Ranks`."""
@@ -188,19 +228,19 @@ class Several(Ranks):
         return found
 
 
-_made: list[tuple[Any, Any, tuple[Any, Any]]] = []
-"""The run, a group of the user's in it, and the two groups that were made for its processes."""
+_made: list[tuple[Any, Any, Sequence[int], tuple[Any, Any]]] = []
+"""The run, a group of the user's in it, some of its processes, and the two groups that were made for these."""
 
 
 def _own_groups(group: dist.ProcessGroup, members: Sequence[int]) -> tuple[Any, Any]:
-    """Two groups for the processes of one: for objects and for tensors.
+    """Two groups for processes of one: for objects and for tensors.
 
     They are made once, whatever number of optimizers there is: each has threads of its own, which never rest.
     """
     run = dist.group.WORLD
     _made[:] = [one for one in _made if one[0] is run]
-    for _, known, groups in _made:
-        if known is group:
+    for _, known, these, groups in _made:
+        if known is group and these == members:
             return groups
     # Objects go over the network of the hosts, whatever the tensors take: a failure must be told while a device waits.
     options: dict[str, Any] = {"timeout": _timeout(group), "use_local_synchronization": True}
@@ -208,7 +248,7 @@ def _own_groups(group: dist.ProcessGroup, members: Sequence[int]) -> tuple[Any, 
         dist.new_group(members, backend="gloo", **options),
         dist.new_group(members, backend=dist.get_backend(group), **options),
     )
-    _made.append((run, group, groups))
+    _made.append((run, group, members, groups))
     return groups
 
 
@@ -233,18 +273,10 @@ def _tried(
         return None, error, (None, f"{type(error).__name__}: {text}" if text else type(error).__name__)  # type: ignore[return-value]
 
 
-def _refuse(messages: Sequence[tuple[Any, str | None]]) -> None:
-    """Raise where another rank failed."""
-    failed = [(rank, text) for rank, (_, text) in enumerate(messages) if text is not None]
-    if failed:
-        rank, text = failed[0]
-        raise _known(RuntimeError(f"Rank {rank} raised {text}. This rank has changed nothing either."))
-
-
-def _known(error: BaseException) -> BaseException:
-    """The error, marked as one that all ranks have been told of."""
+def _known(error: BaseException, members: Sequence[int]) -> BaseException:
+    """The error, marked as one that these processes have been told of."""
     with suppress(AttributeError):
-        setattr(error, _KNOWN, True)
+        setattr(error, _KNOWN, frozenset(members) | getattr(error, _KNOWN, frozenset()))
     return error
 
 

@@ -31,6 +31,11 @@ class Rows:
         return sum(self.counts)
 
     @property
+    def by_rank(self) -> list[int]:
+        """The number of rows of each rank."""
+        return [candidates + targets for candidates, targets in zip(self.counts, self.targets, strict=True)]
+
+    @property
     def mine(self) -> slice:
         """The candidates of this process among all."""
         start = sum(self.counts[: self.own])
@@ -50,7 +55,7 @@ class Rows:
         """Where each row is, in rows that are sorted by rank alone; None where that is the same."""
         if not any(self.targets):
             return None
-        starts = [sum(self.counts[:rank]) + sum(self.targets[:rank]) for rank in range(len(self.counts))]
+        starts = [sum(self.by_rank[:rank]) for rank in range(len(self.counts))]
         numbered = list(zip(starts, self.counts, self.targets, strict=True))
         candidates = [start + i for start, count, _ in numbered for i in range(count)]
         targets = [start + count + i for start, count, more in numbered for i in range(more)]

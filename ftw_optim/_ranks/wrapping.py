@@ -49,7 +49,7 @@ def without_own_sums(plan: CapturePlan, members: Sequence[int]) -> Iterator[None
 
     def hold(wrapper: DistributedDataParallel) -> None:
         if wrapper not in held:
-            _refuse_settings(wrapper, members)
+            refuse_wrapper(wrapper, members)
             held[wrapper] = wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync
             # Nor are buffers sent: a rank whose closure fails before it runs the model would keep the others waiting.
             wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
@@ -116,8 +116,12 @@ def _refused(module: nn.Module) -> str | None:
     return None
 
 
-def _refuse_settings(wrapper: DistributedDataParallel, members: Sequence[int]) -> None:
-    """Refuse settings of DDP that would be without effect, or wrong."""
+def refuse_wrapper(wrapper: DistributedDataParallel, members: Sequence[int]) -> None:
+    """Refuse settings of DDP that would be without effect, or wrong.
+
+    Raises:
+        NotImplementedError: it has one of them, or other processes than ``members``.
+    """
     if (own := dist.get_process_group_ranks(wrapper.process_group)) != list(members):
         raise NotImplementedError(
             f"Expected a DistributedDataParallel over the processes {list(members)} of the selection, got one over "

@@ -51,17 +51,22 @@ def compare(setup: StepSetup, factors: PassFactors, target: TargetNow) -> Compar
     Raises:
         ValueError: the target losses or the target gradient are not finite.
     """
+
+    def anywhere(flag: bool) -> bool:
+        """Whether it holds in any selection of the step: all make the same rounds, as they wait for each other."""
+        return setup.ranks.any(lambda: flag) if factors.in_groups else flag
+
     while True:
         seen, before = factors.measured(), factors.accepted
         target_overflowed = target.overflowed(seen.target, setup.scale)
         left = before & seen.clean & seen.measurable
-        if target_overflowed or not torch.equal(left, before):
+        if anywhere(target_overflowed or not torch.equal(left, before)):
             overflow = partial(target.rows_overflowed, seen.finite, setup.parameters.scored, setup.scale)
             target_overflowed |= setup.ranks.any(overflow)
             clean = before & factors.clean(seen)
             # Without selection, an infinite gradient would make a GradScaler lower its scale: so it must here.
             overflowed = setup.scale > 1.0 and bool((before & seen.finite & ~clean).any())
-            if target_overflowed or overflowed:
+            if anywhere(target_overflowed or overflowed):
                 return Comparison(
                     problem={},
                     losses=seen.losses,
@@ -72,15 +77,17 @@ def compare(setup: StepSetup, factors: PassFactors, target: TargetNow) -> Compar
                 )
             # Beside a candidate that is not clean nothing is measured rightly: the clean ones get another look.
             left = left if factors.measures_alone or torch.equal(clean, before) else clean
-            if target.count and not bool(left[-target.count :].all()):
+            if anywhere(bool(target.count) and not bool(left[-target.count :].all())):
                 raise ValueError(
                     "Expected target rows whose gradients can be compared, but the square of one is not finite. "
                     "Nothing was changed; " + LOOK
                 )
-            factors.keep_only(left)
-        if not seen.problem or not bool(left.any()):
-            return Comparison(problem={}, losses=seen.losses, accepted=left, targets=target.count)
-        if factors.measures_alone or torch.equal(left, before):
+            if not torch.equal(left, before):
+                factors.keep_only(left)
+        nothing = not seen.problem or not bool(left.any())
+        if not anywhere(not (nothing or factors.measures_alone or torch.equal(left, before))):
+            if nothing:
+                return Comparison(problem={}, losses=seen.losses, accepted=left, targets=target.count)
             problem = {metric: _asked(one, target).of(left) for metric, one in seen.problem.items()}
             return Comparison(problem=problem, losses=seen.losses, accepted=left, targets=target.count)
 

@@ -36,6 +36,7 @@ def digest_of(setup: StepSetup) -> Digest:
         ),
         "filter": _described(setup.filter),
         "weight": _described(setup.weight),
+        "among": str(setup.among),
         "metric": setup.metric.value,
         "combine": setup.way.name,
         "target": str(

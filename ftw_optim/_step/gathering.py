@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ftw_optim._ranks.grouping import ranks_of_one, sums_of_neighbours
 from ftw_optim._step.candidates import FEW_TARGET_ROWS, CandidatePass
 from ftw_optim._step.captured_rows import together
 from ftw_optim._step.closures import Plain
@@ -35,11 +36,15 @@ def target_and_factors(setup: StepSetup, candidate_pass: CandidatePass) -> tuple
     if any(one.plain is not None for one in told):
         _refuse_plain(told)
         return target, own
-    if setup.trains_on_target is True and sum(one.targets for one in told) < 2:
-        raise ValueError(FEW_TARGET_ROWS)
     assert isinstance(own, KeptFactors)
-    target = shared_target(setup.ranks, target, told)
-    return target, SharedFactors(setup, own.candidates, target, told)
+    counts = [len(one.losses) - one.targets for one in told]
+    size = ranks_of_one(counts, setup.among, in_shards=setup.in_shards)
+    totals = sums_of_neighbours([one.targets for one in told], size)
+    if setup.trains_on_target is True and min(totals) < 2:
+        raise ValueError(FEW_TARGET_ROWS)
+    within, total = setup.ranks.neighbours(size), totals[setup.ranks.own // size]
+    target = shared_target(setup.ranks, target, told, total=total)
+    return target, SharedFactors(setup, within, own.candidates, target, told)
 
 
 def _own(setup: StepSetup, candidate_pass: CandidatePass) -> tuple[TargetNow, KeptFactors | StreamedFactors | Plain]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import final
 
 import torch
@@ -16,7 +16,7 @@ from ftw_optim._gram.inner_products import on_host
 from ftw_optim._matching.selection import Selection
 from ftw_optim._preconditioners.lookup import Preconditioners
 from ftw_optim._step.captured_rows import CapturedRows
-from ftw_optim._step.measuring import Measured, preconditioners_of, sums_of
+from ftw_optim._step.measuring import MatchingSums, Measured, preconditioners_of, sums_of
 from ftw_optim._step.setup import StepSetup, full_precision
 from ftw_optim._step.target import TargetNow
 
@@ -27,6 +27,8 @@ class KeptFactors:
 
     measures_alone = False
     """Whether each candidate is measured by itself, whoever is beside it."""
+    in_groups = False
+    """Whether other ranks make selections of their own, beside this one."""
 
     def __init__(self, setup: StepSetup, candidates: CapturedRows, target: TargetNow) -> None:
         self._setup, self._target = setup, target
@@ -58,23 +60,28 @@ class KeptFactors:
         self.found = {name: [use.without(~accepted) for use in uses] for name, uses in self.found.items()}
         self.accepted, self.buckets = accepted, ()
 
-    def measured(self) -> Measured:
-        """The products of the accepted candidates, which may turn out not to be finite."""
+    def sums(self, *, counted: Iterable[str] = ()) -> MatchingSums:
+        """The sums over the scored parameters that some candidate reached; ``counted`` as in :func:`sums_of`."""
         setup, losses = self._setup, self.candidates.losses
         scored = setup.parameters.scored
         with full_precision(losses), setup.clock.phase("gram"):
             preconditioners = preconditioners_of(setup)
             self.buckets = self.alike(preconditioners)
-            sums = sums_of(setup, self.accepted, self._target, losses.device, preconditioners)
+            sums = sums_of(setup, self.accepted, self._target, losses.device, preconditioners, counted=counted)
             for bucket in self.buckets:
                 if bucket.names[0] in scored:
                     assert isinstance(sums, GramSums)
                     sums.add_all(bucket)
-            alone = self.alone
-            for name, uses in alone.items():
+            for name, uses in self.alone.items():
                 if name in scored:
                     sums.add(name, uses)
-        unseen = {name: uses for name, uses in alone.items() if name not in scored}
+        return sums
+
+    def measured(self) -> Measured:
+        """The products of the accepted candidates, which may turn out not to be finite."""
+        setup, losses = self._setup, self.candidates.losses
+        scored, sums = setup.parameters.scored, self.sums()
+        unseen = {name: uses for name, uses in self.alone.items() if name not in scored}
         masks = [bucket.finite(setup.buffer) for bucket in self.buckets if bucket.names[0] not in scored]
         detached = losses.detach()
         with setup.clock.phase("solve"):

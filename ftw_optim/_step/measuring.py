@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -71,6 +71,7 @@ def sums_of(
     *,
     scale: float | None = None,
     whole: Mapping[str, Tensor] | None = None,
+    counted: Iterable[str] = (),
 ) -> MatchingSums:
     """The sums of this step's Gram matrix, before anything is added.
 
@@ -82,6 +83,7 @@ def sums_of(
         preconditioners: the maps.
         scale: of the factors; None: that of the step.
         whole: the parameters as ``preconditioners`` know them; None: the scored ones.
+        counted: parameters whose share of the target another rank's sketches have.
     """
     parameters, groups = setup.parameters.scored, setup.parameters.groups
     known = parameters if whole is None else whole
@@ -102,4 +104,5 @@ def sums_of(
     )
     if setup.sketch is None:
         return GramSums(spec, accepted)
-    return SketchSums(spec, accepted, sketch=setup.sketch, seed=setup.generator("sketch").initial_seed())
+    seed = setup.generator("sketch").initial_seed()
+    return SketchSums(spec, accepted, sketch=setup.sketch, seed=seed, counted=counted)

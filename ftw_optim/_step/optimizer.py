@@ -31,7 +31,7 @@ from ftw_optim._ranks.ranks import Ranks
 from ftw_optim._step.checkpoint import read_state, written_state
 from ftw_optim._step.clock import Clock
 from ftw_optim._step.closures import CandidateClosure
-from ftw_optim._step.options import check_options, check_target, refuse_for_several
+from ftw_optim._step.options import check_options, check_target, refuse_for_shards
 from ftw_optim._step.parameters import Scored, parameters_of
 from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.step import StepResult, selective_step
@@ -79,6 +79,9 @@ class SelectiveOptimizer(OptimizerWrapper):
         ranks: the processes whose candidates are one selection: a ``ProcessGroup``, or a ``DeviceMesh`` of one
             dimension; None: all of the run. Each gives its own candidates and its own target examples; the target is
             the mean over all of these. All of them get the same selection, and the same combined gradient.
+        among: number of neighbouring ranks whose candidates are compared with each other. Each group of so many makes
+            a choice of its own towards the same target, and their mean is applied. None: all ranks, or, with a warning,
+            as many as have 2,048 candidates together.
 
     Raises:
         ValueError: an option is not one of those above, or a group parameter is not the model's.
@@ -107,10 +110,11 @@ class SelectiveOptimizer(OptimizerWrapper):
         self_check: bool | int | str = 100,
         seed: int = 0,
         ranks: Any = None,
+        among: int | None = None,
     ) -> None:
         filter = GreedyFilter(keep=0.25) if filter is None else filter
         weight = NonNegativeLeastSquares() if weight is None else weight
-        check_options(optimizer, model, (filter, weight), metric, combine, gram, memory_limit, self_check)
+        check_options(optimizer, model, (filter, weight), metric, combine, gram, memory_limit, self_check, among)
         registered = registered_rule(optimizer)
         super().__init__(optimizer)
         self.model, self.filter, self.weight = model, filter, weight
@@ -126,7 +130,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         self._checks = SelfChecks()
         self._buffer = Buffer()
         self._structure = KnownStructure()
-        self._ranks = KnownRanks(ranks)
+        self._ranks, self.among = KnownRanks(ranks), among
         self._last_capture: tuple[frozenset[str], Mapping[str, Footprint]] | None = None
         self._warned_own_backward = False
         parameters_of(self._structure.of(model), self.param_groups, self.scored)  # says now what a step would say
@@ -323,8 +327,8 @@ class SelectiveOptimizer(OptimizerWrapper):
         """The inputs and options of one step, and its closure; a step that cannot be made is refused here."""
         if not scale > 0.0:
             raise ValueError(f"grad_scale must be positive, got {scale!r}.")
-        if not ranks.alone:
-            refuse_for_several(self.gram)
+        if not ranks.alone and structure.sharding:
+            refuse_for_shards(self.gram)
         if not isinstance(self.self_check, str) and self.self_check and self._backwards % self.self_check == 0:
             self._checks.forget()
         check_target(self.target, self.train_on_target)
@@ -356,6 +360,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             sample_ids=sample_ids,
             checks=self._checks if self.self_check else None,
             ranks=ranks,
+            among=self.among,
             backwards=self._backwards,
             # A seed that depends on the step count alone, so that no random state needs saving.
             seed_of=partial(self._seed_of, rank=ranks.own),

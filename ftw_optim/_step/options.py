@@ -26,6 +26,7 @@ def check_options(
     gram: str | Sketch,
     memory_limit: int | None,
     self_check: bool | int | str,
+    among: int | None,
 ) -> None:
     """Refuse options with which no step can be made.
 
@@ -38,6 +39,7 @@ def check_options(
         gram: ``"exact"`` or a sketch.
         memory_limit: bytes of multiplied-out gradients, or None.
         self_check: when captured gradients are compared with autograd's.
+        among: ranks of one selection, or None.
 
     Raises:
         TypeError: the inner optimizer is no optimizer, or the model is no module.
@@ -56,6 +58,8 @@ def check_options(
         raise ValueError(f"memory_limit must be a positive number of bytes, got {memory_limit!r}.")
     if self_check != "first" and not (isinstance(self_check, int) and self_check >= 0):
         raise ValueError(f'self_check must be "first", a number of selections, True or False, got {self_check!r}.')
+    if among is not None and (isinstance(among, bool) or not isinstance(among, int) or among < 1):
+        raise ValueError(f"among must be a positive number of ranks, or None, got {among!r}.")
     if (normalize := getattr(stages[1], "normalize", "sum")) not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {NORMALIZATIONS}, got {normalize!r}.")
     for stage in stages:
@@ -91,14 +95,14 @@ def check_target(target: TargetGradient, train_on_target: Any) -> None:
         )
 
 
-def refuse_for_several(gram: str | Sketch) -> None:
-    """Refuse options that a run of several processes does not have.
+def refuse_for_shards(gram: str | Sketch) -> None:
+    """Refuse options that are not there where each process holds a part of the parameters.
 
     Raises:
         NotImplementedError: the option is one of them.
     """
     if isinstance(gram, Sketch):
         raise NotImplementedError(
-            'Expected gram="exact" in a run of several processes, got a Sketch: sketches over ranks are not supported. '
-            "With scored=last_blocks(model, 1) the exact Gram matrix costs little."
+            'Expected gram="exact" with fully_shard, got a Sketch: every rank would need the whole state of the '
+            "optimizer. With scored=last_blocks(model, 1) the exact Gram matrix costs little."
         )

@@ -55,7 +55,8 @@ class StepSetup:
         scale: the factor by which the losses are multiplied.
         sample_ids: the candidate of each position, or of each row of some layers; a list with one for each micro-batch.
         checks: what the self-check has vouched for; None: no self-check.
-        ranks: the processes whose candidates are this one selection.
+        ranks: the processes that make this step together.
+        among: the number of them whose candidates are one selection; None: all, unless these are too many.
         backwards: number of selections before this one.
         seed_of: ``purpose -> seed`` of this step.
         clock: measures the phases of this step.
@@ -81,6 +82,7 @@ class StepSetup:
     sample_ids: GivenIds | Sequence[GivenIds] | None
     checks: SelfChecks | None
     ranks: Ranks
+    among: int | None
     backwards: int
     seed_of: Callable[[str], int]
     clock: Clock

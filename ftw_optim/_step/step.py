@@ -11,7 +11,7 @@ from torch import Tensor
 from ftw_optim._factors.micro_batches import Footprint
 from ftw_optim._matching.selection import Selection
 from ftw_optim._step.candidates import CandidatePass
-from ftw_optim._step.choice import choose
+from ftw_optim._step.choices import choice_of_all
 from ftw_optim._step.closures import CandidateClosure, Plain
 from ftw_optim._step.combine import combine
 from ftw_optim._step.comparison import compare
@@ -72,7 +72,7 @@ def select(setup: StepSetup, closure: CandidateClosure) -> StepResult | Plain:
             if isinstance(factors, Plain):
                 return factors
             comparison = compare(setup, factors, target)
-            selection = setup.ranks.as_first_says(lambda: choose(setup, comparison))
+            selection = choice_of_all(setup, comparison, factors)
             selection, gradients = combine(setup, comparison, selection, factors, candidate_pass)
         watch = setup.watch_after(target)
     guide_loss, held_out_loss, _ = watch.found
@@ -84,6 +84,7 @@ def select(setup: StepSetup, closure: CandidateClosure) -> StepResult | Plain:
             blind=watch.blind,
             stale=setup.target.guides_no_more(setup.backwards),
             mine=factors.mine,
+            group=selection.group if factors.in_groups else slice(0, len(selection.losses)),
             milliseconds=setup.clock.milliseconds,
         ),
         gradients=gradients,

@@ -103,6 +103,8 @@ class StreamedFactors:
         stream: everything that pass has handed over.
     """
 
+    in_groups = False
+
     def __init__(
         self,
         setup: StepSetup,

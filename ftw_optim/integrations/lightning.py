@@ -44,8 +44,11 @@ class SelectiveModuleMixin(LightningModule):
     - Hooks for the transfer of batches are called for the target's batches too.
 
     A run resumed from a checkpoint goes on exactly, to the last bit; with ``select_from="batch"``, as in plain
-    Lightning, from one at the end of a window. Only one device is supported. What ``candidate_losses`` logs, it logs
-    for target batches too, unless ``target_losses`` is defined.
+    Lightning, from one at the end of a window. What ``candidate_losses`` logs, it logs for target batches too, unless
+    ``target_losses`` is defined.
+
+    With ``strategy="ddp"`` there is one selection among the candidates of all processes. Each runs its part of a target
+    batch's rows. The other strategies for several devices are refused by name.
 
     Attributes:
         accumulate_grad_batches: number of batches in a window, after which the optimizer steps; the last window of an

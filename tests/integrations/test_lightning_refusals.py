@@ -156,17 +156,23 @@ def test_a_backward_of_ones_own_is_refused_by_name() -> None:
     assert made(SelectiveModuleMixin, Plain)  # whose training step is what the selective one replaces
 
 
-def test_several_devices_are_refused() -> None:
-    """And what Lightning does for several, on one."""
-    case = CASES["llama"]()
-    with mock.patch.dict(os.environ):  # in which it leaves the address of its process group
-        with pytest.raises(NotImplementedError, match="one process and SingleDeviceStrategy, got 1 and DDPStrategy"):
-            trainer_of(strategy="ddp").fit(Selective(case), Loader(case))
-        torch.distributed.destroy_process_group()
-    trainer = trainer_of(devices=2, strategy="ddp")
-    assert trainer.world_size == 2
-    module = Selective(case)
+def test_other_strategies_are_refused() -> None:
+    """Those that divide the model, or drive the optimizer themselves."""
+    trainer = trainer_of()
+    trainer.strategy.__class__ = type("OtherStrategy", (type(trainer.strategy).__mro__[1],), {})
+    module = Selective(CASES["llama"]())
     (callback,) = module.configure_callbacks()
-    with pytest.raises(NotImplementedError, match="Expected one process and SingleDeviceStrategy, got 2 and"):
+    with pytest.raises(NotImplementedError, match="Expected SingleDeviceStrategy or DDPStrategy, got OtherStrategy"):
         callback.setup(trainer, module, "fit")
     callback.setup(trainer, module, "validate")
+
+
+def test_ddp_of_one_process_selects() -> None:
+    case = CASES["llama"]()
+    with mock.patch.dict(os.environ):  # in which it leaves the address of its process group
+        trainer = trainer_of(strategy="ddp", max_steps=1)
+        module = Selective(case)
+        trainer.fit(module, Loader(case))
+        assert trainer.global_step == 1
+        assert module._selecting is None
+        torch.distributed.destroy_process_group()

@@ -205,7 +205,8 @@ def test_ranks_that_differ_are_told(what: str, said: str, two_processes: Process
 
 def refused(what: str) -> None:
     """A job of one step, with something that cannot be right."""
-    model, optimizer, losses = made(**({"gram": Sketch(dim=64)} if what == "sketch" else {}))
+    options = {"sketch of shards": {"gram": Sketch(dim=64)}, "groups of shards": {"among": 1}}.get(what, {})
+    model, optimizer, losses = made(shards="shards" in what, **options)
     if what == "static graph":
         model = DistributedDataParallel(Net().double(), static_graph=True)
         target = lambda: rows_of(model, TARGETS)  # noqa: E731
@@ -225,7 +226,8 @@ def refused(what: str) -> None:
     [
         ("static graph", "static_graph=False"),
         slow("hook", "without a communication hook"),
-        slow("sketch", "sketches over ranks are not supported"),
+        slow("sketch of shards", 'gram="exact" with fully_shard'),
+        slow("groups of shards", "among=None with fully_shard"),
         slow("FSDP1", "got FSDP1"),
     ],
 )

@@ -65,6 +65,14 @@ CASES = {
     "shards, float32": Case(shard={}, dtype=torch.float32),
     "shards, euclidean": Case(shard={}, metric="euclidean"),
     **{f"shards, {name}": Case(shard={}, optimizer=name) for name in ("SGD", "RMSprop", "Adagrad")},
+    "sketch": Case(wrap={}, outside=True, sketch=64, counts=(5, 3)),
+    "sketch, unused": Case(wrap={"find_unused_parameters": True}, sketch=64),
+    "sketch, graph, update": Case(wrap={}, outside=True, sketch=64, combine="graph", metric="update"),
+    "sketch, rerun": Case(wrap={}, outside=True, sketch=64, combine="rerun", counts=(0, 6)),
+    "sketch, micro-batches": Case(wrap={}, outside=True, sketch=64, pieces=2, counts=(4, 3)),
+    "sketch, a rank of NaN": Case(wrap={}, outside=True, sketch=64, counts=(5, -3)),
+    "sketch, target rows": Case(wrap={}, outside=True, sketch=64, train_on_target=True, targets=(1, 3)),
+    "sketch, target rows, remembered": Case(sketch=64, train_on_target=True, targets=(1, 3), target={"decay": 0.7}),
     **{name: Case(optimizer=name) for name in ("SGD", "Adafactor", "RMSprop", "Adagrad")},
 }
 FAST = {"uneven", "ddp, graph", "target rows", "Adafactor", "a rank without candidates"}

@@ -21,6 +21,7 @@ from ftw_optim import (
     GreedyFilter,
     NonNegativeLeastSquares,
     SelectiveOptimizer,
+    Sketch,
     TargetGradient,
     WeightStage,
 )
@@ -49,6 +50,8 @@ class Case:
         accumulated: calls of ``backward`` for one step.
         scale: of the losses.
         scored: substring of the names of scored parameters.
+        sketch: numbers of a sketch; None: none.
+        among: ranks of one selection; None: all.
     """
 
     counts: Sequence[int] = (4, 4)
@@ -69,6 +72,8 @@ class Case:
     accumulated: int = 1
     scale: float = 1.0
     scored: str = ""
+    sketch: int | None = None
+    among: int | None = None
     steps: int = 3
     seed: int = 0
 
@@ -134,6 +139,8 @@ def run(case: Case, *, alone: bool = False) -> dict[str, Any]:
         combine=case.combine,
         train_on_target=case.train_on_target,
         scored=(lambda name, parameter: case.scored in name) if case.scored else None,
+        gram="exact" if case.sketch is None else Sketch(dim=case.sketch),
+        among=None if alone else case.among,
     )
     found: dict[str, Any] = {"selections": [], "gradients": [], "mine": []}
     for number, (candidates, targets) in enumerate(data(case)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 POOLS = ("window", "batch")
 
@@ -46,11 +46,11 @@ def _backward(found: str) -> str:
 
 def refuse_settings(module: Any, trainer: Trainer) -> None:
     """Raise an error if a fit would not do what its settings say."""
-    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
+    strategy = trainer.strategy
+    if type(strategy) is not DDPStrategy and not isinstance(strategy, SingleDeviceStrategy):  # DeepSpeed's is a kind
         raise NotImplementedError(
-            f"Expected one process and SingleDeviceStrategy, got {trainer.world_size} and "
-            f"{type(trainer.strategy).__name__}: each process would select for itself, and the parameters would "
-            "drift apart. Use Trainer(devices=1) with its default strategy."
+            f"Expected SingleDeviceStrategy or DDPStrategy, got {type(strategy).__name__}: one selection among the "
+            'candidates of all of its processes is not supported. Use Trainer(devices=1), or strategy="ddp".'
         )
     if not module.automatic_optimization:
         raise ValueError(

@@ -7,17 +7,22 @@ from dataclasses import fields
 from typing import Any, Protocol, cast, final
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 from ftw_optim._matching.selection import Selection
+from ftw_optim._ranks.wrapping import refuse_wrapper
 from ftw_optim._step.optimizer import SelectiveOptimizer
 from ftw_optim._step.target import TargetGradient
 from ftw_optim.integrations._lightning.halves import Halves
 from ftw_optim.integrations._lightning.refusals import refuse_replaced_hooks, refuse_settings
 from ftw_optim.integrations._lightning.settings import Settings
+from ftw_optim.integrations._trainers.dealing import part_of
 from ftw_optim.integrations._trainers.rows import has_rows, rows_of
 from ftw_optim.integrations._trainers.targets import CycledBatches
 
@@ -56,6 +61,7 @@ class Selecting(Callback):
         self._targets: CycledBatches | None = None
         self._position: dict[str, int] | None = None
         self._settings: Settings | None = None
+        self._wrapper: DistributedDataParallel | None = None
 
     @property
     def selective(self) -> SelectiveOptimizer:
@@ -89,6 +95,10 @@ class Selecting(Callback):
         selective = inner if isinstance(inner, SelectiveOptimizer) else self._wrapped(trainer, pl_module, inner)
         self._halves = Halves(selective)
         trainer.optimizers = [selective]
+        if isinstance(wrapper := trainer.strategy.model, DistributedDataParallel):
+            refuse_wrapper(wrapper, range(trainer.world_size))
+            wrapper.require_backward_grad_sync = False  # it runs the selection, but no backward pass of its own
+            self._wrapper = wrapper
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the optimizer, the trainer and the module as they were."""
@@ -99,21 +109,32 @@ class Selecting(Callback):
         _selectable(pl_module)._selecting = None
         if self._halves is not None:
             self._halves.detach()
+        if self._wrapper is not None:
+            self._wrapper.require_backward_grad_sync, self._wrapper = True, None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Call :meth:`teardown`, which Lightning does not call after an exception."""
         self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the target's batches, and the batches of an unfinished window."""
+        """The place in the target's batches, and the batches of an unfinished window, those of each process."""
         return {
-            "window": list(self.window),
+            "window": list(self.window) if self._wrapper is None else _of_all_processes(self.window),
             "targets": self._position if self._targets is None else self._targets.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; a checkpoint's before the optimizer is wrapped, a tuner's in the midst of a fit."""
-        self.window, self._position = list(state_dict["window"]), state_dict["targets"]
+        window, self._position = state_dict["window"], state_dict["targets"]
+        processes, own = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        if isinstance(window, dict):
+            if len(window) != processes and any(window.values()):
+                raise ValueError(
+                    f"Expected as many processes as were there when a window was cut short, {len(window)}, got "
+                    f"{processes}: resume from a checkpoint at the end of a window."
+                )
+            window = window.get(own, [])
+        self.window = list(window)
         if self._targets is not None and self._position is not None:
             self._targets.load_state_dict(self._position)
 
@@ -167,6 +188,7 @@ class Selecting(Callback):
         def target() -> Tensor:
             batch = trainer.precision_plugin.convert_input(next(targets))
             batch = pl_module._on_before_batch_transfer(batch)  # a data module's, where it has one
+            batch = _dealt(batch, trainer.global_rank, trainer.world_size)
             return module.target_losses(trainer.strategy.batch_to_device(batch))
 
         model = options.pop("model", None)
@@ -179,6 +201,24 @@ class Selecting(Callback):
 
 
 _Selected = tuple[Tensor, Selection]
+
+
+def _of_all_processes(window: list[Any]) -> dict[int, list[Any]]:
+    """The batches that wait in each process; a checkpoint is made by all, and written by one."""
+    windows: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(windows, list(window))
+    return dict(enumerate(windows))
+
+
+def _dealt(batch: Any, rank: int, ranks: int) -> Any:
+    """The rows of a target batch that are this process's; all, where they cannot be told apart or are too few.
+
+    Rows that each process runs count once for each, which leaves their mean what it is.
+    """
+    if ranks == 1 or not has_rows(batch):
+        return batch
+    count = len(tree_leaves(batch)[0])
+    return batch if count < ranks else rows_of(batch, torch.tensor(part_of(range(count), rank, ranks)))
 
 
 def _selectable(module: LightningModule) -> Selectable:

@@ -1,0 +1,188 @@
+"""The products of the rows of several ranks: exchanged to the owners of parameters, or from sketches by each rank.
+
+A parameter is measured by the rank that owns it. All ranks multiply out their own rows' gradients of it and send them
+there; the owner has the optimizer's state, as every rank has, and so the expected gradient, ``P``, and the parameter's
+share of the Gram matrix of all rows. The sum over the owners is the whole matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from ftw_optim._factors.buckets import buckets_of
+from ftw_optim._factors.factors import Factors
+from ftw_optim._gram.blocks import Block
+from ftw_optim._gram.exact import GramSums
+from ftw_optim._gram.inner_products import Products
+from ftw_optim._gram.metric import Metric
+from ftw_optim._gram.sketch import SketchSums, estimated
+from ftw_optim._preconditioners.lookup import Preconditioners
+from ftw_optim._ranks.owners import Exchange, owners
+from ftw_optim._ranks.ranks import Ranks
+from ftw_optim._ranks.rows import Rows
+from ftw_optim._ranks.shards import WholeParameters
+from ftw_optim._step.kept_factors import KeptFactors, in_no_bucket
+from ftw_optim._step.measuring import dtype_of_sums, preconditioners_of, sums_of
+from ftw_optim._step.setup import StepSetup
+from ftw_optim._step.target import TargetNow
+
+
+@final
+class SharedSums:
+    """The products of the rows of some ranks, of which each has the factors of its own.
+
+    Args:
+        setup: the inputs and options of the step.
+        within: the ranks whose candidates are one selection.
+        rows: the rows of these ranks.
+        own: this rank's factors.
+        target: the target.
+    """
+
+    def __init__(self, setup: StepSetup, within: Ranks, rows: Rows, own: KeptFactors, target: TargetNow) -> None:
+        self._setup, self._within, self._rows, self._own, self._target = setup, within, rows, own, target
+        self._device = own.candidates.losses.device
+
+    def sketched(self, counted: Iterable[str]) -> dict[Metric, Products]:
+        """Estimates from sketches, which each rank makes of its own rows: their maps are at the target's gradient.
+
+        Args:
+            counted: the parameters whose share of the target an earlier rank's sketches have.
+        """
+
+        def sketches() -> dict[Metric, tuple[Tensor, Tensor]]:
+            sums = self._own.sums(counted=counted)
+            assert isinstance(sums, SketchSums)
+            return sums.sketches()
+
+        made, _ = self._setup.ranks.told(sketches, lambda _: None)
+        with self._setup.clock.phase("exchange"):
+            rows = torch.stack([rows for rows, _ in made.values()])
+            everyone = self._within.gathered(rows.movedim(2, 0).contiguous(), self._rows.by_rank)
+            targets = self._within.summed([target for _, target in made.values()])
+        order = self._rows.order()
+        everyone = everyone if order is None else everyone[order.to(everyone.device)]
+        with self._setup.clock.phase("gram"):
+            return {
+                metric: estimated(everyone[:, number].movedim(0, 1), target)
+                for number, (metric, target) in enumerate(zip(made, targets, strict=True))
+            }
+
+    def exact(self, scored: Sequence[str], accepted: Tensor) -> Mapping[Metric, Products]:
+        """The products from the parameters that each rank owns.
+
+        Whatever fails on the way is told once everything has been exchanged: until then the others wait for this rank.
+
+        Args:
+            scored: parameters that some row reached; none where no row of these ranks counts, but perhaps of others.
+            accepted: the rows that count, bool ``(n + m,)``.
+        """
+        setup, within, device = self._setup, self._within, self._device
+        parameters = setup.parameters.scored
+        exchange = Exchange(
+            ranks=within,
+            sizes={name: parameters[name].numel() for name in scored},
+            rows=self._rows.by_rank,
+            dtype=dtype_of_sums(parameters),
+            device=device,
+        )
+        owner = owners(exchange.sizes, within.count)
+        whole = WholeParameters(setup.inner, parameters, within, owner, device)
+        order = self._rows.order()
+        failure: BaseException | None = None
+        made: tuple[Preconditioners, GramSums] | None = None
+
+        def fill(places: Mapping[str, Tensor]) -> None:
+            nonlocal failure, made
+            if failure is None:
+                try:
+                    if made is None:
+                        preconditioners = preconditioners_of(setup, whole.optimizer)
+                        sums = sums_of(
+                            setup, accepted, self._target, device, preconditioners, scale=1.0, whole=whole.found
+                        )
+                        assert isinstance(sums, GramSums)
+                        self._own.buckets, made = self._own.alike(preconditioners), (preconditioners, sums)
+                    self._write(places)
+                except BaseException as error:
+                    failure = error
+
+        for names in exchange.buckets():
+            with setup.clock.phase("exchange"):
+                whole.bring(names)
+                found = exchange.exchanged(names, owner, fill)
+            if failure is None and made is not None:
+                try:
+                    with setup.clock.phase("gram"):
+                        self._measure(made[1], found, made[0], order, whole.found)
+                except BaseException as error:
+                    failure = error
+            whole.let_go(names)
+
+        def outcome() -> Mapping[Metric, Products]:
+            if failure is not None:
+                raise failure
+            return {} if made is None else made[1].products()
+
+        return _summed(within, setup.ranks.told(outcome, lambda _: None)[0])
+
+    def _write(self, places: Mapping[str, Tensor]) -> None:
+        """Multiply out this rank's gradients, each into its place ``(rows, entries)``."""
+        setup, own = self._setup, self._own
+        for bucket in own.buckets:
+            part = bucket.among(places)
+            if not part.names:
+                continue
+            rows = part.materialise(setup.buffer)[: part.count].view(part.count, len(part.names), -1)
+            for number, name in enumerate(part.names):
+                places[name].copy_(rows[:, number])
+                if setup.scale != 1.0:
+                    places[name].div_(setup.scale)
+        for name, uses in own.alone.items():
+            if name not in places:
+                continue
+            shape = setup.parameters.scored[name].shape
+            block = Block.of(uses, shape, scale=setup.scale, limit=setup.memory_limit, buffer=setup.buffer)
+            place = places[name].view(block.count, block.rows, block.columns)
+            for start, stop in block.ranges():
+                place[:, start:stop].copy_(block.out(start, stop))
+
+    def _measure(
+        self,
+        sums: GramSums,
+        found: Mapping[str, Tensor],
+        preconditioners: Preconditioners,
+        order: Tensor | None,
+        whole: Mapping[str, Tensor],
+    ) -> None:
+        """Add the parameters that this rank owns, of which it has the gradients of all rows."""
+        some = {name: whole[name] for name in found}
+        uses = {
+            name: [
+                Factors.explicit(
+                    (rows if order is None else rows[order.to(rows.device)]).reshape(-1, *some[name].shape), some[name]
+                )
+            ]
+            for name, rows in found.items()
+        }
+        kinds: dict[str, Hashable] = dict(preconditioners.kinds(some, self._setup.parameters.groups))
+        shapes = {name: parameter.shape for name, parameter in some.items()}
+        buckets = buckets_of(uses, shapes, kinds, limit=self._setup.memory_limit)
+        for bucket in buckets:
+            sums.add_all(bucket)
+        for name, own in in_no_bucket(uses, buckets).items():
+            sums.add(name, own)
+
+
+def _summed(ranks: Ranks, products: Mapping[Metric, Products]) -> dict[Metric, Products]:
+    parts = [[one.gram, one.cross_gram, one.target_energy] for one in products.values()]
+    summed = iter(ranks.summed([part for some in parts for part in some]))
+    return {
+        metric: replace(one, gram=next(summed), cross_gram=next(summed), target_energy=next(summed))
+        for metric, one in products.items()
+    }

@@ -1,0 +1,120 @@
+"""Lightning's DDP on two processes: the fit is that of one process with the batches of both."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ftw_optim import GreedyFilter, KeepAll, UniformWeights
+from tests.support.lightning_runs import QUIET, Base, Log, Plain, Selective, rows_of, trainer_of
+from tests.support.models import Case, transformers_model
+from tests.support.processes import Failure, Processes
+
+pytestmark = [pytest.mark.slow, *QUIET]
+
+
+class Part(list[Any]):
+    """The batches of this process: two candidates each; of a process by itself, those of both."""
+
+    def __init__(self, case: Case, batches: int) -> None:
+        several = dist.is_initialized()
+        own = [dist.get_rank()] if several else [0, 1]
+        super().__init__(
+            rows_of(case.candidates, torch.tensor([4 * number + 2 * rank + row for rank in own for row in (0, 1)]))
+            for number in range(batches)
+        )
+
+
+def built(lora: bool) -> Case:
+    return transformers_model("gpt2" if lora else "llama", lora=lora)(torch.float64, 14)
+
+
+class Targeted(Selective):
+    """A module whose target batches have three rows."""
+
+    def target_dataloader(self) -> Any:
+        return [rows_of(self.case.target, slice(row, row + 3)) for row in range(2)]
+
+
+def fitted(what: str, *, lora: bool = False, batches: int = 3, **options: Any) -> dict[str, Any]:
+    """A job: one fit; the parameters after each step, and what was logged."""
+    case = built(lora)
+    module: Base = Plain(case, "every step") if what == "plain" else Targeted(case, "every step")
+    attributes = {name: options.pop(name) for name in ("select_from", "selection") if name in options}
+    module.options = attributes.get("selection", {"filter": GreedyFilter(keep=0.5)})  # type: ignore[attr-defined]
+    if "select_from" in attributes:
+        module.select_from = attributes["select_from"]  # type: ignore[attr-defined]
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)  # by Lightning
+    warnings.filterwarnings("ignore", ".*does not have many workers")
+    log = Log()
+    if dist.is_initialized():
+        options |= {"devices": 2, "strategy": options.get("strategy", "ddp"), "use_distributed_sampler": False}
+    trainer = trainer_of(log, **options)
+    trainer.fit(module, Part(case, batches))
+    return {
+        "steps": log.steps,
+        "logged": {name: float(value) for name, value in trainer.logged_metrics.items() if "milliseconds" not in name},
+    }
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "each batch": {"select_from": "batch"},
+    "window": {"accumulate_grad_batches": 2},
+    "batches of a window": {"accumulate_grad_batches": 2, "select_from": "batch"},
+    "adapters": {"lora": True},
+    "graph": {"selection": {"combine": "graph", "filter": GreedyFilter(keep=0.5)}},
+    "target rows": {"selection": {"train_on_target": True, "filter": GreedyFilter(keep=0.5)}},
+    "clipped": {"gradient_clip_val": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_fit_of_two_processes_is_that_of_one_with_both_batches(name: str, two_processes: Processes) -> None:
+    ranks = two_processes.run(_job, "selective", CASES[name])
+    whole = fitted("selective", **CASES[name])
+    _alike(ranks, whole["steps"])
+    assert ranks[0]["logged"] == pytest.approx(whole["logged"], rel=1e-6, nan_ok=True)
+
+
+def test_with_all_kept_alike_it_is_lightnings_own_fit(two_processes: Processes) -> None:
+    everyone = {"selection": {"filter": KeepAll(), "weight": UniformWeights()}}
+    ranks = two_processes.run(_job, "selective", everyone)
+    own = two_processes.run(_job, "plain", {})
+    _alike(ranks, own[0]["steps"], rtol=1e-7)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"])
+def test_parameters_that_no_loss_reaches_may_be_looked_for(strategy: str, two_processes: Processes) -> None:
+    ranks = two_processes.run(_job, "selective", {"strategy": strategy})
+    _alike(ranks, fitted("selective")["steps"])
+
+
+def test_what_several_processes_do_not_have_is_refused(two_processes: Processes) -> None:
+    for one in two_processes.outcomes(static):
+        assert isinstance(one, Failure)
+        assert "static_graph=False" in one.text
+
+
+def static() -> None:
+    """A job with a setting of DDP that the selection cannot serve."""
+    from lightning.pytorch.strategies import DDPStrategy
+
+    fitted("selective", strategy=DDPStrategy(static_graph=True))
+
+
+def _job(what: str, options: dict[str, Any]) -> dict[str, Any]:
+    return fitted(what, **options)
+
+
+def _alike(ranks: list[dict[str, Any]], steps: list[Any], rtol: float = 1e-9) -> None:
+    first, second = (found["steps"] for found in ranks)
+    assert len(first) == len(second) == len(steps) > 1
+    for (rate, one), (_, other), (expected_rate, expected) in zip(first, second, steps, strict=True):
+        assert rate == expected_rate
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        for found, value in zip(one, expected, strict=True):
+            torch.testing.assert_close(found, value, rtol=rtol, atol=1e-10)
