@@ -42,6 +42,7 @@ class Selection:
         fitted_scale: sum of the fitted weights before normalisation; 1 means that the best fit to the target is as long
             as the weighted mean of the kept gradients.
         gram: shape ``(n, n)`` in the optimizer's ``metric``; rows and columns of rejected candidates are zero.
+        squares: shape ``(n,)``, the squared norms of the candidates' gradients, the diagonal of ``gram``.
         cross_gram: shape ``(n,)``, inner products with the target gradient, zero for rejected candidates.
         target_energy: squared norm of the target gradient in the metric.
         cosine: cosine of the applied gradient with the target gradient, in the metric; 0 where either vanishes.
@@ -76,6 +77,7 @@ class Selection:
     weights: Tensor
     fitted_scale: float
     gram: Tensor
+    squares: Tensor
     cross_gram: Tensor
     target_energy: float
     cosine: float
@@ -113,6 +115,7 @@ class Selection:
             weights=torch.empty(0, dtype=torch.float64),
             fitted_scale=0.0,
             gram=torch.zeros(n, n),
+            squares=torch.zeros(n),
             cross_gram=torch.zeros(n),
             target_energy=0.0,
             cosine=0.0,
@@ -164,12 +167,36 @@ class Selection:
             kept=self.kept[kept] - start,
             weights=self.weights[kept],
             gram=self.gram[square, square],
+            squares=self.squares[candidates],
             cross_gram=self.cross_gram[candidates],
             rejected=self.rejected[rejected] - start,
             target_weights=self.target_weights[targets],
             target_losses=self.target_losses[targets],
             mine=slice(0, stop - start),
             group=slice(0, stop - start),
+        )
+
+    def in_order(self, order: Tensor) -> Selection:
+        """The same selection with its candidates in another order, all of them counted as this process's.
+
+        Args:
+            order: shape ``(n,)`` int64, the candidate at each place. Where groups of processes have selected, ``gram``
+                stays as it is.
+        """
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        whole = len(self.gram) == len(order)
+        everyone = slice(0, len(order))
+        return replace(
+            self,
+            losses=self.losses[order],
+            kept=place[self.kept],
+            gram=self.gram[order][:, order] if whole else self.gram,
+            squares=self.squares[order],
+            cross_gram=self.cross_gram[order],
+            rejected=place[self.rejected],
+            mine=everyone,
+            group=everyone if whole else self.group,
         )
 
     def spread_weights(self) -> Tensor:

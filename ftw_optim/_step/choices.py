@@ -27,7 +27,7 @@ def choice_of_all(setup: StepSetup, comparison: Comparison, factors: PassFactors
     within = factors.within
 
     def told(selection: Selection) -> Selection | None:
-        return replace(selection, gram=selection.gram[:0, :0]) if within.own == 0 else None
+        return replace(selection, gram=torch.empty(0, 0)) if within.own == 0 else None
 
     own, others = setup.ranks.told(lambda: within.as_first_says(lambda: choose(setup, comparison)), told)
     groups = [selection for selection in others if selection is not None]
@@ -61,6 +61,7 @@ def joined(groups: Sequence[Selection], *, own: Selection, number: int) -> Selec
         kept=torch.cat([one.kept + start for one, start in zip(groups, starts, strict=False)]),
         weights=weights,
         fitted_scale=mean(lambda one: one.fitted_scale),
+        squares=torch.cat([one.squares for one in groups]),
         cross_gram=torch.cat([one.cross_gram for one in groups]),
         target_energy=mean(lambda one: one.target_energy),
         cosine=cosine,

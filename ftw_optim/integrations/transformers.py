@@ -229,6 +229,7 @@ class SelectiveTrainerMixin(_Base):
             batch_size=self._train_batch_size,
             windows=self.args.gradient_accumulation_steps,
             drop_last=self.args.dataloader_drop_last,
+            processes=self._processes,
         )
         if not window.batches and self._processes.count == 1:
             return torch.zeros(())
@@ -454,10 +455,12 @@ class SelectiveTrainerMixin(_Base):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self._sampling.proposes:
             return super()._get_train_sampler(train_dataset)
+        at_once = self._train_batch_size * self._processes.count
         return self._sampling.sampler_for(
             self.train_dataset,  # with all of its columns
             self._target_examples,
-            count=self._train_batch_size * self.args.gradient_accumulation_steps,
+            count=at_once * self.args.gradient_accumulation_steps,
+            whole=1 if self._processes.count == 1 or self.args.dataloader_drop_last else at_once,
             seed=self._options["seed"],
             source=self._log_columns.get(SOURCES),
         )

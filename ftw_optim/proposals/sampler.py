@@ -154,18 +154,26 @@ class ProposedSampler(Sampler[int]):
         if epoch != self._epoch or self._ended:
             self._begin(epoch)
 
-    def observe(self, selection: Selection) -> None:
+    def observe(self, selection: Selection, *, order: Tensor | None = None) -> None:
         """Let the proposal learn from a step, whose candidates were the next ones given out, in this order.
 
-        In a run of several processes these are the candidates of this one: each has data and a sampler of its own.
+        Args:
+            selection: the selection of the step.
+            order: in a run of several processes that share one order of records, as a trainer's do: the candidate of
+                all processes that each next one became, shape ``(n,)`` int64. Every process then learns the same. None:
+                the candidates of this process, which has data and a sampler of its own.
 
         Raises:
             ValueError: there are more candidates than were given out.
         """
-        selection = selection.own()
+        selection = selection.own() if order is None else selection.in_order(order)
         numbers = self._next(len(selection.losses))
         self._samples.observe(numbers, selection)
         self._taken += len(numbers)
+
+    def coming(self, count: int) -> list[int]:
+        """The numbers of the records that were given out and become candidates next, ``count`` at most."""
+        return self._drawn[self._taken : self._taken + count]
 
     def skip(self, count: int) -> None:
         """Count the next ones given out as taken by a step without a selection.
@@ -261,7 +269,7 @@ class ProposedSampler(Sampler[int]):
             )
 
     def _next(self, count: int) -> Sequence[int]:
-        numbers = self._drawn[self._taken : self._taken + count]
+        numbers = self.coming(count)
         if len(numbers) < count:
             raise ValueError(
                 f"Expected no more candidates than the {len(numbers)} given out and not taken, got {count}. Tell every "

@@ -119,7 +119,7 @@ class ScoreRegression:
         selection = observed(samples, selection)
         if selection.blind or selection.stale:
             return None
-        energy = selection.gram.diagonal().double() * selection.target_energy
+        energy = selection.squares.double() * selection.target_energy
         scores = selection.cross_gram.double() / energy.sqrt()
         valid = scores.isfinite() & energy.isfinite() & (energy > 0.0)
         valid[selection.rejected] = False

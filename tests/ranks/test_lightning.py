@@ -57,7 +57,7 @@ def fitted(what: str, *, lora: bool = False, batches: int = 3, **options: Any) -
     trainer.fit(module, Part(case, batches))
     return {
         "steps": log.steps,
-        "logged": {name: float(value) for name, value in trainer.logged_metrics.items() if "milliseconds" not in name},
+        "logged": {name: float(value) for name, value in trainer.logged_metrics.items() if "ms_" not in name},
     }
 
 

@@ -75,6 +75,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "held out": ("Trainer", {}, {"held_out_dataset": examples(5, seed=4), "held_out_every": 2}),
     "one target row": ("Trainer", {}, {"target_batch_size": 1}),
     "SFT": ("SFT", {}, {}),
+    "uniform": ("Trainer", {"num_train_epochs": 2}, {"selective": {"proposal": "uniform", "read_ahead": 8}}),
+    "learned": ("Trainer", {"num_train_epochs": 2}, {"selective": {"proposal": "learned", "passed_over": "keep"}}),
+    "SFT, vetted": ("SFT", {}, {"selective": {"proposal": "vetted"}}),
 }
 
 
@@ -93,7 +96,7 @@ def test_a_step_of_two_processes_is_that_of_one_with_both_batches(
         torch.testing.assert_close(ranks[0]["parameters"][key], value, rtol=1e-9, atol=1e-10)
     assert ranks[0]["losses"] == pytest.approx(whole["losses"], rel=1e-6)
     assert not ranks[1]["steps"]
-    assert len(whole["steps"]) == len(ranks[0]["steps"]) == 4
+    assert len(whole["steps"]) == len(ranks[0]["steps"]) >= 4
     for one, other in zip(ranks[0]["steps"], whole["steps"], strict=True):
         for column in ("step", "ids", "sources"):
             assert one[column] == other[column], column
@@ -119,7 +122,18 @@ def test_with_all_kept_alike_it_is_the_trainers_own_run_on_two_processes(
 @pytest.mark.parametrize(
     ("options", "settings", "kind", "said"),
     [
-        ({"selective": {"proposal": "similarity"}}, {}, "NotImplementedError", "a proposal chooses for one process"),
+        (
+            {"selective": {"proposal": "similarity"}},
+            {"accelerator_config": {"split_batches": True}},
+            "NotImplementedError",
+            "leave split_batches out",
+        ),
+        (
+            {"selective": {"proposal": "similarity"}},
+            {"per_device_train_batch_size": 5},
+            "ValueError",
+            "or dataloader_drop_last=True with a proposal",
+        ),
         ({}, {"average_tokens_across_devices": False}, "NotImplementedError", "average_tokens_across_devices=False"),
         (
             {"selective": {"train_on_target": True}, "target_batch_size": 1},
@@ -136,3 +150,52 @@ def test_what_several_processes_do_not_have_is_refused(
         assert isinstance(one, Failure)
         assert one.kind == kind
         assert said in one.text
+
+
+def proposed(directory: str, resume: bool) -> dict[str, Any]:
+    """A job: a run with windows of two batches and a learned proposal, that saves, or goes on from what was saved."""
+    several = dist.is_initialized()
+    recording = Recording()
+    settings = {
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2 if several else 4,
+        "num_train_epochs": 2,
+        "dataloader_drop_last": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    trainer = SelectiveTrainer(
+        model().double(),
+        TrainingArguments(directory, **{**ARGUMENTS, **HARD, **settings}),
+        train_dataset=ROWS[:22],
+        data_collator=padded,
+        target_dataset=examples(5, seed=1),
+        target_batch_size=4,
+        selective={"proposal": "learned", "filter": GreedyFilter(keep=0.5)},
+        selection_log=recording,
+        sample_id_column="number",
+    )
+    trainer.train(resume_from_checkpoint=f"{directory}/checkpoint-2" if resume else None)
+    sampler = trainer.proposed_sampler
+    assert sampler is not None
+    return {
+        "parameters": {name: p.detach().clone() for name, p in trainer.model.named_parameters()},
+        "ids": [sorted(step["ids"]) for step in recording.steps],
+        "learned": sampler.proposal.state_dict()["learned"],
+    }
+
+
+def test_all_processes_propose_alike_and_learn_from_all_scores(two_processes: Processes, tmp_path: Path) -> None:
+    """The same records as one process proposes, with windows of several batches; a run that was cut short goes on."""
+    one, other = two_processes.run(proposed, str(tmp_path / "two"), False)
+    whole = proposed(str(tmp_path / "one"), False)
+    assert len(whole["ids"]) == 6
+    assert one["ids"] == whole["ids"]
+    for name, value in one["learned"].items():
+        torch.testing.assert_close(torch.as_tensor(other["learned"][name]), torch.as_tensor(value), rtol=0, atol=0)
+        torch.testing.assert_close(torch.as_tensor(whole["learned"][name]), torch.as_tensor(value))
+    resumed = two_processes.run(proposed, str(tmp_path / "two"), True)[0]
+    assert resumed["ids"] == one["ids"][2:]
+    for name, value in one["parameters"].items():
+        torch.testing.assert_close(whole["parameters"][name], value, rtol=1e-9, atol=1e-10)
+        assert torch.equal(resumed["parameters"][name], value)

@@ -31,7 +31,8 @@ def selection(step: int, *, n: int = 5, keep: int = 2, **changes: Any) -> Select
         "converged": True,
         "combine": "factors",
     }
-    return Selection(**{**fields, **changes})
+    fields |= changes
+    return Selection(**{"squares": fields["gram"].diagonal(), **fields})
 
 
 def of_scores(scores: Tensor, **changes: Any) -> Selection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -38,6 +38,31 @@ class Processes:
         if self.count == 1:
             return list(numbers)
         return [int(n) for n in self.total(torch.tensor(numbers, device=self._accelerator.device)).tolist()]
+
+    def agreed(self, work: Callable[[], Any]) -> Any:
+        """The result of some work, which is to be the same on each process and fails on all where it fails on one.
+
+        Raises:
+            RuntimeError: it failed elsewhere, or its results differ.
+        """
+        if self.count == 1:
+            return work()
+        found, failure = None, None
+        try:
+            found = work()
+        except Exception as error:
+            failure = error
+        told = self.gathered((found, None if failure is None else f"{type(failure).__name__}: {failure}"))
+        if failure is not None:
+            raise failure
+        if texts := [(rank, text) for rank, (_, text) in enumerate(told) if text is not None]:
+            raise RuntimeError(f"Rank {texts[0][0]} raised {texts[0][1]}")
+        if any(other != found for other, _ in told):
+            raise RuntimeError(
+                "Expected all processes to propose the same records, but they differ. Give all of them the same data, "
+                "target examples and seed, and load the same checkpoint."
+            )
+        return found
 
     def gathered(self, value: Any) -> list[Any]:
         """What each process gives."""

@@ -166,8 +166,8 @@ def _proposals(trainer: Trainer) -> Iterator[str]:
         )
     if getattr(args, "packing", False) or getattr(trainer, "padding_free", False):
         yield "a proposal chooses rows, which are no candidates where documents are packed: leave packing out"
-    if trainer.accelerator.num_processes > 1:
-        yield "a proposal chooses for one process: train in one, or leave the proposal out"
+    if trainer.accelerator.num_processes > 1 and trainer.accelerator.split_batches:
+        yield "batches that a proposal chose are dealt out whole: leave split_batches out"
     if args.ignore_data_skip:
         yield "what a proposal has given out is skipped when a run is resumed: leave ignore_data_skip out"
     if args.train_sampling_strategy != "random":

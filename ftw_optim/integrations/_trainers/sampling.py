@@ -10,6 +10,7 @@ from typing import Any, final
 import torch
 
 from ftw_optim._matching.selection import Selection
+from ftw_optim.integrations._trainers.processes import Processes
 from ftw_optim.integrations._trainers.proposing import Proposing
 from ftw_optim.proposals import ProposedSampler
 
@@ -30,6 +31,7 @@ class Sampling:
 
     def __init__(self, proposing: Proposing | None) -> None:
         self._proposing = proposing
+        self._order: torch.Tensor | None = None
         self._of_the_run = self._resumed = False
         self.sampler: ProposedSampler | None = None
 
@@ -42,11 +44,24 @@ class Sampling:
         """Begin a run: the next sampler is its own."""
         self._of_the_run = self._resumed = False
 
-    def sampler_for(self, data: Any, targets: Any, *, count: int, seed: int, source: str | None) -> ProposedSampler:
+    def sampler_for(
+        self, data: Any, targets: Any, *, count: int, seed: int, source: str | None, whole: int = 1
+    ) -> ProposedSampler:
         """The sampler over the training data, see :meth:`Proposing.sampler`.
 
         The first one of a run is the run's, and goes on with what the proposal has learned before. Others may ask for a
         loader while the run goes on: the proposal must not notice.
+
+        Args:
+            data: the training data.
+            targets: the target examples.
+            count: number of candidates of a step, of all processes.
+            seed: of the order of the data.
+            source: column of the data that is the ``source`` of a sample.
+            whole: an epoch must be a multiple of so many rows, for other processes not to be given rows once more.
+
+        Raises:
+            ValueError: an epoch is not.
         """
         assert self._proposing is not None
         before = self.sampler
@@ -60,6 +75,11 @@ class Sampling:
             source_column=source,
             proposal=proposal if of_the_run else copy.deepcopy(proposal),
         )
+        if len(made) % whole:
+            raise ValueError(
+                f"Expected an epoch of a multiple of {whole} rows, a batch for each process, or dataloader_drop_last="
+                f"True with a proposal, got {len(made)}: else processes are given rows that others had."
+            )
         if of_the_run:
             self.sampler, self._of_the_run = made, True
         return made
@@ -73,8 +93,11 @@ class Sampling:
         batch_size: int,
         windows: int,
         drop_last: bool,
+        processes: Processes,
     ) -> None:
         """Check that the candidates of a step are the next rows that were given out, one for one.
+
+        The loaders of several processes deal out batches in turn.
 
         Args:
             batches: the micro-batches of the step, as the loader gave them.
@@ -83,22 +106,31 @@ class Sampling:
             batch_size: number of rows that the loader puts into one batch.
             windows: number of micro-batches of a step.
             drop_last: whether the last rows of an epoch are left out if they do not fill a micro-batch.
+            processes: those that share the sampler's order.
 
         Raises:
             NotImplementedError: they are not.
             ValueError: by the number of steps, a run that was resumed is at another place than its sampler.
+            RuntimeError: the processes differ.
         """
         if self.sampler is None:
             return
-        if self._resumed:
-            self._resumed = False
-            _check_place(self.sampler, step, batch_size=batch_size, windows=windows, drop_last=drop_last)
-        _check_rows(self.sampler, batches, candidates=candidates, batch_size=batch_size)
+        sampler, resumed, self._resumed = self.sampler, self._resumed, False
+
+        def numbers() -> list[int]:
+            if resumed:
+                rows = batch_size * processes.count
+                _check_place(sampler, step, batch_size=rows, windows=windows, drop_last=drop_last)
+            _check_rows(sampler, batches, processes, candidates=candidates, batch_size=batch_size)
+            return sampler.coming(candidates * processes.count)
+
+        processes.agreed(numbers)
+        self._order = None if processes.count == 1 else dealt_in_turn(len(batches), processes.count, batch_size)
 
     def observe(self, selection: Selection) -> None:
-        """Let the proposal learn from a step."""
+        """Let the proposal learn from a step, from the candidates of all processes."""
         if self.sampler is not None:
-            self.sampler.observe(selection)
+            self.sampler.observe(selection, order=self._order)
 
     def numbers(self) -> dict[str, float]:
         """How many records of the epoch were read, and passed over, for a logger."""
@@ -139,15 +171,32 @@ class Sampling:
         self.sampler.load_state_dict(torch.load(path, weights_only=True), from_start=True)
 
 
+def dealt_in_turn(batches: int, ranks: int, rows: int) -> torch.Tensor:
+    """Which candidate each row became, where batches are dealt out in turn and candidates stand by rank.
+
+    Args:
+        batches: number of batches of each rank.
+        ranks: number of ranks.
+        rows: number of rows of a batch.
+    """
+    return torch.arange(ranks * batches * rows).view(ranks, batches, rows).transpose(0, 1).flatten()
+
+
 def _check_rows(
-    sampler: ProposedSampler, batches: Sequence[Mapping[str, Any]], *, candidates: int, batch_size: int
+    sampler: ProposedSampler,
+    batches: Sequence[Mapping[str, Any]],
+    processes: Processes,
+    *,
+    candidates: int,
+    batch_size: int,
 ) -> None:
     """Check that the candidates of a step are the next rows that were given out, one for one.
 
     Args:
         sampler: what gave out the rows.
         batches: the micro-batches of the step, as the loader gave them.
-        candidates: their number.
+        processes: those that are given batches in turn.
+        candidates: their number, of this process.
         batch_size: number of rows that the loader puts into one batch.
 
     Raises:
@@ -155,7 +204,8 @@ def _check_rows(
     """
     left = len(sampler) - sampler.taken
     rows = [len(batch["labels"] if "labels" in batch else batch["input_ids"]) for batch in batches]
-    expected = [min(batch_size, max(0, left - number * batch_size)) for number in range(len(rows))]
+    before = [(number * processes.count + processes.own) * batch_size for number in range(len(rows))]
+    expected = [min(batch_size, max(0, left - done)) for done in before]
     if rows != expected or sum(rows) != candidates:
         raise NotImplementedError(
             f"Expected batches of {expected} rows, each of them a candidate, as the proposal chose them, got {rows} "
