@@ -14,8 +14,8 @@ from pays import command as pays
 from pays.arms import ARMS
 from pays.records import Record, in_random_order
 from pays.report import paired_difference
+from pays.runs import Run
 from pays.tiny import generated_records, generated_target, tiny_model
-from pays.training import Run
 from pretrained import pretrained
 
 from .scoring import SHOTS, scorer

@@ -62,6 +62,8 @@ class Method:
         decay: of the moving average of target gradients.
         guide_share: share of the target rows that only guide, where others are part of the step; 0: all are both.
         refresh_every: steps from one batch of rows that only guide to the next.
+        group: candidates that are compared with each other; each such group of a step makes a selection of its own, as
+            where every process selects for itself, and their mean is applied. 0: all of them.
         watched: whether the validation rows tell the selection when the target rows are memorised.
         options: whatever else the optimizer is given.
     """
@@ -72,6 +74,7 @@ class Method:
     decay: float = 0.0
     guide_share: float = 0.0
     refresh_every: int = 1
+    group: int = 0
     watched: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -131,6 +134,8 @@ def _all(keep: int, lr: float) -> FilterStage:
 UNIFORM = Method(filter=_all, weight=UniformWeights())
 """No selection, but its scores, which a proposal learns from."""
 FILTER_THEN_WEIGHT = Method(filter=_greedy, weight=NonNegativeLeastSquares())
+IN_EIGHTS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=8)
+IN_FOURS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=4)
 EUCLIDEAN = Method(filter=_greedy, weight=NonNegativeLeastSquares(), metric="euclidean")
 TOP_K = Method(filter=lambda keep, lr: TopKFilter(keep=keep), weight=UniformWeights())
 # TracIn's score of a step, and GRAD-MATCH's choice and weights (its regularisation of 0.5), both in plain gradients.
@@ -182,6 +187,8 @@ ARMS = {
     "adamw-k": _guide("AdamW on k", _k),
     "adamw-n": _guide("AdamW on n"),
     "ftw": _guide("filter-then-weight", method=FILTER_THEN_WEIGHT),
+    "ftw-eights": _guide("ftw in groups of 8", method=IN_EIGHTS),
+    "ftw-fours": _guide("ftw in groups of 4", method=IN_FOURS),
     "ftw-euclidean": _guide("same, euclidean", method=EUCLIDEAN),
     "topk": _guide("top-k, dot product", method=TOP_K),
     "tracin": _guide("TracIn, top-k", method=TRACIN),
@@ -193,6 +200,7 @@ ARMS = {
     "embeddings-n": _guide("n similar, embedded", propose=similar_embeddings),
     "similarity+ftw": _guide("n similar, ftw", propose=similar, method=FILTER_THEN_WEIGHT),
     "similarity+accept": _guide("n similar, accepted", propose=similar, method=LATE_ACCEPTED),
+    "accept": _guide("n, accepted", method=LATE_ACCEPTED),
     "learned+accept": _guide("n learned, accepted", propose=learned, method=LATE_ACCEPTED),
     "vetted-n": _guide("n vetted", propose=vetted, method=LATE_UNIFORM),
     "random+vetted": _guide("n random, vetted", propose=vetted_random, method=LATE_UNIFORM),

@@ -21,11 +21,12 @@ from .arms import ARMS, BASELINES, ORACLES, SOUND, Sizes
 from .damage import DAMAGES
 from .records import Record, read_records
 from .report import Figures, as_json, figures_of, table
+from .runs import Run
 from .setting import Setting, build_setting
 from .split import Top, check_split
 from .store import Store, write
 from .tiny import generated_records, generated_target, tiny_model
-from .training import Lab, Run
+from .training import Lab
 
 QUICK = {
     "steps": 8,

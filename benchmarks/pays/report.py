@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .arms import ARMS, BASELINES
 from .damage import MARK
-from .training import Run
+from .runs import Run
 
 DRAWS = 4000
 

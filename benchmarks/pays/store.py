@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .training import Run
+from .runs import Run
 
 
 class Store:

@@ -16,7 +16,7 @@ from paper import command, scoring, sources
 from pays import tiny
 from pays.arms import ARMS
 from pays.records import Record
-from pays.training import Run
+from pays.runs import Run
 
 from tests.support.grids import slow
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from pays import command, records, report, setting, tiny, training
 from pays.arms import ARMS, BASELINES
 from pays.proposals import Known, own_source
 from pays.records import Example, collate
+from pays.runs import Run
 from pays.split import Entrance, Top, check_split
+from pays.step import rate
 from pays.tiny import train_tokenizer
 
 from ftw_optim import coverage, token_losses
@@ -214,7 +217,7 @@ def test_records_are_read_as_they_are_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps", [4, 10, 40])
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing_at_the_end_of_its_own_budget(steps: int) -> None:
-    rates = [training.rate(step, steps) for step in range(steps + 1)]
+    rates = [rate(step, steps) for step in range(steps + 1)]
     peak = rates.index(1.0)
     rising, falling = torch.tensor(rates[: peak + 1]).diff(), torch.tensor(rates[peak:]).diff()
     assert peak == max(1, round(0.1 * steps)) - 1
@@ -248,7 +251,7 @@ def test_an_interval_pairs_rows_and_counts_seeds() -> None:
     assert (low, high) == pytest.approx((0.0, 1.0)), "two seeds that disagree leave all open"
 
 
-def made_run(arm: str, *, test: list[float], pace: float = 1.0, **changed: Any) -> training.Run:
+def made_run(arm: str, *, test: list[float], pace: float = 1.0, **changed: Any) -> Run:
     values: dict[str, Any] = {
         "steps": 4,
         "lr": 0.1,
@@ -263,7 +266,7 @@ def made_run(arm: str, *, test: list[float], pace: float = 1.0, **changed: Any) 
         "paces": [0.1, pace, pace, pace, 9.0],
         "sources": {"a/x": [3, 1.0], "a/y": [1, 0.0], "b": [4, 3.0]},
     }
-    return training.Run(arm=arm, **{**values, **changed})
+    return Run(arm=arm, **{**values, **changed})
 
 
 ZERO_SHOT = {"test": [5.5, 6.5], "validation": [5.0], "pool_test": [2.0, 2.0]}
@@ -338,6 +341,14 @@ def test_the_quick_form_gives_a_table_of_every_arm(tmp_path: Path, capsys: pytes
     saved = json.loads((tmp_path / "runs" / "ftw-4steps-lr0.03-seed0.json").read_text())
     assert len(saved["cosines"]) == 4
     assert len(saved["test"][-1]) == 12
+
+
+def test_groups_that_keep_everyone_are_plain_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = replace(ARMS["learned-n"].method, group=3)
+    monkeypatch.setitem(ARMS, "grouped", replace(ARMS["adamw-n"], label="grouped", method=method))
+    plain, grouped = quick(tmp_path, ["adamw-n", "grouped"], "--lr", "guide=0.03", "target=0.03")
+    assert grouped.curve == pytest.approx(plain.curve, rel=1e-4)
+    assert grouped.rows == (4 * 6, 4 * 3)
 
 
 @pytest.mark.slow
