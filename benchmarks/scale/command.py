@@ -47,13 +47,18 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
 
 def simulate(options: argparse.Namespace) -> None:
     """Prints the counted bytes beside the formulas, and the predictions."""
-    print(f"{'ranks':>6}{'exchange':>12}{'formula':>12}{'sums':>14}{'formula':>14}{'objects':>12}   bytes a rank sends")
-    for ranks in COUNTED[:2] if options.quick else COUNTED:
-        found = counted(ranks)
+    for shards in (False, True):
+        name = "FSDP2" if shards else "DDP"
         print(
-            f"{ranks:>6}{found.sent['exchange']:>12,}{found.expected['exchange']:>12,}{found.sent['sums']:>14,}"
-            f"{found.expected['sums']:>14,}{found.sent['objects']:>12,}"
+            f"{name:6}{'ranks':>6}{'exchange':>12}{'formula':>12}{'sums':>14}{'formula':>14}{'objects':>12}   "
+            "bytes that a rank sends"
         )
+        for ranks in COUNTED[:2] if options.quick else COUNTED:
+            found = counted(ranks, shards=shards)
+            print(
+                f"{'':6}{ranks:>6}{found.sent['exchange']:>12,}{found.expected['exchange']:>12,}"
+                f"{found.sent['sums']:>14,}{found.expected['sums']:>14,}{found.sent['objects']:>12,}"
+            )
     speeds = Speeds(training=1e12 * options.training, inside=1e9 * options.inside, across=1e9 * options.across)
     print(f"\n{table((8, 64) if options.quick else (8, 64, 512, 1024), speeds)}")
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer
 from ftw_optim._ranks.owners import owners
@@ -26,6 +32,7 @@ class Pretended(Ranks):
 
     def __init__(self, count: int) -> None:
         self.own, self.count, self.met = 0, count, True
+        self.members = range(count)
         self.sent = {"objects": 0, "exchange": 0, "sums": 0}
 
     def told(self, work: Callable[[], Any], tell: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
@@ -46,7 +53,8 @@ class Pretended(Ranks):
 
     def exchanged(self, values: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         self.sent["exchange"] += (sum(sent) - sent[0]) * values.element_size()
-        return values[: sent[0]].repeat(self.count)
+        own = values[: sent[0]]
+        return torch.cat([own.repeat(-(-size // max(1, len(own))))[:size] for size in received])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +66,9 @@ class Count:
         sent: counted, see :class:`Pretended`.
         expected: by the formulas: ``b n_r (P_s - own)`` exchanged, with ``b`` bytes a number, ``n_r`` candidates of a
             rank, ``P_s`` scored numbers and those that the rank owns; and ``2 b f (P_s + M (n^2 + n + 1) + P_u)``
-            summed, with ``f = 1 - 1 / ranks``, for the target's gradient, ``M`` matrices and the combined gradient.
+            summed, with ``f = 1 - 1 / ranks``, for the target's gradient, ``M`` matrices and the combined gradient. Of
+            a sharded model the combined gradient is exchanged, not summed: ``b (P_u - held)``, with the numbers that a
+            rank holds; and so are the parts of parameters and state that go to owners: ``b (1 + states) (held - own)``.
     """
 
     ranks: int
@@ -66,12 +76,57 @@ class Count:
     expected: dict[str, int] = field(default_factory=dict)
 
 
-def counted(ranks: int, *, candidates: int = 2, width: int = 16, layers: int = 4) -> Count:
-    """Count one step of a small model."""
+def counted(ranks: int, *, shards: bool = False, candidates: int = 2, width: int = 16, layers: int = 4) -> Count:
+    """Count one step of a small model.
+
+    Args:
+        ranks: number of ranks.
+        shards: whether ``fully_shard`` divides the model among them, by collectives that send nothing.
+        candidates: of each rank.
+        width: of the model's layers.
+        layers: their number.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Embedding(64, width), *(nn.Linear(width, width) for _ in range(layers)), nn.Linear(width, 64)
     )
+    whole = {name: p.shape for name, p in model.named_parameters()}
+    with _sharded(model, ranks) if shards else nullcontext():
+        sent = _sent(model, ranks, candidates)
+        held = {name: p.to_local().numel() if shards else p.numel() for name, p in model.named_parameters()}
+    sizes = {name: shape.numel() for name, shape in whole.items()}
+    mine = {name for name, owner in owners(sizes, ranks).items() if owner == 0}
+    total, n = sum(sizes.values()), ranks * candidates
+    exchanged = candidates * (total - sum(sizes[name] for name in mine))
+    summed = [total, n * n + n + 1]
+    if shards:
+        states = 2  # of AdamW
+        exchanged += (1 + states) * sum(held[name] for name in sizes.keys() - mine)
+        exchanged += sum(sizes[name] - held[name] for name in sizes)
+    else:
+        summed.append(total)
+    expected = {"exchange": 4 * exchanged, "sums": sum(2 * 4 * part * (ranks - 1) // ranks for part in summed)}
+    return Count(ranks=ranks, sent=sent, expected=expected)
+
+
+@contextmanager
+def _sharded(model: nn.Sequential, ranks: int) -> Iterator[None]:
+    """A block in which the model is sharded over so many ranks, of which this process is the first."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        with warnings.catch_warnings():  # that a layer returns a view of its output, which nobody changes in place
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _sent(model: nn.Module, ranks: int, candidates: int) -> dict[str, int]:
+    """What the second of two steps sends: at the first there is no state."""
     tokens = torch.randint(0, 64, (candidates, 9))
 
     def losses(rows: Tensor) -> Tensor:
@@ -81,12 +136,7 @@ def counted(ranks: int, *, candidates: int = 2, width: int = 16, layers: int = 4
     optimizer = SelectiveOptimizer(inner, model, lambda: losses(tokens), filter=GreedyFilter(keep=2), self_check=False)
     pretended = Pretended(ranks)
     optimizer._ranks.now = lambda **_: pretended  # type: ignore[method-assign]
-    optimizer.step(lambda: losses(tokens))
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    own = sum(sizes[name] for name, owner in owners(sizes, ranks).items() if owner == 0)
-    total, n = sum(sizes.values()), ranks * candidates
-    expected = {
-        "exchange": 4 * candidates * (total - own),
-        "sums": sum(2 * 4 * part * (ranks - 1) // ranks for part in (total, n * n + n + 1, total)),
-    }
-    return Count(ranks=ranks, sent=pretended.sent, expected=expected)
+    for _ in range(2):
+        pretended.sent = dict.fromkeys(pretended.sent, 0)
+        optimizer.step(lambda: losses(tokens))
+    return pretended.sent

@@ -6,13 +6,13 @@ solver. Everything is taken one after the other; nothing overlaps.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
 import torch
 
 from ftw_optim import GreedyFilter, Matching, NonNegativeLeastSquares
+from ftw_optim._ranks.grouping import ranks_of_one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +88,25 @@ def solve_seconds(n: int, *, repeats: int = 3) -> float:
     return best
 
 
+def group_of(case: Case, ranks: int) -> int:
+    """The number of ranks that make one selection, as :class:`ftw_optim.SelectiveOptimizer` takes it by default."""
+    return ranks_of_one([case.candidates] * ranks, None, in_shards=False, warns=False)
+
+
 def predicted(case: Case, ranks: int, speeds: Speeds, solve: float) -> dict[str, float]:
     """Milliseconds of a plain step's arithmetic, and of each part that a selective step adds."""
+    group = group_of(case, ranks)
+    near = speeds.inside if group <= speeds.per_node else speeds.across
     link = speeds.inside if ranks <= speeds.per_node else speeds.across
-    share, n = 1 - 1 / ranks, ranks * case.candidates
+    share, among, n = 1 - 1 / ranks, 1 - 1 / group, group * case.candidates
     doublings = max(1, (ranks - 1).bit_length())
     tokens = case.candidates * case.tokens
     seconds = {
         "plain": 2 * case.parameters * tokens * (1 + 2 * case.trained) / speeds.training,
         "multiply out": 2 * case.scored * tokens / speeds.training,
-        "exchange": 4 * case.candidates * case.scored * share / link,
-        "gram": 2 * n * n * case.scored / ranks / speeds.products,
-        "sum of it": 2 * share * 4 * n * n / link,
+        "exchange": 4 * case.candidates * case.scored * among / near,
+        "gram": 2 * n * n * case.scored / group / speeds.products,
+        "sum of it": 2 * among * 4 * n * n / near,
         "target": 2 * share * 4 * case.scored / link,
         "solve": solve,
         "latency": 8 * doublings * speeds.latency,
@@ -113,19 +120,17 @@ def table(counts: tuple[int, ...], speeds: Speeds) -> str:
         f"Assumed of a rank: {speeds.training / 1e12:.0f} TFLOP/s in training, {speeds.products / 1e12:.0f} in float32 "
         f"products; {speeds.inside / 1e9:.0f} GB/s to {speeds.per_node - 1} others,",
         f"{speeds.across / 1e9:.0f} GB/s beyond; {1e6 * speeds.latency:.0f} us a collective and doubling of ranks; "
-        "nothing overlaps. The solver was measured here (at most 2048 candidates).",
+        "nothing overlaps. The solver was measured here, in groups of ranks with at most 2048 candidates.",
         "",
-        f"{'milliseconds':24}{'ranks':>6}{'plain':>9}{'out':>8}{'exch.':>8}{'gram':>8}{'sum':>8}{'target':>8}"
+        f"{'milliseconds':24}{'ranks':>6}{'group':>6}{'plain':>9}{'out':>8}{'exch.':>8}{'gram':>8}{'sum':>8}{'target':>8}"
         f"{'solve':>8}{'wait':>8}{'added':>9}",
     ]
     for case in CASES:
         for ranks in counts:
-            n = ranks * case.candidates
-            solve = solve_seconds(n) if n <= 2048 else float("nan")
-            found = predicted(case, ranks, speeds, solve)
+            group = group_of(case, ranks)
+            found = predicted(case, ranks, speeds, solve_seconds(group * case.candidates))
             parts = [found[name] for name in list(found)[1:]]
-            added = sum(part for part in parts if not math.isnan(part)) / found["plain"]
-            more = " and the solver" if math.isnan(solve) else ""
-            cells = "".join("       -" if math.isnan(part) else f"{part:>8.1f}" for part in parts)
-            lines.append(f"{case.name:24}{ranks:>6}{found['plain']:>9.1f}{cells}{added:>9.1%}{more}")
+            cells = "".join(f"{part:>8.1f}" for part in parts)
+            added = sum(parts) / found["plain"]
+            lines.append(f"{case.name:24}{ranks:>6}{group:>6}{found['plain']:>9.1f}{cells}{added:>9.1%}")
     return "\n".join(lines)

@@ -9,13 +9,14 @@ MOST = 2048
 """Candidates of one selection, where nothing else is asked for: filter and weights of more take seconds."""
 
 
-def ranks_of_one(counts: Sequence[int], among: int | None, *, in_shards: bool) -> int:
+def ranks_of_one(counts: Sequence[int], among: int | None, *, in_shards: bool, warns: bool = True) -> int:
     """The number of neighbouring ranks whose candidates are one selection.
 
     Args:
         counts: candidates of each rank.
         among: the number that is asked for; None: all ranks, or as many as have :data:`MOST` candidates at most.
         in_shards: whether parameters are divided over the ranks.
+        warns: whether to say so where nothing was asked for, and not all ranks are one selection.
 
     Raises:
         ValueError: ``among`` does not divide the number of ranks.
@@ -37,7 +38,7 @@ def ranks_of_one(counts: Sequence[int], among: int | None, *, in_shards: bool) -
         return among
     sizes = [size for size in range(ranks, 0, -1) if not ranks % size]
     found = next((size for size in sizes if max(sums_of_neighbours(counts, size)) <= MOST), 1)
-    if found < ranks:
+    if found < ranks and warns:
         warnings.warn(
             f"{sum(counts)} candidates on {ranks} ranks: they are selected in groups of {found} ranks, whose mean is "
             f"applied, as more than {MOST} candidates take long to solve for. among={found} says so without this "

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ftw_optim._capture.stand_ins import is_sharded
 from ftw_optim._ranks.ranks import Ranks
+from ftw_optim._ranks.shards import layout_of
 from ftw_optim._step.setup import StepSetup
 
 Digest = Mapping[str, str]
@@ -54,12 +56,54 @@ def digest_of(setup: StepSetup) -> Digest:
         "self_check": str(setup.checks is not None),
         "kept target gradient": str(setup.kept_target is not None),
     }
-    if not setup.ranks.met or setup.backwards % LOOK_EVERY == 0:
+    if _looks(setup):
         found["values of the parameters"] = str(_checksums(parameters.updated.values()))
         states = [setup.inner.state.get(p, {}) for p in parameters.updated.values()]
         numbers = [value for state in states for value in state.values() if isinstance(value, Tensor)]
         found["state of the inner optimizer"] = str(_checksums(numbers))
     return found
+
+
+def _looks(setup: StepSetup) -> bool:
+    """Whether the values of parameters and states are compared at this step."""
+    return not setup.ranks.met or setup.backwards % LOOK_EVERY == 0
+
+
+Parts = Mapping[tuple[str, int], Sequence[int]]
+"""Checksums of the parts of parameters and of their states, by the parameter and the first of its rows there."""
+
+
+def parts_of(setup: StepSetup) -> Parts:
+    """The parts of sharded parameters that this rank holds, of which others may hold copies; none between two looks."""
+    if not _looks(setup):
+        return {}
+    found = {}
+    for name, parameter in setup.parameters.updated.items():
+        if is_sharded(parameter):
+            held = [parameter, *setup.inner.state.get(parameter, {}).values()]
+            local: list[Any] = [one for one in held if isinstance(one, Tensor) and is_sharded(one)]
+            layout = layout_of(name, parameter, setup.ranks.members)
+            start = layout.rows(parameter.shape, setup.ranks.own).start
+            found[name, start] = _checksums(one.to_local() for one in local)
+    return found
+
+
+def refuse_different_copies(told: Sequence[Parts]) -> None:
+    """Refuse to go on where ranks hold different values of one part, as copies in HSDP that began apart.
+
+    Raises:
+        ValueError: some do.
+    """
+    first: dict[tuple[str, int], tuple[int, Sequence[int]]] = {}
+    for rank, parts in enumerate(told):
+        for place, sums in parts.items():
+            other, expected = first.setdefault(place, (rank, sums))
+            if sums != expected:
+                raise ValueError(
+                    f"Expected equal copies of {place[0]} and its state, but the part from row {place[1]} on differs "
+                    f"on ranks {other} and {rank}. fully_shard sends no values along the first axis of its mesh: make "
+                    "the model from one seed or checkpoint on all ranks before it is sharded."
+                )
 
 
 def _checksums(tensors: Iterable[Tensor]) -> list[int]:

@@ -10,7 +10,7 @@ from ftw_optim._ranks.grouping import ranks_of_one, sums_of_neighbours
 from ftw_optim._step.candidates import FEW_TARGET_ROWS, CandidatePass
 from ftw_optim._step.captured_rows import together
 from ftw_optim._step.closures import Plain
-from ftw_optim._step.digest import digest_of, hashed, refuse_differences
+from ftw_optim._step.digest import digest_of, hashed, parts_of, refuse_differences, refuse_different_copies
 from ftw_optim._step.kept_factors import KeptFactors
 from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.shared_factors import SharedFactors, Told, shared_target
@@ -27,7 +27,10 @@ def target_and_factors(setup: StepSetup, candidate_pass: CandidatePass) -> tuple
         return _own(setup, candidate_pass)
     digest = setup.ranks.beginning(lambda: digest_of(setup))
     if setup.in_shards:  # options decide about passes, for which all ranks wait
-        refuse_differences(setup.ranks, setup.ranks.told(lambda: hashed(digest), str)[1], digest)
+        parts = setup.ranks.beginning(lambda: parts_of(setup))
+        told_first = setup.ranks.told(lambda: (hashed(digest), parts), lambda found: found)[1]
+        refuse_differences(setup.ranks, [one for one, _ in told_first], digest)
+        refuse_different_copies([some for _, some in told_first])
     (target, own), told = setup.ranks.told(
         lambda: _own(setup, candidate_pass), lambda found: _told(setup, hashed(digest), *found)
     )

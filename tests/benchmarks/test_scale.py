@@ -25,6 +25,15 @@ def test_the_bytes_of_a_step_are_those_of_the_formulas(ranks: int) -> None:
     assert {name: found.sent[name] for name in found.expected} == found.expected
 
 
+@pytest.mark.parametrize(
+    "ranks",
+    [2, pytest.param(8, marks=pytest.mark.slow), *(pytest.param(n, marks=pytest.mark.slow) for n in (64, 1024))],
+)
+def test_the_bytes_of_a_step_in_shards_are_those_of_the_formulas(ranks: int) -> None:
+    found = counted(ranks, shards=True)
+    assert {name: found.sent[name] for name in found.expected} == found.expected
+
+
 @pytest.mark.slow
 def test_what_a_rank_exchanges_does_not_depend_on_their_number() -> None:
     few, many = counted(16), counted(64)

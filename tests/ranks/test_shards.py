@@ -453,3 +453,23 @@ def test_checkpoints_go_from_two_processes_to_four_and_to_one(
     assert last["selections"] == never["selections"]
     for one, other in zip(last["parameters"], never["parameters"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11)
+
+
+def copies_that_begin_apart() -> None:
+    """A job: HSDP whose second half of the ranks made another model."""
+    torch.manual_seed(3)
+    net = Net().double()
+    if dist.get_rank() >= 2:
+        with torch.no_grad():
+            net.norm.bias.add_(1e-9)
+    sharded(net, (2, 2))
+    optimizer = SelectiveOptimizer(torch.optim.AdamW(net.parameters()), net, lambda: rows_of(net, TARGETS))
+    optimizer.step(lambda: rows_of(net, CANDIDATES[dist.get_rank()]))
+
+
+@pytest.mark.slow
+def test_copies_of_a_part_that_differ_are_told(four_processes: Processes) -> None:
+    for one in four_processes.outcomes(copies_that_begin_apart):
+        assert isinstance(one, Failure)
+        assert one.kind == "ValueError"
+        assert "Expected equal copies of norm.bias and its state, but the part from row" in one.text
