@@ -21,6 +21,8 @@ from ftw_optim import GreedyFilter, SelectiveOptimizer
 from ftw_optim._ranks.owners import owners
 from ftw_optim._ranks.ranks import Ranks
 
+_TOKENS = 9
+
 
 class Pretended(Ranks):
     """The first of some ranks, whose others have the same candidates as it and send what it sends.
@@ -65,10 +67,11 @@ class Count:
         ranks: number of ranks.
         sent: counted, see :class:`Pretended`.
         expected: by the formulas: ``b n_r (P_s - own)`` exchanged, with ``b`` bytes a number, ``n_r`` candidates of a
-            rank, ``P_s`` scored numbers and those that the rank owns; and ``2 b f (P_s + M (n^2 + n + 1) + P_u)``
-            summed, with ``f = 1 - 1 / ranks``, for the target's gradient, ``M`` matrices and the combined gradient. Of
-            a sharded model the combined gradient is exchanged, not summed: ``b (P_u - held)``, with the numbers that a
-            rank holds; and so are the parts of parameters and state that go to owners: ``b (1 + states) (held - own)``.
+            rank, ``P_s`` scored numbers (of an embedding the touched rows and their indices alone) and those that the
+            rank owns; and ``2 b f (P_s + M (n^2 + n + 1) + P_u)`` summed, with ``f = 1 - 1 / ranks``, for the target's
+            gradient, ``M`` matrices and the combined gradient. Of a sharded model the combined gradient is exchanged,
+            not summed: ``b (P_u - held)``, with the numbers that a rank holds; and so are the parts of parameters and
+            state that go to owners: ``b (1 + states) (held - own)``.
     """
 
     ranks: int
@@ -88,7 +91,7 @@ def counted(ranks: int, *, shards: bool = False, candidates: int = 2, width: int
     """
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Embedding(64, width), *(nn.Linear(width, width) for _ in range(layers)), nn.Linear(width, 64)
+        nn.Embedding(64, width), *(nn.Linear(width, width) for _ in range(layers)), nn.Linear(width, 96)
     )
     whole = {name: p.shape for name, p in model.named_parameters()}
     with _sharded(model, ranks) if shards else nullcontext():
@@ -97,7 +100,9 @@ def counted(ranks: int, *, shards: bool = False, candidates: int = 2, width: int
     sizes = {name: shape.numel() for name, shape in whole.items()}
     mine = {name for name, owner in owners(sizes, ranks).items() if owner == 0}
     total, n = sum(sizes.values()), ranks * candidates
-    exchanged = candidates * (total - sum(sizes[name] for name in mine))
+    places = _TOKENS - 1  # rows of the embedding that a candidate touches, each with an index of eight bytes
+    travel = {**sizes, "0.weight": places * (width + 2)}
+    exchanged = candidates * sum(travel[name] for name in sizes.keys() - mine)
     summed = [total, n * n + n + 1]
     if shards:
         states = 2  # of AdamW
@@ -127,7 +132,7 @@ def _sharded(model: nn.Sequential, ranks: int) -> Iterator[None]:
 
 def _sent(model: nn.Module, ranks: int, candidates: int) -> dict[str, int]:
     """What the second of two steps sends: at the first there is no state."""
-    tokens = torch.randint(0, 64, (candidates, 9))
+    tokens = torch.randint(0, 64, (candidates, _TOKENS))
 
     def losses(rows: Tensor) -> Tensor:
         return functional.cross_entropy(model(rows[:, :-1]).mT, rows[:, 1:], reduction="none").mean(1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ftw_optim._ranks.grouping import ranks_of_one, sums_of_neighbours
+from ftw_optim._ranks.tables import touched
 from ftw_optim._step.candidates import FEW_TARGET_ROWS, CandidatePass
 from ftw_optim._step.captured_rows import together
 from ftw_optim._step.closures import Plain
@@ -66,6 +67,7 @@ def _told(setup: StepSetup, digest: str, target: TargetNow, own: KeptFactors | S
             targets=0,
             guide_losses=None,
             reached=0,
+            touched={},
         )
     guides = target.guide_losses
     return Told(
@@ -75,6 +77,7 @@ def _told(setup: StepSetup, digest: str, target: TargetNow, own: KeptFactors | S
         targets=target.count,
         guide_losses=None if guides is None else guides.detach().cpu(),
         reached=setup.parameters.mask(own.reached),
+        touched={name: touched(uses) for name, uses in own.found.items() if name in setup.parameters.scored},
     )
 
 

@@ -20,6 +20,7 @@ from ftw_optim._gram.metric import Metric
 from ftw_optim._matching.selection import Selection
 from ftw_optim._ranks.ranks import Ranks
 from ftw_optim._ranks.rows import Rows
+from ftw_optim._ranks.tables import tables_of
 from ftw_optim._step.captured_rows import CapturedRows
 from ftw_optim._step.kept_factors import KeptFactors
 from ftw_optim._step.measuring import Measured
@@ -40,6 +41,7 @@ class Told:
         targets: the number of these rows.
         guide_losses: the losses of the rows that guide, where they were formed anew.
         reached: the parameters that its candidates reached, see :meth:`StepParameters.mask`.
+        touched: of each of them how many rows a candidate touches, see :func:`touched`.
     """
 
     digest: str
@@ -48,6 +50,7 @@ class Told:
     targets: int
     guide_losses: Tensor | None
     reached: int
+    touched: Mapping[str, int | None]
 
 
 @final
@@ -74,7 +77,8 @@ class SharedFactors:
         self._places = slice(start, start + within.count)
         few = told[self._places]
         self.rows = _rows(few, within.own)
-        self._sums = SharedSums(setup, within, self.rows, self._own, target)
+        tables = tables_of([one.touched for one in few], setup.parameters.scored)
+        self._sums = SharedSums(setup, within, self.rows, self._own, target, tables)
         self._losses = torch.cat(
             [
                 *(one.losses[: len(one.losses) - one.targets] for one in few),

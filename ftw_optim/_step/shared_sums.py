@@ -7,8 +7,9 @@ share of the Gram matrix of all rows. The sum over the owners is the whole matri
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import final
 
 import torch
@@ -26,6 +27,7 @@ from ftw_optim._ranks.owners import Exchange, owners
 from ftw_optim._ranks.ranks import Ranks
 from ftw_optim._ranks.rows import Rows
 from ftw_optim._ranks.shards import WholeParameters
+from ftw_optim._ranks.tables import Table
 from ftw_optim._step.kept_factors import KeptFactors, in_no_bucket
 from ftw_optim._step.measuring import dtype_of_sums, preconditioners_of, sums_of
 from ftw_optim._step.setup import StepSetup
@@ -42,10 +44,20 @@ class SharedSums:
         rows: the rows of these ranks.
         own: this rank's factors.
         target: the target.
+        tables: the parameters of which only touched rows are sent.
     """
 
-    def __init__(self, setup: StepSetup, within: Ranks, rows: Rows, own: KeptFactors, target: TargetNow) -> None:
+    def __init__(
+        self,
+        setup: StepSetup,
+        within: Ranks,
+        rows: Rows,
+        own: KeptFactors,
+        target: TargetNow,
+        tables: Mapping[str, Table],
+    ) -> None:
         self._setup, self._within, self._rows, self._own, self._target = setup, within, rows, own, target
+        self._tables = tables
         self._device = own.candidates.losses.device
 
     def sketched(self, counted: Iterable[str]) -> dict[Metric, Products]:
@@ -84,44 +96,60 @@ class SharedSums:
         """
         setup, within, device = self._setup, self._within, self._device
         parameters = setup.parameters.scored
+        tables = {name: table for name, table in self._tables.items() if name in scored}
+        sizes = {name: parameters[name].numel() for name in scored}
+        owner = owners(sizes, within.count)
         exchange = Exchange(
             ranks=within,
-            sizes={name: parameters[name].numel() for name in scored},
+            sizes={**sizes, **{name: table.size for name, table in tables.items()}},
             rows=self._rows.by_rank,
             dtype=dtype_of_sums(parameters),
             device=device,
         )
-        owner = owners(exchange.sizes, within.count)
+        places_of = {name: table.places for name, table in tables.items()}
+        of_indices = replace(exchange, sizes=places_of, dtype=torch.int64)
         whole = WholeParameters(setup.inner, parameters, within, owner, device)
-        order = self._rows.order()
         failure: BaseException | None = None
         made: tuple[Preconditioners, GramSums] | None = None
 
-        def fill(places: Mapping[str, Tensor]) -> None:
-            nonlocal failure, made
+        def attempt(work: Callable[[], None]) -> None:
+            nonlocal failure
             if failure is None:
                 try:
-                    if made is None:
-                        preconditioners = preconditioners_of(setup, whole.optimizer)
-                        sums = sums_of(
-                            setup, accepted, self._target, device, preconditioners, scale=1.0, whole=whole.found
-                        )
-                        assert isinstance(sums, GramSums)
-                        self._own.buckets, made = self._own.alike(preconditioners), (preconditioners, sums)
-                    self._write(places)
+                    work()
                 except BaseException as error:
                     failure = error
 
+        def write(places: Mapping[str, Tensor]) -> None:
+            nonlocal made
+            if made is None:
+                preconditioners = preconditioners_of(setup, whole.optimizer)
+                sums = sums_of(setup, accepted, self._target, device, preconditioners, scale=1.0, whole=whole.found)
+                assert isinstance(sums, GramSums)
+                self._own.buckets, made = self._own.alike(preconditioners), (preconditioners, sums)
+            self._write(places)
+
+        def write_indices(places: Mapping[str, Tensor]) -> None:
+            for name, uses in self._own.alone.items():
+                if name in places:
+                    tables[name].write(uses, places[name], indices=True)
+
+        def measure(found: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> None:
+            assert made is not None
+            with setup.clock.phase("gram"):
+                self._measure(*made, found, indices, whole.found)
+
         for names in exchange.buckets():
+            indexed = [name for name in names if name in tables]
             with setup.clock.phase("exchange"):
                 whole.bring(names)
-                found = exchange.exchanged(names, owner, fill)
-            if failure is None and made is not None:
-                try:
-                    with setup.clock.phase("gram"):
-                        self._measure(made[1], found, made[0], order, whole.found)
-                except BaseException as error:
-                    failure = error
+                found = exchange.exchanged(names, owner, lambda places: attempt(partial(write, places)))
+                indices: Mapping[str, Tensor] = {}
+                if indexed:
+                    indices = of_indices.exchanged(
+                        indexed, owner, lambda places: attempt(partial(write_indices, places))
+                    )
+            attempt(partial(measure, found, indices))
             whole.let_go(names)
 
         def outcome() -> Mapping[Metric, Products]:
@@ -146,6 +174,11 @@ class SharedSums:
         for name, uses in own.alone.items():
             if name not in places:
                 continue
+            if name in self._tables:
+                self._tables[name].write(uses, places[name], indices=False)
+                if setup.scale != 1.0:
+                    places[name].div_(setup.scale)
+                continue
             shape = setup.parameters.scored[name].shape
             block = Block.of(uses, shape, scale=setup.scale, limit=setup.memory_limit, buffer=setup.buffer)
             place = places[name].view(block.count, block.rows, block.columns)
@@ -154,19 +187,24 @@ class SharedSums:
 
     def _measure(
         self,
+        preconditioners: Preconditioners,
         sums: GramSums,
         found: Mapping[str, Tensor],
-        preconditioners: Preconditioners,
-        order: Tensor | None,
+        indices: Mapping[str, Tensor],
         whole: Mapping[str, Tensor],
     ) -> None:
         """Add the parameters that this rank owns, of which it has the gradients of all rows."""
         some = {name: whole[name] for name in found}
+        order = self._rows.order()
+
+        def in_order(rows: Tensor) -> Tensor:
+            return rows if order is None else rows[order.to(rows.device)]
+
         uses = {
             name: [
-                Factors.explicit(
-                    (rows if order is None else rows[order.to(rows.device)]).reshape(-1, *some[name].shape), some[name]
-                )
+                self._tables[name].read(in_order(rows), in_order(indices[name]))
+                if name in indices
+                else Factors.explicit(in_order(rows).reshape(-1, *some[name].shape), some[name])
             ]
             for name, rows in found.items()
         }
