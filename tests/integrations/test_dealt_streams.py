@@ -7,11 +7,14 @@ from itertools import islice
 from typing import Any
 
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftw_optim import Selection
 from ftw_optim.integrations.streaming import CandidateStream, TargetCycle
-from ftw_optim.proposals import UniformProposal
+from ftw_optim.proposals import LearnedProposal, UniformProposal
+from tests.support.selections import selection
 from tests.support.streams import encode, numbers
 
 
@@ -87,7 +90,51 @@ def test_ranks_that_are_none_are_refused(rank: int, ranks: int) -> None:
 
 
 def test_what_cannot_be_dealt_is_refused() -> None:
-    with pytest.raises(ValueError, match="a stream of its own for each of 2 processes"):
-        stream(0, 2, proposal=UniformProposal(), read_ahead=9)
+    with pytest.raises(ValueError, match="read_ahead of at least the 6 samples"):
+        stream(0, 2, proposal=UniformProposal(), read_ahead=5)
     with pytest.raises(ValueError, match="at least 3, the number of ranks"):
         TargetCycle(numbers(0, 4), encode, batch_size=2, rank=0, ranks=3)
+
+
+@given(ranks=st.integers(2, 4), batch_size=st.integers(1, 3), accumulated=st.integers(1, 3), keeps=st.booleans())
+@settings(deadline=None, max_examples=20)
+def test_all_ranks_learn_from_the_candidates_of_all(ranks: int, batch_size: int, accumulated: int, keeps: bool) -> None:
+    """Each is told of its own candidates in the order of its closure; the run of one process learns the same."""
+
+    def made(rank: int, count: int) -> CandidateStream:
+        options = {"read_ahead": 4 * ranks * batch_size, "passed_over": "keep" if keeps else "drop"}
+        size = batch_size * ranks // count
+        return stream(rank, count, batch_size=size, drop_last=True, proposal=LearnedProposal(dim=4), **options)
+
+    def score(samples: list[Any]) -> Selection:
+        scores = torch.tensor([(sample["n"] * 37 % 19) / 19 for sample in samples], dtype=torch.float64)
+        return selection(0, n=len(samples), keep=1, cross_gram=scores, target_energy=1.0)
+
+    streams = [made(rank, ranks) for rank in range(ranks)]
+    single = made(0, 1)
+    for _ in range(2):
+        windows = [list(islice(one, accumulated)) for one in streams]
+        whole = list(islice(single, accumulated))
+        own = [[sample for item in items for sample in item] for items in windows]
+        everyone = [sample for samples in own for sample in samples]
+        assert sorted(names([everyone])) == sorted(names(whole))
+        if len(windows[0]) < accumulated:
+            break
+        for one, samples in zip(streams, own, strict=True):
+            one.observe(samples, score(everyone))
+        single.observe(everyone, score(everyone))
+    state = single.proposal.state_dict()["learned"]  # type: ignore[union-attr]
+    for one in streams:
+        learned = one.proposal.state_dict()["learned"]  # type: ignore[union-attr]
+        assert all(torch.equal(torch.as_tensor(learned[name]), torch.as_tensor(value)) for name, value in state.items())
+    later = made(0, 1)
+    later.load_state_dict(json.loads(json.dumps(streams[-1].state_dict())))
+    assert names(list(islice(later, 1))) == names(list(islice(single, 1)))
+
+
+def test_samples_of_no_item_are_refused() -> None:
+    one = stream(1, 2, proposal=LearnedProposal(dim=4), read_ahead=12)
+    item = next(iter(one))
+    with pytest.raises(ValueError, match="one of the last items of this stream"):
+        one.observe(item[:2], selection(0, n=4))
+    one.observe(item, selection(0, n=6))

@@ -11,6 +11,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ftw_optim._matching.selection import Selection
 from ftw_optim.integrations._trainers.dealing import check_rank, part_of
 from ftw_optim.integrations.streaming._cursor import Cursor
+from ftw_optim.integrations.streaming._given import GivenItems
 from ftw_optim.integrations.streaming._interleaving import Interleaving
 from ftw_optim.integrations.streaming._proposing import Proposing, packed, unpacked
 from ftw_optim.integrations.streaming._records import Source, StatefulStream, reader_of
@@ -64,8 +65,8 @@ class CandidateStream(IterableDataset[Any]):
         lookahead: number of last items for which :meth:`state_dict` can still be asked.
         give_up_after: number of records of one source, skipped in a row, at which an error is raised.
         proposal: what chooses, of :mod:`ftw_optim.proposals`; None: samples are given out as they are read.
-        read_ahead: number of samples among which it chooses, at least ``batch_size``; an item that is one sample is
-            chosen among as many.
+        read_ahead: number of samples among which it chooses, at least ``batch_size`` times ``ranks``; an item that is
+            one sample is chosen among as many.
         passed_over: ``"drop"``: samples that were not chosen are dropped. ``"keep"``: they wait and are offered again;
             they are in the checkpoint, so they must consist of lists, tensors, numbers and text.
         rank: the number of this process, of ``ranks``. All items of a step together are an item of ``ranks`` times as
@@ -115,11 +116,6 @@ class CandidateStream(IterableDataset[Any]):
         if len(set(streams)) < len(streams):
             raise ValueError("Expected an IterableDataset of its own for each source: two would share one position.")
         check_rank(rank, ranks)
-        if ranks > 1 and proposal is not None:
-            raise ValueError(
-                f"Expected a stream of its own for each of {ranks} processes with a proposal, which learns from its "
-                "own candidates: give each process sources of its own, and leave rank and ranks out."
-            )
         self.rank, self.ranks = rank, ranks
         self.batch_size, self.seed, self.passes, self.drop_last = batch_size, seed, passes, drop_last
         self.probabilities, self.lookahead, self.give_up_after = probabilities, lookahead, give_up_after
@@ -145,11 +141,13 @@ class CandidateStream(IterableDataset[Any]):
         }
         self._proposing: Proposing | None = None
         if proposal is not None:
-            self._proposing = Proposing(proposal, read_ahead=read_ahead, passed_over=passed_over, size=batch_size or 1)
+            size = ranks * (batch_size or 1)
+            self._proposing = Proposing(proposal, read_ahead=read_ahead, passed_over=passed_over, size=size)
             self._settings |= {"read_ahead": read_ahead, "passed_over": passed_over}
         elif read_ahead is not None:
             raise ValueError(f"Expected a proposal that chooses among the {read_ahead} samples read ahead, got none.")
         self._items, self._ended = 0, False
+        self._given = GivenItems(rank, ranks, remembered=lookahead)
         # Positions after the last items, each with the one before its item.
         self._past: deque[tuple[dict[str, Any], dict[str, Any]]] = deque(maxlen=lookahead + 1)
         self._past.append((self._snapshot(), {}))
@@ -177,8 +175,11 @@ class CandidateStream(IterableDataset[Any]):
     def observe(self, samples: Sequence[Mapping[str, Any]], selection: Selection) -> None:
         """Let the proposal learn from a step; call this instead of the proposal's own method.
 
+        In a run of several processes every one of them learns from the candidates of all.
+
         Args:
-            samples: the step's candidates, in the order of the closure, such as an item of this stream.
+            samples: the step's candidates, in the order of the closure, such as an item of this stream; of several
+                processes this one's, of one item or of some that follow each other.
             selection: the selection among them, ``optimizer.selection``.
 
         Raises:
@@ -186,7 +187,7 @@ class CandidateStream(IterableDataset[Any]):
         """
         if self._proposing is None:
             raise ValueError("Expected a stream with a proposal, which can learn: pass proposal= and read_ahead=.")
-        self._proposing.observe(samples, selection)
+        self._proposing.observe(self._given.of_all_ranks(samples), selection)
 
     def skipped_table(self) -> str:
         """The counts of :attr:`skipped` as text, with one line for each source and reason."""
@@ -222,6 +223,8 @@ class CandidateStream(IterableDataset[Any]):
         if len(samples) < (size if self.drop_last else self.ranks):
             self._ended = True
             return None
+        if self._proposing is not None:
+            self._given.note(samples)
         samples = part_of(samples, self.rank, self.ranks)
         self._items += 1
         self._past.append((self._snapshot(), before))
