@@ -85,7 +85,8 @@ class Capture:
         self._recorder.close()
         self._armed.__exit__(kind, error, trace)
         expanded = sorted(self._recorder.expanded)[:5]
-        if in_closure and expanded and isinstance(error, RuntimeError | IndexError | ValueError):
+        kinds = (RuntimeError, IndexError, ValueError)
+        if in_closure and expanded and isinstance(error, kinds) and hasattr(error, "add_note"):  # since Python 3.11
             error.add_note(
                 f"The output of {', '.join(expanded)} has one row for all candidates and was expanded to one for each. "
                 f"If the model cannot take that, do not score these: scored=lambda name, parameter: not name.startswith"

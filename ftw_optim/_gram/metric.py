@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from enum import StrEnum
+from enum import Enum
 from typing import TypeVar
 
 Side = TypeVar("Side")
 
 
-class PowerMetric(StrEnum):
+class PowerMetric(str, Enum):
     """The base class of metrics ``<P^power g, P^power h>``; a member is its name and its power, a multiple of 1/2.
 
     Members are equal to their names as users write them, so that both can be used as keys.
@@ -24,6 +24,9 @@ class PowerMetric(StrEnum):
         member = str.__new__(cls, name)
         member._value_, member.power = name, power
         return member
+
+    def __str__(self) -> str:
+        return str.__str__(self)
 
     @property
     def times(self) -> tuple[int, int]:

@@ -123,7 +123,7 @@ SOAPS: dict[str, Build] = {
         p, lr=0.01, max_precondition_dim=3, normalize_gradient=True, correct_bias=False
     ),
 }
-MUONS: dict[str, Build] = {"muon": lambda p: torch.optim.Muon(p, lr=0.01)}
+MUONS: dict[str, Build] = {"muon": lambda p: torch.optim.Muon(p, lr=0.01)} if hasattr(torch.optim, "Muon") else {}
 SIGNS: dict[str, Build] = {
     "lion": lambda p: pytorch_optimizer.Lion(p, lr=0.001, weight_decay=0.1),
     "rprop": lambda p: torch.optim.Rprop(p, lr=0.001),

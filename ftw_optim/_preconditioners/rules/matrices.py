@@ -16,7 +16,7 @@ DAMPING = 0.03
 """Damping relative to the largest singular value: directions with almost no momentum would dominate otherwise."""
 
 
-@register_preconditioner(torch.optim.Muon)
+@register_preconditioner("torch.optim.Muon")  # by name: older releases of torch have none
 def muon(param: Tensor, group: dict[str, Any], state: dict[str, Any], reference: Tensor | None) -> Kronecker | Scalar:
     """``lr scale share (M M' + damping)^(-1/2)`` from the left, or from the right with ``M' M``, whichever is smaller.
 
