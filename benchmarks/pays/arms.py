@@ -38,7 +38,7 @@ from .proposals import (
     vetted,
     vetted_random,
 )
-from .weights import ExpectedFilter, ExpectedWeights
+from .weights import ExpectedFilter, ExpectedWeights, TiltedWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +171,8 @@ LATE_ABOVE = Method(filter=lambda keep, lr: ExpectedFilter(share=0.3), weight=Un
 LATE_FTW = Method(filter=_greedy, weight=NonNegativeLeastSquares(), decay=0.75)
 HALF_UNIFORM = Method(filter=_all, weight=UniformWeights(), decay=0.5, refresh_every=2)
 HALF_FTW = Method(filter=_greedy, weight=NonNegativeLeastSquares(), decay=0.5, refresh_every=2)
+TILTED = Method(filter=_all, weight=TiltedWeights(strength=1.25), options={"train_on_target": True})
+"""Whose target rows run beside the candidates, but get no weight."""
 LATE = 0.75
 """Share of the steps in which the target rows only guide, where they are trained on in the later ones."""
 
@@ -201,6 +203,8 @@ ARMS = {
     "similarity+ftw": _guide("n similar, ftw", propose=similar, method=FILTER_THEN_WEIGHT),
     "similarity+accept": _guide("n similar, accepted", propose=similar, method=LATE_ACCEPTED),
     "accept": _guide("n, accepted", method=LATE_ACCEPTED),
+    "tilt": _guide("n, tilted", method=TILTED),
+    "similarity+tilt": _guide("n similar, tilted", propose=similar, method=TILTED),
     "learned+accept": _guide("n learned, accepted", propose=learned, method=LATE_ACCEPTED),
     "vetted-n": _guide("n vetted", propose=vetted, method=LATE_UNIFORM),
     "random+vetted": _guide("n random, vetted", propose=vetted_random, method=LATE_UNIFORM),

@@ -44,3 +44,45 @@ class ExpectedFilter(FilterStage, Expecting):
         if len(self.scores) != len(matching) or not bool((self.scores > 0.0).any()):
             return torch.arange(len(matching))
         return (self.scores >= self.share * self.scores.max()).nonzero()[:, 0]
+
+
+class TiltedWeights(WeightStage):
+    """Uniform weights, tilted by the scores as far as these say more than chance; target rows only guide.
+
+    The score of a candidate is the mean of its products with the target rows, in units of its norm. How far scores
+    differ beyond what the target rows' disagreement explains is their reliability: that of a table of candidates by
+    target rows, ``1 - noise / variance``, with the noise from what neither a candidate's nor a row's mean explains. A
+    candidate gets ``max(0, 1 + strength reliability z)``, with ``z`` its score, standardised.
+
+    Args:
+        strength: of the tilt; with 1 a candidate at one standard deviation below the mean gets nothing, if the scores
+            are reliable.
+    """
+
+    def __init__(self, strength: float = 1.0) -> None:
+        self.strength = strength
+        self.reliability = 0.0
+
+    def __call__(self, matching: Matching, *more: Matching) -> WeightSolution:
+        gram = matching.gram.double()
+        guides = int((matching.cross_gram_error == 0.0).flip(0).cumprod(0).sum())
+        n = len(gram) - guides
+        weights = torch.zeros(len(gram), dtype=torch.float64)
+        weights[:n] = self.tilt(gram[:n, n:] / gram.diagonal()[:n, None].sqrt())
+        slack = matching.cross_gram.double() - gram @ weights
+        return WeightSolution(weights=weights, slack=slack, iterations=0, converged=True)
+
+    def tilt(self, products: Tensor) -> Tensor:
+        """The weights of candidates from their products with each target row, ``(n, m)``."""
+        n, m = products.shape
+        if n < 2 or m < 2 or not bool(products.isfinite().all()):
+            return torch.ones(n, dtype=torch.float64)
+        scores = products.mean(1)
+        centred = scores - scores.mean()
+        rest = products - scores[:, None] - products.mean(0) + products.mean()
+        noise = float(rest.square().sum()) / ((n - 1) * (m - 1)) / m
+        variance = float(centred.square().sum()) / (n - 1)
+        self.reliability = max(0.0, 1.0 - noise / variance) if variance > 0.0 else 0.0
+        if not self.reliability:
+            return torch.ones(n, dtype=torch.float64)
+        return (1.0 + self.strength * self.reliability * centred / variance**0.5).clamp(min=0.0)
