@@ -51,7 +51,7 @@ REPRESENTATIVES: dict[str, str] = {
     "schedule-free": "parameters that are not where the gradient is taken",
 }
 """One row of each kind, with the kind: what runs unless all is asked for."""
-assert REPRESENTATIVES.keys() <= INNER.keys()
+assert REPRESENTATIVES.keys() - {"muon"} <= INNER.keys()  # which an older torch does not have
 
 
 def rows(behaviour: str, *, without: tuple[str, ...] = ()) -> pytest.MarkDecorator:
