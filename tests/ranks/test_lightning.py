@@ -99,6 +99,30 @@ def test_what_several_processes_do_not_have_is_refused(two_processes: Processes)
         assert "static_graph=False" in one.text
 
 
+class OneRow(Targeted):
+    """A module whose target batches have one row."""
+
+    def target_dataloader(self) -> Any:
+        return [rows_of(self.case.target, slice(0, 1))]
+
+
+def trained_row(trained: bool) -> None:
+    """A job with a target row that is every process's, to guide or to be trained on."""
+    module = OneRow(built(False))
+    module.options = {"train_on_target": trained, "filter": GreedyFilter(keep=0.5)}
+    options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, "max_steps": 1}
+    warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)  # by Lightning
+    warnings.filterwarnings("ignore", ".*does not have many workers")
+    trainer_of(**options).fit(module, Part(built(False), 1))
+
+
+def test_target_rows_that_are_trained_on_are_no_ones_twice(two_processes: Processes) -> None:
+    two_processes.run(trained_row, False)
+    for one in two_processes.outcomes(trained_row, True):
+        assert isinstance(one, Failure)
+        assert "a row for each of 2 processes at least, where they are trained on, got 1 rows" in one.text
+
+
 def static() -> None:
     """A job with a setting of DDP that the selection cannot serve."""
     from lightning.pytorch.strategies import DDPStrategy

@@ -188,7 +188,8 @@ class Selecting(Callback):
         def target() -> Tensor:
             batch = trainer.precision_plugin.convert_input(next(targets))
             batch = pl_module._on_before_batch_transfer(batch)  # a data module's, where it has one
-            batch = _dealt(batch, trainer.global_rank, trainer.world_size)
+            trained = options.get("train_on_target") is True
+            batch = _dealt(batch, trainer.global_rank, trainer.world_size, trained=trained)
             return module.target_losses(trainer.strategy.batch_to_device(batch))
 
         model = options.pop("model", None)
@@ -210,14 +211,23 @@ def _of_all_processes(window: list[Any]) -> dict[int, list[Any]]:
     return dict(enumerate(windows))
 
 
-def _dealt(batch: Any, rank: int, ranks: int) -> Any:
+def _dealt(batch: Any, rank: int, ranks: int, *, trained: bool) -> Any:
     """The rows of a target batch that are this process's; all, where they cannot be told apart or are too few.
 
-    Rows that each process runs count once for each, which leaves their mean what it is.
+    Rows that each process runs count once for each, which leaves their mean what it is. Where they are trained on, and
+    weighed by what others of them ask for, they must not meet themselves.
+
+    Raises:
+        ValueError: they would.
     """
-    if ranks == 1 or not has_rows(batch):
+    if ranks == 1:
         return batch
-    count = len(tree_leaves(batch)[0])
+    count = len(tree_leaves(batch)[0]) if has_rows(batch) else 0
+    if count < ranks and trained:
+        raise ValueError(
+            f"Expected target batches of tensors with a row for each of {ranks} processes at least, where they are "
+            f"trained on, got {f'{count} rows' if count else 'another structure'}."
+        )
     return batch if count < ranks else rows_of(batch, torch.tensor(part_of(range(count), rank, ranks)))
 
 
