@@ -39,7 +39,8 @@ def leaving_one_out(products: Products, targets: int, *, remembered: float) -> P
     own = columns[n:].diagonal()
     fresh[n:] = (columns[n:].sum(dim=1) - own) / (targets - 1)
     error = torch.zeros_like(fresh)
-    error[:n] = new * columns[:n].std(dim=1) / targets**0.5
+    if n:
+        error[:n] = new * columns[:n].std(dim=1) / targets**0.5
     pairs = (columns[n:].sum() - own.sum()) / (targets * (targets - 1))
     energy = new**2 * pairs
     cross_gram = new * fresh

@@ -42,7 +42,6 @@ class Selection:
         fitted_scale: sum of the fitted weights before normalisation; 1 means that the best fit to the target is as long
             as the weighted mean of the kept gradients.
         gram: shape ``(n, n)`` in the optimizer's ``metric``; rows and columns of rejected candidates are zero.
-        squares: shape ``(n,)``, the squared norms of the candidates' gradients, the diagonal of ``gram``.
         cross_gram: shape ``(n,)``, inner products with the target gradient, zero for rejected candidates.
         target_energy: squared norm of the target gradient in the metric.
         cosine: cosine of the applied gradient with the target gradient, in the metric; 0 where either vanishes.
@@ -67,6 +66,7 @@ class Selection:
         group: the candidates that this process's were compared with, among all; ``gram`` is of these alone. All, unless
             ``among`` divides the ranks into groups: then whatever is one number is the mean over the groups that keep
             some candidate, of which ``predicted_decrease`` is a lower bound.
+        group_squares: shape ``(n,)``, all candidates' squared norms where ``gram`` is of a group alone; else None.
         sketch: the sketch with which the products above were estimated; None where they are exact.
         milliseconds: host time by phase: ``target``, ``candidates`` (their forward and backward pass), ``gram``,
             ``solve`` (filter and weights, and waiting for the Gram system on an accelerator), ``combine``.
@@ -77,7 +77,6 @@ class Selection:
     weights: Tensor
     fitted_scale: float
     gram: Tensor
-    squares: Tensor
     cross_gram: Tensor
     target_energy: float
     cosine: float
@@ -96,6 +95,7 @@ class Selection:
     stale: bool = False
     mine: slice = field(default_factory=lambda: slice(None))
     group: slice = field(default_factory=lambda: slice(None))
+    group_squares: Tensor | None = None
     sketch: SketchReport | None = None
     milliseconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -115,7 +115,6 @@ class Selection:
             weights=torch.empty(0, dtype=torch.float64),
             fitted_scale=0.0,
             gram=torch.zeros(n, n),
-            squares=torch.zeros(n),
             cross_gram=torch.zeros(n),
             target_energy=0.0,
             cosine=0.0,
@@ -167,14 +166,19 @@ class Selection:
             kept=self.kept[kept] - start,
             weights=self.weights[kept],
             gram=self.gram[square, square],
-            squares=self.squares[candidates],
             cross_gram=self.cross_gram[candidates],
             rejected=self.rejected[rejected] - start,
             target_weights=self.target_weights[targets],
             target_losses=self.target_losses[targets],
             mine=slice(0, stop - start),
             group=slice(0, stop - start),
+            group_squares=None,
         )
+
+    @property
+    def squares(self) -> Tensor:
+        """The squared norms of the candidates' gradients in the metric, shape ``(n,)``."""
+        return self.gram.diagonal() if self.group_squares is None else self.group_squares
 
     def in_order(self, order: Tensor) -> Selection:
         """The same selection with its candidates in another order, all of them counted as this process's.
@@ -192,7 +196,7 @@ class Selection:
             losses=self.losses[order],
             kept=place[self.kept],
             gram=self.gram[order][:, order] if whole else self.gram,
-            squares=self.squares[order],
+            group_squares=None if whole else self.squares[order],
             cross_gram=self.cross_gram[order],
             rejected=place[self.rejected],
             mine=everyone,

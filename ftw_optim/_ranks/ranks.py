@@ -205,7 +205,7 @@ class Several(Ranks):
         """Raise where another rank failed."""
         failed = [(rank, text) for rank, (_, text) in enumerate(messages) if text is not None]
         if failed:
-            rank, text = failed[0]
+            rank, text = self.members[failed[0][0]], failed[0][1]
             error = RuntimeError(f"Rank {rank} raised {text}. This rank has changed nothing either.")
             raise _known(error, self.members)
 

@@ -58,6 +58,8 @@ class CandidatePass:
         self._setup, self.closure = setup, closure
         self._generator = setup.generator("check")
         self._of_candidates, self._of_target = _Batches(), _Batches()
+        self.takes_rows = closure.takes_rows
+        """Whether candidates can be run again by their rows, on all ranks."""
 
     def __enter__(self) -> CandidatePass:
         return self
@@ -77,7 +79,7 @@ class CandidatePass:
     @property
     def keeps_target_graph(self) -> bool:
         """Whether the graph of target rows is wanted once more, where candidates are run again after all."""
-        return bool(self._of_target.graphs) and self.closure.takes_rows
+        return bool(self._of_target.graphs) and self.takes_rows
 
     def losses_again(self, kept: Tensor, weights: Tensor) -> Iterator[Tensor]:
         """The weighted losses of candidates that are run once more, a batch at a time, after all captures have ended.

@@ -27,7 +27,8 @@ def choice_of_all(setup: StepSetup, comparison: Comparison, factors: PassFactors
     within = factors.within
 
     def told(selection: Selection) -> Selection | None:
-        return replace(selection, gram=torch.empty(0, 0)) if within.own == 0 else None
+        squares = selection.squares.clone()  # and not the whole matrix that it is a view of
+        return replace(selection, gram=torch.empty(0, 0), group_squares=squares) if within.own == 0 else None
 
     own, others = setup.ranks.told(lambda: within.as_first_says(lambda: choose(setup, comparison)), told)
     groups = [selection for selection in others if selection is not None]
@@ -53,6 +54,7 @@ def joined(groups: Sequence[Selection], *, own: Selection, number: int) -> Selec
     def mean(of: Callable[[Selection], float], nothing: float = 0.0) -> float:
         return share * sum(map(of, active)) if active else nothing
 
+    energies = [one.target_energy for one in groups if one.target_energy > 0.0]  # of those that compared any candidate
     cosine = mean(lambda one: one.cosine)
     sketches = [one.sketch for one in groups if one.sketch is not None]
     return replace(
@@ -61,9 +63,9 @@ def joined(groups: Sequence[Selection], *, own: Selection, number: int) -> Selec
         kept=torch.cat([one.kept + start for one, start in zip(groups, starts, strict=False)]),
         weights=weights,
         fitted_scale=mean(lambda one: one.fitted_scale),
-        squares=torch.cat([one.squares for one in groups]),
+        group_squares=torch.cat([one.squares for one in groups]),
         cross_gram=torch.cat([one.cross_gram for one in groups]),
-        target_energy=mean(lambda one: one.target_energy),
+        target_energy=sum(energies) / max(1, len(energies)),
         cosine=cosine,
         residual=1.0 - max(0.0, cosine) ** 2,
         predicted_decrease=mean(lambda one: one.predicted_decrease),

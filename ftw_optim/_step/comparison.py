@@ -88,10 +88,14 @@ def compare(setup: StepSetup, factors: PassFactors, target: TargetNow) -> Compar
         if not anywhere(not (nothing or factors.measures_alone or torch.equal(left, before))):
             if nothing:
                 return Comparison(problem={}, losses=seen.losses, accepted=left, targets=target.count)
-            problem = {metric: _asked(one, target).of(left) for metric, one in seen.problem.items()}
+            problem = setup.ranks.beginning(partial(_asked, seen.problem, target, left))
             return Comparison(problem=problem, losses=seen.losses, accepted=left, targets=target.count)
 
 
-def _asked(products: Products, target: TargetNow) -> Products:
-    """The products with what the target asks for, where its own rows tell it."""
-    return leaving_one_out(products, target.count, remembered=target.share) if target.guides_itself else products
+def _asked(problem: Mapping[Metric, Products], target: TargetNow, accepted: Tensor) -> dict[Metric, Products]:
+    """The products of the accepted rows with what the target asks for, where its own rows tell it."""
+    if target.guides_itself:
+        problem = {
+            metric: leaving_one_out(one, target.count, remembered=target.share) for metric, one in problem.items()
+        }
+    return {metric: one.of(accepted) for metric, one in problem.items()}

@@ -22,6 +22,8 @@ LOOK_EVERY = 100
 """Selections from one comparison of all parameters and states to the next."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AT_ONCE = 2**20
+"""Entries of which a checksum is formed at a time."""
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -40,6 +42,7 @@ def digest_of(setup: StepSetup) -> Digest:
         "weight": _described(setup.weight),
         "among": str(setup.among),
         "metric": setup.metric.value,
+        "gram": "exact" if setup.sketch is None else str(setup.sketch),
         "combine": setup.way.name,
         "target": str(
             (
@@ -58,6 +61,8 @@ def digest_of(setup: StepSetup) -> Digest:
     }
     if _looks(setup):
         found["values of the parameters"] = str(_checksums(parameters.updated.values()))
+        if not setup.ranks.met:
+            found["values of what is not trained"] = str(_checksums(_frozen(setup).values()))
         states = [setup.inner.state.get(p, {}) for p in parameters.updated.values()]
         numbers = [value for state in states for value in state.values() if isinstance(value, Tensor)]
         found["state of the inner optimizer"] = str(_checksums(numbers))
@@ -78,7 +83,8 @@ def parts_of(setup: StepSetup) -> Parts:
     if not _looks(setup):
         return {}
     found = {}
-    for name, parameter in setup.parameters.updated.items():
+    more = {} if setup.ranks.met else _frozen(setup)
+    for name, parameter in {**setup.parameters.updated, **more}.items():
         if is_sharded(parameter):
             held = [parameter, *setup.inner.state.get(parameter, {}).values()]
             local: list[Any] = [one for one in held if isinstance(one, Tensor) and is_sharded(one)]
@@ -106,14 +112,29 @@ def refuse_different_copies(told: Sequence[Parts]) -> None:
                 )
 
 
+def _frozen(setup: StepSetup) -> Mapping[str, Tensor]:
+    """The parameters that are not updated, and so stay what they were when the ranks met."""
+    return {name: one for name, one in setup.structure.parameters.items() if name not in setup.parameters.updated}
+
+
 def _checksums(tensors: Iterable[Tensor]) -> list[int]:
-    """A number for each tensor, exact whatever number of threads adds it up: the sum of its bits, read as integers."""
+    """A number for each tensor, exact whatever number of threads adds it up.
+
+    It is the sum of its entries' bits, read as integers, each times a number that depends on its place.
+    """
     sums = []
+    places: dict[torch.device, Tensor] = {}
     for tensor in tensors:
         plain = tensor.detach()
         if type(tensor) not in (Tensor, torch.nn.Parameter) or plain.itemsize not in _INTEGERS or plain.is_complex():
             continue  # of low-bit and other subclasses nothing is known
-        sums.append(plain.contiguous().view(_INTEGERS[plain.itemsize]).sum(dtype=torch.int64))
+        bits = plain.contiguous().view(-1).view(_INTEGERS[plain.itemsize])
+        total = torch.zeros((), dtype=torch.int64, device=bits.device)
+        for number, part in enumerate(torch.split(bits, _AT_ONCE)):
+            if part.device not in places:
+                places[part.device] = torch.arange(1, 2 * _AT_ONCE, 2, device=part.device)
+            total += (2 * number + 1) * (part * places[part.device][: len(part)]).sum()
+        sums.append(total)
     return torch.stack([one.cpu() for one in sums]).tolist() if sums else []
 
 

@@ -33,7 +33,8 @@ def target_and_factors(setup: StepSetup, candidate_pass: CandidatePass) -> tuple
         refuse_differences(setup.ranks, [one for one, _ in told_first], digest)
         refuse_different_copies([some for _, some in told_first])
     (target, own), told = setup.ranks.told(
-        lambda: _own(setup, candidate_pass), lambda found: _told(setup, hashed(digest), *found)
+        lambda: _own(setup, candidate_pass),
+        lambda found: _told(setup, hashed(digest), candidate_pass.takes_rows, *found),
     )
     refuse_differences(setup.ranks, [one.digest for one in told], digest)
     setup.ranks.met = True
@@ -41,13 +42,14 @@ def target_and_factors(setup: StepSetup, candidate_pass: CandidatePass) -> tuple
         _refuse_plain(told)
         return target, own
     assert isinstance(own, KeptFactors)
+    candidate_pass.takes_rows = all(one.takes_rows for one in told)
     counts = [len(one.losses) - one.targets for one in told]
     size = ranks_of_one(counts, setup.among, in_shards=setup.in_shards)
     totals = sums_of_neighbours([one.targets for one in told], size)
     if setup.trains_on_target is True and min(totals) < 2:
         raise ValueError(FEW_TARGET_ROWS)
     within, total = setup.ranks.neighbours(size), totals[setup.ranks.own // size]
-    target = shared_target(setup.ranks, target, told, total=total)
+    target = shared_target(setup.ranks, within, target, told, total=total)
     return target, SharedFactors(setup, within, own.candidates, target, told)
 
 
@@ -57,7 +59,13 @@ def _own(setup: StepSetup, candidate_pass: CandidatePass) -> tuple[TargetNow, Ke
     return target, gather(setup, candidate_pass, target)
 
 
-def _told(setup: StepSetup, digest: str, target: TargetNow, own: KeptFactors | StreamedFactors | Plain) -> Told:
+def _told(
+    setup: StepSetup,
+    digest: str,
+    takes_rows: bool,
+    target: TargetNow,
+    own: KeptFactors | StreamedFactors | Plain,
+) -> Told:
     """What the other ranks are told of this one's pass."""
     if isinstance(own, Plain):
         return Told(
@@ -67,6 +75,7 @@ def _told(setup: StepSetup, digest: str, target: TargetNow, own: KeptFactors | S
             targets=0,
             guide_losses=None,
             reached=0,
+            takes_rows=False,
             touched={},
         )
     guides = target.guide_losses
@@ -77,6 +86,7 @@ def _told(setup: StepSetup, digest: str, target: TargetNow, own: KeptFactors | S
         targets=target.count,
         guide_losses=None if guides is None else guides.detach().cpu(),
         reached=setup.parameters.mask(own.reached),
+        takes_rows=takes_rows,
         touched={name: touched(uses) for name, uses in own.found.items() if name in setup.parameters.scored},
     )
 

@@ -41,6 +41,7 @@ class Told:
         targets: the number of these rows.
         guide_losses: the losses of the rows that guide, where they were formed anew.
         reached: the parameters that its candidates reached, see :meth:`StepParameters.mask`.
+        takes_rows: whether its closure runs some candidates again.
         touched: of each of them how many rows a candidate touches, see :func:`touched`.
     """
 
@@ -50,6 +51,7 @@ class Told:
     targets: int
     guide_losses: Tensor | None
     reached: int
+    takes_rows: bool
     touched: Mapping[str, int | None]
 
 
@@ -86,6 +88,7 @@ class SharedFactors:
             ]
         )
         self.reached = setup.parameters.named(one.reached for one in told)
+        self._reached = setup.parameters.named(one.reached for one in few)
         self._counted = setup.parameters.named(one.reached for one in few[: within.own])
         self.accepted = torch.ones(len(self._losses), dtype=torch.bool)
 
@@ -136,20 +139,25 @@ class SharedFactors:
         """The products of the accepted rows of the selection, which may turn out not to be finite."""
         setup, losses = self._setup, self.candidates.losses
         with full_precision(losses), torch.no_grad():
-            products = self._products([name for name in self.reached if name in setup.parameters.scored])
+            products = self._products()
         unseen = {name: uses for name, uses in self._own.found.items() if name not in setup.parameters.scored}
         with setup.clock.phase("solve"):
             problem, (flags,) = on_host(products, self._target.finite)
             clean = self._of_all(lambda: finite_candidates(unseen, losses).cpu())
         return Measured(problem=problem, losses=self._losses, finite=self._losses.isfinite(), clean=clean, target=flags)
 
-    def _products(self, scored: Sequence[str]) -> Mapping[Metric, Products]:
-        """The products over these parameters; none where no row of the selection counts, though others have some."""
-        if not scored:
+    def _products(self) -> Mapping[Metric, Products]:
+        """The products over the scored parameters that the rows of this selection reach.
+
+        None where no row of it counts: other selections may have some, and wait until all are measured.
+        """
+        known = self._setup.parameters.scored
+        if not any(name in known for name in self.reached):
             return {}
         if self._setup.sketch is not None:
             return self._sums.sketched(self._counted)
-        return self._sums.exact(scored if bool(self.accepted.any()) else [], self.accepted)
+        own = [name for name in self._reached if name in known]
+        return self._sums.exact(own if bool(self.accepted.any()) else [], self.accepted)
 
     def _of_all(self, work: Callable[[], Tensor]) -> Tensor:
         """One entry for each row of the selection, from those that some work gives for this rank's."""
@@ -164,11 +172,12 @@ def _rows(told: Sequence[Told], own: int) -> Rows:
     return Rows(counts=counts, targets=[one.targets for one in told], own=own)
 
 
-def shared_target(ranks: Ranks, target: TargetNow, told: Sequence[Told], *, total: int) -> TargetNow:
+def shared_target(ranks: Ranks, within: Ranks, target: TargetNow, told: Sequence[Told], *, total: int) -> TargetNow:
     """The target of all ranks: the mean over all of their target losses, however many each of them has.
 
     Args:
         ranks: the ranks.
+        within: those of this rank's selection, whose target rows tell what it matches where they guide themselves.
         target: this rank's own.
         told: what each has told.
         total: the number of target rows that take part in this rank's selection.
@@ -180,9 +189,12 @@ def shared_target(ranks: Ranks, target: TargetNow, told: Sequence[Told], *, tota
     losses = torch.cat(anew)
     share = len(anew[ranks.own]) / len(losses)
     gradients, finite = target.gradients, target.finite
-    if not target.guides_itself or not target.share:  # a remembered gradient is that of all ranks already
-        gradients = _mean(ranks, gradients, share)
+    if target.guides_itself and not target.share:  # a remembered gradient is that of all ranks already
+        start = ranks.own - within.own
+        of_these = sum(len(some) for some in anew[start : start + within.count])
+        gradients = _mean(within, gradients, len(anew[ranks.own]) / max(1, of_these))
     if not target.guides_itself:
+        gradients = _mean(ranks, gradients, share)
         flags = [losses.isfinite().all(), all_finite(gradients.values()).cpu()]
         finite = torch.stack(flags).to(finite.device)
     return replace(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ftw_optim import GreedyFilter, SelectiveOptimizer, TargetGradient
+from ftw_optim import GreedyFilter, SelectiveOptimizer, Sketch, TargetGradient, TopKFilter
 from ftw_optim._step import digest
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
@@ -212,3 +212,79 @@ def test_one_process_goes_on_from_two(two_processes: Processes) -> None:
     optimizer.step(lambda: rows_of(net, CANDIDATES[:2].flatten(0, 1), rare=True))
     assert optimizer.selection is not None
     assert len(optimizer.selection.losses) == 8
+
+
+def apart(what: str) -> str:
+    """A job of a step between ranks that differ."""
+    rank = dist.get_rank()
+    torch.manual_seed(3)
+    net = Net().double()
+    options: dict[str, Any] = {}
+    with torch.no_grad():
+        if what == "frozen" and rank:
+            net.first.weight.add_(1.0)
+        if what == "swapped" and rank:
+            net.last.bias[[0, 1]] = net.last.bias[[1, 0]]
+    net.first.weight.requires_grad_(what != "frozen")
+    if what == "sketch and exact":
+        options["gram"] = Sketch(dim=32) if rank else "exact"
+    if what == "sketches":
+        options["gram"] = Sketch(dim=64 if rank else 32)
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    inner = torch.optim.AdamW(trained, lr=1e-2)
+    optimizer = SelectiveOptimizer(inner, net, lambda: rows_of(net, TARGETS, rare=True), **options)
+    candidates = CANDIDATES[rank].clone()
+    losses: Any = lambda rows=None: rows_of(net, candidates if rows is None else candidates[rows], rare=True)  # noqa: E731
+    if what == "rows":
+        optimizer = SelectiveOptimizer(
+            inner,
+            net,
+            lambda: rows_of(net, TARGETS, rare=True),
+            combine="graph",
+            scored=lambda name, parameter: "last" in name,
+        )
+        candidates[0, 0] = 22 if rank else candidates[0, 0]
+        if rank:
+            losses = lambda: rows_of(net, candidates, rare=True)  # noqa: E731
+    optimizer.step(losses)
+    assert optimizer.selection is not None
+    return optimizer.selection.combine
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("frozen", "Expected the values of what is not trained to be the same on all ranks"),
+        slow("swapped", "Expected the values of the parameters to be the same on all ranks"),
+        slow("sketch and exact", "Expected the gram to be the same on all ranks"),
+        slow("sketches", "Expected the gram to be the same on all ranks"),
+    ],
+)
+def test_ranks_that_begin_apart_are_told(what: str, said: str, two_processes: Processes) -> None:
+    for one in two_processes.outcomes(apart, what):
+        assert isinstance(one, Failure)
+        assert said in one.text
+
+
+def test_candidates_run_again_only_where_all_ranks_can(two_processes: Processes) -> None:
+    assert two_processes.run(apart, "rows") == ["skipped", "skipped"]
+
+
+class Fails(TopKFilter):
+    """A stage that fails on the first rank of the second group."""
+
+    def __call__(self, matching: Any) -> torch.Tensor:
+        if dist.get_rank() == 2:
+            raise OSError("no filter today")
+        return super().__call__(matching)
+
+
+def fails_in_the_second_group() -> None:
+    _, optimizer, losses = made(filter=Fails(keep=2), among=2)
+    optimizer.step(losses)
+
+
+@pytest.mark.slow
+def test_the_rank_that_failed_is_named_alike_everywhere(four_processes: Processes) -> None:
+    found = four_processes.outcomes(fails_in_the_second_group)
+    assert [one.text.partition(" raised")[0] for one in found] == ["Rank 2", "Rank 2", "no filter today", "Rank 2"]

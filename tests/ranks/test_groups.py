@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from ftw_optim import Selection, SelectiveOptimizer, Sketch, TargetGradient, TopKFilter
+from ftw_optim import AcceptFilter, GreedyFilter, Selection, SelectiveOptimizer, Sketch, TargetGradient, TopKFilter
 from ftw_optim._ranks.grouping import ranks_of_one
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
-from tests.support.rank_runs import OPTIMIZERS, Case, Net, data, made, rows_of, run
+from tests.support.rank_runs import CANDIDATES, OPTIMIZERS, TARGETS, Case, Net, data, made, rows_of, run
 
 CASES = {
     "each rank for itself": Case(wrap={}, among=1, counts=(5, 3), targets=(1, 4)),
@@ -27,6 +28,7 @@ CASES = {
     "all NaN": Case(wrap={}, among=1, counts=(-2, -3)),
     "target rows": Case(wrap={}, among=1, train_on_target=True, targets=(2, 3)),
     "target rows, graph": Case(wrap={}, among=1, train_on_target=True, targets=(3, 2), combine="graph"),
+    "target rows, sketch": Case(among=1, train_on_target=True, targets=(2, 3), sketch=64),
     "scaled": Case(wrap={}, among=1, scale=1024.0, combine="graph"),
     "float32": Case(wrap={}, among=1, dtype=torch.float32),
     "Adafactor": Case(among=1, optimizer="Adafactor"),
@@ -153,6 +155,48 @@ def one_by_one(case: Case) -> dict[str, Any]:
         net.zero_grad()
     found["parameters"] = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     return found
+
+
+def test_target_rows_of_a_group_without_candidates_take_part(two_processes: Processes) -> None:
+    """No process by itself makes such a step: it has candidates, or it fails."""
+    case = Case(wrap={}, among=1, train_on_target=True, counts=(5, 0), targets=(2, 3))
+    first, second = two_processes.run(run, case)
+    for one, other in zip(first["selections"], second["selections"], strict=True):
+        assert float(one.target_weights[2:].sum()) == pytest.approx(0.5)
+        assert torch.equal(one.target_weights, other.target_weights)
+        assert len(one.losses) == 5
+        assert other.gram.shape == (0, 0)
+    for key, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][key])
+
+
+def partly(skips: bool) -> dict[str, Any]:
+    """A job of groups of which one alone reaches a parameter, or of which both keep nothing; or the same one by one."""
+    several, found = dist.is_initialized(), []
+    for group in (dist.get_rank(),) if several else (0, 1):
+        torch.manual_seed(3)
+        net = Net().double()
+        optimizer = SelectiveOptimizer(
+            torch.optim.AdamW(net.parameters(), lr=1e-2),
+            net,
+            lambda net=net: (-1 if skips else 1) * rows_of(net, TARGETS, rare=True),
+            filter=AcceptFilter(confidence=0.0) if skips else GreedyFilter(keep=3),
+            among=1,
+        )
+        rows = TARGETS if skips else CANDIDATES[group]
+        optimizer.step(lambda net=net, rows=rows, group=group: rows_of(net, rows, rare=skips or group == 0))
+        found.append(optimizer.selection)
+    return {"selections": found}
+
+
+@pytest.mark.parametrize("skips", [False, True])
+def test_what_is_said_of_groups_is_what_each_would_say(skips: bool, two_processes: Processes) -> None:
+    (one, other), (found,) = partly(skips)["selections"], two_processes.run(partly, skips)[0]["selections"]
+    assert found.skipped == one.skipped == other.skipped == skips
+    assert found.target_energy == pytest.approx((one.target_energy + other.target_energy) / 2)
+    assert found.cosine == pytest.approx((one.cosine + other.cosine) / 2)
+    torch.testing.assert_close(found.squares, torch.cat([one.squares, other.squares]))
+    torch.testing.assert_close(found.cross_gram, torch.cat([one.cross_gram, other.cross_gram]))
 
 
 class Failing(TopKFilter):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,13 @@ from ftw_optim import GreedyFilter, KeepAll, UniformWeights
 from tests.support.lightning_runs import QUIET, Base, Log, Plain, Selective, rows_of, trainer_of
 from tests.support.models import Case, transformers_model
 from tests.support.processes import Failure, Processes
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of what it imports
+    from lightning.pytorch import Callback
+    from lightning.pytorch.callbacks import OnExceptionCheckpoint
+
+from ftw_optim.integrations.lightning import Selecting
 
 pytestmark = [pytest.mark.slow, *QUIET]
 
@@ -50,11 +59,12 @@ def fitted(what: str, *, lora: bool = False, batches: int = 3, **options: Any) -
         module.select_from = attributes["select_from"]  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", "`isinstance.treespec, LeafSpec.` is deprecated", FutureWarning)  # by Lightning
     warnings.filterwarnings("ignore", ".*does not have many workers")
-    log = Log()
+    log, more = Log(), options.pop("callbacks", [])
+    path = options.pop("ckpt_path", None)
     if dist.is_initialized():
         options |= {"devices": 2, "strategy": options.get("strategy", "ddp"), "use_distributed_sampler": False}
-    trainer = trainer_of(log, **options)
-    trainer.fit(module, Part(case, batches))
+    trainer = trainer_of(log, *more, **options)
+    trainer.fit(module, Part(case, batches), ckpt_path=path)
     return {
         "steps": log.steps,
         "logged": {name: float(value) for name, value in trainer.logged_metrics.items() if "ms_" not in name},
@@ -142,3 +152,51 @@ def _alike(ranks: list[dict[str, Any]], steps: list[Any], rtol: float = 1e-9) ->
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
         for found, value in zip(one, expected, strict=True):
             torch.testing.assert_close(found, value, rtol=rtol, atol=1e-10)
+
+
+class Stops(Callback):
+    """Ends a fit in the midst of a window, as an interrupt does that all processes get."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.at:
+            raise OSError("stopped")
+
+
+def interrupted(directory: str) -> Any:
+    """A job: a fit that is stopped while batches wait, and is saved by a callback as it ends; what is saved of them."""
+    # Lightning warns on the first process alone, of a folder that is there and of what a checkpoint does not hold.
+    warnings.simplefilter("ignore", UserWarning)
+    saving = OnExceptionCheckpoint(directory, filename="stopped")
+    with suppress(OSError):
+        fitted(
+            "selective",
+            accumulate_grad_batches=2,
+            max_epochs=1,
+            callbacks=[saving, Stops(1)],
+            enable_checkpointing=True,
+        )
+    warnings.simplefilter("error", UserWarning)
+    states = torch.load(f"{directory}/stopped.ckpt", weights_only=False)["callbacks"]
+    return states["Selecting"]["window"]
+
+
+def test_windows_of_all_processes_are_in_a_checkpoint(two_processes: Processes, tmp_path: Path) -> None:
+    first, _ = two_processes.run(interrupted, str(tmp_path))
+    case = built(False)
+    for rank in (0, 1):
+        (waiting,) = first[rank]
+        assert torch.equal(waiting["input_ids"], case.candidates["input_ids"][2 * rank : 2 * rank + 2])
+    callback = Selecting()
+    with pytest.raises(ValueError, match="as many processes as were there when a window was cut short, 2, got 1"):
+        callback.load_state_dict({"window": {0: [1], 1: [2]}, "targets": None})
+    for one in two_processes.outcomes(resumed_by_two):
+        assert isinstance(one, Failure)
+        assert "a window was cut short, 1, got 2" in one.text
+
+
+def resumed_by_two() -> None:
+    """A job of a checkpoint that one process made in the midst of a window."""
+    Selecting().load_state_dict({"window": [1], "targets": None})

@@ -31,8 +31,7 @@ def selection(step: int, *, n: int = 5, keep: int = 2, **changes: Any) -> Select
         "converged": True,
         "combine": "factors",
     }
-    fields |= changes
-    return Selection(**{"squares": fields["gram"].diagonal(), **fields})
+    return Selection(**{**fields, **changes})
 
 
 def of_scores(scores: Tensor, **changes: Any) -> Selection:

@@ -62,6 +62,7 @@ class Selecting(Callback):
         self._position: dict[str, int] | None = None
         self._settings: Settings | None = None
         self._wrapper: DistributedDataParallel | None = None
+        self._several = False  # of the last fit: after an exception others still save
 
     @property
     def selective(self) -> SelectiveOptimizer:
@@ -99,6 +100,7 @@ class Selecting(Callback):
             refuse_wrapper(wrapper, range(trainer.world_size))
             wrapper.require_backward_grad_sync = False  # it runs the selection, but no backward pass of its own
             self._wrapper = wrapper
+        self._several = self._wrapper is not None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the optimizer, the trainer and the module as they were."""
@@ -119,7 +121,7 @@ class Selecting(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The place in the target's batches, and the batches of an unfinished window, those of each process."""
         return {
-            "window": list(self.window) if self._wrapper is None else _of_all_processes(self.window),
+            "window": _of_all_processes(self.window) if self._several and dist.is_initialized() else list(self.window),
             "targets": self._position if self._targets is None else self._targets.state_dict(),
         }
 
@@ -127,14 +129,13 @@ class Selecting(Callback):
         """Restore the state; a checkpoint's before the optimizer is wrapped, a tuner's in the midst of a fit."""
         window, self._position = state_dict["window"], state_dict["targets"]
         processes, own = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-        if isinstance(window, dict):
-            if len(window) != processes and any(window.values()):
-                raise ValueError(
-                    f"Expected as many processes as were there when a window was cut short, {len(window)}, got "
-                    f"{processes}: resume from a checkpoint at the end of a window."
-                )
-            window = window.get(own, [])
-        self.window = list(window)
+        windows = window if isinstance(window, dict) else {0: window}
+        if len(windows) != processes and any(windows.values()):
+            raise ValueError(
+                f"Expected as many processes as were there when a window was cut short, {len(windows)}, got "
+                f"{processes}: resume from a checkpoint at the end of a window."
+            )
+        self.window = list(windows.get(own, []))
         if self._targets is not None and self._position is not None:
             self._targets.load_state_dict(self._position)
 
