@@ -38,7 +38,7 @@ from .proposals import (
     vetted,
     vetted_random,
 )
-from .weights import ExpectedFilter, ExpectedWeights, TiltedWeights
+from .weights import ExpectedFilter, ExpectedWeights, HorizonWeights, TiltedWeights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +171,7 @@ LATE_ABOVE = Method(filter=lambda keep, lr: ExpectedFilter(share=0.3), weight=Un
 LATE_FTW = Method(filter=_greedy, weight=NonNegativeLeastSquares(), decay=0.75)
 HALF_UNIFORM = Method(filter=_all, weight=UniformWeights(), decay=0.5, refresh_every=2)
 HALF_FTW = Method(filter=_greedy, weight=NonNegativeLeastSquares(), decay=0.5, refresh_every=2)
+HORIZON = Method(filter=_all, weight=HorizonWeights(horizon=3.0), decay=0.75)
 TILTED = Method(filter=_all, weight=TiltedWeights(strength=1.25), options={"train_on_target": True})
 """Whose target rows run beside the candidates, but get no weight."""
 LATE = 0.75
@@ -203,6 +204,8 @@ ARMS = {
     "similarity+ftw": _guide("n similar, ftw", propose=similar, method=FILTER_THEN_WEIGHT),
     "similarity+accept": _guide("n similar, accepted", propose=similar, method=LATE_ACCEPTED),
     "accept": _guide("n, accepted", method=LATE_ACCEPTED),
+    "horizon": _guide("n, horizon", method=HORIZON),
+    "similarity+horizon": _guide("n similar, horizon", propose=similar, method=HORIZON),
     "tilt": _guide("n, tilted", method=TILTED),
     "similarity+tilt": _guide("n similar, tilted", propose=similar, method=TILTED),
     "learned+accept": _guide("n learned, accepted", propose=learned, method=LATE_ACCEPTED),

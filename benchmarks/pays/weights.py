@@ -86,3 +86,45 @@ class TiltedWeights(WeightStage):
         if not self.reliability:
             return torch.ones(n, dtype=torch.float64)
         return (1.0 + self.strength * self.reliability * centred / variance**0.5).clamp(min=0.0)
+
+
+class HorizonWeights(WeightStage):
+    """Weights that sum to one and match the target over several steps: ``w' K w / 2 - horizon b' w`` is least.
+
+    What a candidate's gradient has of its own averages out over the steps that a momentum remembers, while what it has
+    in common with others adds up: so the target counts ``horizon`` times. Where no candidate's product stands out, the
+    weights are nearly uniform; fitted weights that are normalised afterwards are fitted the more sharply, the less the
+    products say.
+
+    Args:
+        horizon: number of steps, such as ``1 / (1 - beta1)``.
+    """
+
+    def __init__(self, horizon: float = 10.0) -> None:
+        self.horizon = horizon
+
+    def __call__(self, matching: Matching, *more: Matching) -> WeightSolution:
+        gram, wanted = matching.gram.double(), self.horizon * matching.cross_gram.double()
+        n = len(gram)
+        weights = torch.full((n,), 1 / n, dtype=torch.float64)
+        largest = float(torch.linalg.matrix_norm(gram, 2))
+        rounds, converged = 0, not largest > 0.0
+        ahead, momentum = weights, 1.0
+        while not converged and rounds < 2000:
+            rounds += 1
+            new = on_simplex(ahead - (gram @ ahead - wanted) / largest)
+            next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+            ahead = new + (momentum - 1) / next_momentum * (new - weights)
+            converged = float((new - weights).abs().max()) < 1e-10
+            weights, momentum = new, next_momentum
+        slack = wanted / self.horizon - gram @ weights
+        return WeightSolution(weights=weights, slack=slack, iterations=rounds, converged=converged)
+
+
+def on_simplex(values: Tensor) -> Tensor:
+    """The point with entries >= 0 that sum to one, nearest to ``values``."""
+    ordered = values.sort(descending=True).values
+    counts = torch.arange(1, len(values) + 1, dtype=values.dtype)
+    shifts = (ordered.cumsum(0) - 1) / counts
+    kept = int((ordered > shifts).sum())
+    return (values - shifts[kept - 1]).clamp(min=0.0)
