@@ -167,18 +167,12 @@ class Stops(Callback):
 
 def interrupted(directory: str) -> Any:
     """A job: a fit that is stopped while batches wait, and is saved by a callback as it ends; what is saved of them."""
-    # Lightning warns on the first process alone, of a folder that is there and of what a checkpoint does not hold.
-    warnings.simplefilter("ignore", UserWarning)
     saving = OnExceptionCheckpoint(directory, filename="stopped")
-    with suppress(OSError):
-        fitted(
-            "selective",
-            accumulate_grad_batches=2,
-            max_epochs=1,
-            callbacks=[saving, Stops(1)],
-            enable_checkpointing=True,
-        )
-    warnings.simplefilter("error", UserWarning)
+    options = {"accumulate_grad_batches": 2, "max_epochs": 1, "enable_checkpointing": True}
+    # Lightning warns on the first process alone, of a folder that is there and of what a checkpoint does not hold.
+    with warnings.catch_warnings(), suppress(OSError):
+        warnings.simplefilter("ignore", UserWarning)
+        fitted("selective", callbacks=[saving, Stops(1)], **options)
     states = torch.load(f"{directory}/stopped.ckpt", weights_only=False)["callbacks"]
     return states["Selecting"]["window"]
 
