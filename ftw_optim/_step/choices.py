@@ -51,8 +51,8 @@ def joined(groups: Sequence[Selection], *, own: Selection, number: int) -> Selec
     applied = torch.cat([weights, target_weights])
     total = float(applied.sum())
 
-    def mean(of: Callable[[Selection], float], nothing: float = 0.0) -> float:
-        return share * sum(map(of, active)) if active else nothing
+    def mean(of: Callable[[Selection], float]) -> float:
+        return share * sum(map(of, active))
 
     energies = [one.target_energy for one in groups if one.target_energy > 0.0]  # of those that compared any candidate
     cosine = mean(lambda one: one.cosine)

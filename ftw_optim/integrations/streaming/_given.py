@@ -46,10 +46,7 @@ class GivenItems:
             for number in range(first, len(items)):
                 ids += [sample["sample_id"] for sample in part_of(items[number], self._rank, self._ranks)]
                 if ids == wanted:
-                    some = items[first : number + 1]
-                    return [
-                        one for rank in range(self._ranks) for item in some for one in part_of(item, rank, self._ranks)
-                    ]
+                    return self._by_rank(items[first : number + 1])
                 if ids != wanted[: len(ids)]:
                     break
         raise ValueError(
