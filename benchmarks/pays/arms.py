@@ -134,6 +134,7 @@ def _all(keep: int, lr: float) -> FilterStage:
 UNIFORM = Method(filter=_all, weight=UniformWeights())
 """No selection, but its scores, which a proposal learns from."""
 FILTER_THEN_WEIGHT = Method(filter=_greedy, weight=NonNegativeLeastSquares())
+IN_THIRTY_TWOS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=32)
 IN_EIGHTS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=8)
 IN_FOURS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=4)
 EUCLIDEAN = Method(filter=_greedy, weight=NonNegativeLeastSquares(), metric="euclidean")
@@ -190,6 +191,7 @@ ARMS = {
     "adamw-k": _guide("AdamW on k", _k),
     "adamw-n": _guide("AdamW on n"),
     "ftw": _guide("filter-then-weight", method=FILTER_THEN_WEIGHT),
+    "ftw-thirty-twos": _guide("ftw in groups of 32", method=IN_THIRTY_TWOS),
     "ftw-eights": _guide("ftw in groups of 8", method=IN_EIGHTS),
     "ftw-fours": _guide("ftw in groups of 4", method=IN_FOURS),
     "ftw-euclidean": _guide("same, euclidean", method=EUCLIDEAN),
