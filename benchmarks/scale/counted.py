@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer
 from ftw_optim._ranks.owners import owners
-from ftw_optim._ranks.ranks import Ranks
+from ftw_optim._ranks.ranks import END, Ranks
 
 _TOKENS = 9
 
@@ -37,10 +37,10 @@ class Pretended(Ranks):
         self.members = range(count)
         self.sent = {"objects": 0, "exchange": 0, "sums": 0}
 
-    def told(self, work: Callable[[], Any], tell: Callable[[Any], Any]) -> tuple[Any, list[Any]]:
+    def told(self, work: Callable[[], Any], tell: Callable[[Any], Any], *, at: str = END) -> tuple[Any, list[Any]]:
         found = work()
         message = tell(found)
-        self.sent["objects"] += len(pickle.dumps((message, None))) * (self.count - 1)
+        self.sent["objects"] += len(pickle.dumps((message, None, at))) * (self.count - 1)
         return found, [message] * self.count
 
     def as_first_says(self, work: Callable[[], Any]) -> Any:

@@ -47,15 +47,21 @@ class Structure:
         for module in self.sharding:
             cast(Any, module).reshard()
 
-    def forget_failed_pass(self) -> None:
-        """Let FSDP2 forget a pass that an exception ended, of which it would keep what it had begun."""
-        roots: list[str] = []
+    @property
+    def outermost(self) -> list[nn.Module]:
+        """The modules that FSDP2 has made, but those within others of them."""
+        roots: dict[str, nn.Module] = {}
         for name, module in self.modules.items():
             if is_sharding(module) and not any(not root or name.startswith(f"{root}.") for root in roots):
-                roots.append(name)
-                # Of a module within another that is not the model's, or that never ran, there is nothing to forget.
-                with suppress(RuntimeError, AttributeError):
-                    cast(Any, module).reset_iter_state()
+                roots[name] = module
+        return list(roots.values())
+
+    def forget_failed_pass(self) -> None:
+        """Let FSDP2 forget a pass that an exception ended, of which it would keep what it had begun."""
+        for module in self.outermost:
+            # Of a module within another that is not the model's, or that never ran, there is nothing to forget.
+            with suppress(RuntimeError, AttributeError):
+                cast(Any, module).reset_iter_state()
 
     def once(self, what: str, find: Callable[[], Found], *, of: Hashable = None) -> Found:
         """What ``find`` returned when it was first asked for ``what``.

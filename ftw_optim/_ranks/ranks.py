@@ -16,6 +16,9 @@ Found = TypeVar("Found")
 
 _KNOWN = "_known_to_all_ranks"
 
+END = "the end of its closure"
+"""What a rank has come to that makes no further pass."""
+
 BUCKET = 2**25
 """Bytes that are summed or exchanged at a time."""
 
@@ -43,18 +46,22 @@ class Ranks(ABC):
         return False
 
     @abstractmethod
-    def told(self, work: Callable[[], Found], tell: Callable[[Found], Any]) -> tuple[Found, list[Any]]:
+    def told(
+        self, work: Callable[[], Found], tell: Callable[[Found], Any], *, at: str = END
+    ) -> tuple[Found, list[Any]]:
         """Do some work that may fail on any rank, and hear what came of it on all.
 
         Args:
             work: the work; nothing in it may wait for another rank, but where it is told something itself.
             tell: what the others are told of its result; small, and it can be pickled.
+            at: what this rank has come to, the same on all.
 
         Returns:
             The result, and what each rank told.
 
         Raises:
-            RuntimeError: another rank failed. Where this one did, its own error is raised.
+            RuntimeError: another rank failed, or has come to something else. Where this one failed, its own error is
+                raised.
         """
 
     @abstractmethod
@@ -130,7 +137,9 @@ class Alone(Ranks):
         """See :class:`Ranks`."""
         return True
 
-    def told(self, work: Callable[[], Found], tell: Callable[[Found], Any]) -> tuple[Found, list[Any]]:
+    def told(
+        self, work: Callable[[], Found], tell: Callable[[Found], Any], *, at: str = END
+    ) -> tuple[Found, list[Any]]:
         """See :class:`Ranks`."""
         found = work()
         return found, [tell(found)]
@@ -176,17 +185,20 @@ class Several(Ranks):
             self._neighbours[size] = Alone() if size == 1 else Several(self._group, few)
         return self._neighbours[size]
 
-    def told(self, work: Callable[[], Found], tell: Callable[[Found], Any]) -> tuple[Found, list[Any]]:
+    def told(
+        self, work: Callable[[], Found], tell: Callable[[Found], Any], *, at: str = END
+    ) -> tuple[Found, list[Any]]:
         """See :class:`Ranks`."""
         found, error, message = _tried(work, tell)
         if error is not None and set(self.members) <= getattr(error, _KNOWN, frozenset()):
             raise error  # it was told on the way, and nobody waits any more
         messages: list[Any] = [None] * self.count
-        dist.all_gather_object(messages, message, group=self._objects)
+        dist.all_gather_object(messages, (*message, at), group=self._objects)
         if error is not None:
             raise _known(error, self.members)
-        self._refuse(messages)
-        return found, [given for given, _ in messages]
+        self._refuse([text for _, text, _ in messages])
+        self._refuse_places([place for _, _, place in messages])
+        return found, [given for given, _, _ in messages]
 
     def as_first_says(self, work: Callable[[], Found]) -> Found:
         """See :class:`Ranks`."""
@@ -197,16 +209,27 @@ class Several(Ranks):
         dist.broadcast_object_list(message, src=self._first, group=self._objects)
         if error is not None:
             raise error
-        self._refuse(message)
+        self._refuse([text for _, text in message])
         found: Found = message[0][0]
         return found
 
-    def _refuse(self, messages: Sequence[tuple[Any, str | None]]) -> None:
+    def _refuse(self, texts: Sequence[str | None]) -> None:
         """Raise where another rank failed."""
-        failed = [(rank, text) for rank, (_, text) in enumerate(messages) if text is not None]
+        failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
         if failed:
             rank, text = self.members[failed[0][0]], failed[0][1]
             error = RuntimeError(f"Rank {rank} raised {text}. This rank has changed nothing either.")
+            raise _known(error, self.members)
+
+    def _refuse_places(self, places: Sequence[str]) -> None:
+        """Raise where the ranks have come to different passes, in which they would wait for each other."""
+        if len(set(places)) > 1:
+            first = min(rank for rank, place in enumerate(places) if place != places[0])
+            error = RuntimeError(
+                f"Expected every rank to make the same passes of a model in shards, but rank {self.members[0]} has "
+                f"come to {places[0]}, rank {self.members[first]} to {places[first]}. Give each rank a candidate and a "
+                "target row at least, in as many micro-batches."
+            )
             raise _known(error, self.members)
 
     def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ or at the whole parameters that stand in for shards, and what they give is summe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ _REFUSED = {
 
 
 @contextmanager
-def without_own_sums(plan: CapturePlan, members: Sequence[int]) -> Iterator[None]:
+def without_own_sums(plan: CapturePlan, members: Sequence[int], *, meet: Callable[[], None]) -> Iterator[None]:
     """A block in which DDP around the model, or in it, sums no gradients: the step sums the combined ones itself.
 
     A wrapper that is not part of the model, as where a framework wraps it later, is found when it is called.
@@ -38,6 +38,7 @@ def without_own_sums(plan: CapturePlan, members: Sequence[int]) -> Iterator[None
     Args:
         plan: what is captured of which model.
         members: the processes of the selection, which must be those of the wrapper.
+        meet: called before each forward pass in which the processes wait for each other's shards.
 
     Raises:
         NotImplementedError: something around the model cannot be right in several processes.
@@ -61,12 +62,14 @@ def without_own_sums(plan: CapturePlan, members: Sequence[int]) -> Iterator[None
             raise _not_in_several(kind)
 
     inside = [module for module in structure.modules.values() if isinstance(module, DistributedDataParallel)]
-    handle = None
+    handles = []
     try:
         for module in inside:
             hold(module)
         if not inside and not structure.sharding:
-            handle = register_module_forward_pre_hook(look)
+            handles.append(register_module_forward_pre_hook(look))
+        for outer in structure.outermost:  # before the hook of FSDP2 that brings the shards together
+            handles.append(outer.register_forward_pre_hook(lambda *_: meet(), prepend=True))
         with noting_stand_ins(structure):
             yield
     except BaseException:
@@ -74,7 +77,7 @@ def without_own_sums(plan: CapturePlan, members: Sequence[int]) -> Iterator[None
         raise
     finally:
         structure.reshard()  # FSDP2 leaves whole parameters where no backward pass of its own has followed a forward
-        if handle is not None:
+        for handle in handles:
             handle.remove()
         for wrapper, (sums, sends) in held.items():
             wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = sums, sends

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -107,7 +108,8 @@ class StepSetup:
         """A block in which nothing around the model talks to other processes, but this step alone."""
         with ExitStack() as stack:
             if not self.ranks.alone:
-                block = without_own_sums(self.plan, self.ranks.members)
+                meet = partial(self.meet, "a forward pass")
+                block = without_own_sums(self.plan, self.ranks.members, meet=meet)
                 self.ranks.beginning(lambda: stack.enter_context(block))
             yield
 
@@ -121,10 +123,10 @@ class StepSetup:
         """Whether any rank says yes, where all must make the same passes; None where each makes those it needs."""
         return (lambda own: self.ranks.any(lambda: own)) if self.in_shards else None
 
-    def meet(self) -> None:
-        """Hear whether another rank has failed, before a pass that would wait for it."""
+    def meet(self, before: str = "a backward pass") -> None:
+        """Hear whether another rank has failed, or makes another pass, before one that would wait for it."""
         if self.in_shards:
-            self.ranks.told(lambda: None, lambda _: None)
+            self.ranks.told(lambda: None, lambda _: None, at=before)
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator of this step's random numbers for one purpose."""

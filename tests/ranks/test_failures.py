@@ -111,8 +111,13 @@ def _raise(*_: Any, **__: Any) -> Any:
         ("owner", 1, False),
         slow("stage", 0, False),
         slow("owner", 0, False),
-        # Shards come together within a forward pass, so what fails before it keeps the others waiting.
-        ("end of the closure", 1, True),
+        # Shards come together within a forward pass, before which the ranks meet.
+        ("closure", 1, True),
+        slow("closure", 0, True),
+        slow("target", 0, True),
+        slow("held-out rows", 1, True),
+        slow("second pass", 1, True),
+        slow("end of the closure", 1, True),
         slow("end of the closure", 0, True),
         slow("end of the target", 1, True),
         slow("end of the second pass", 1, True),

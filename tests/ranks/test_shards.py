@@ -26,7 +26,7 @@ from ftw_optim._ranks import scattering
 from ftw_optim._ranks.scattering import Scattered
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
-from tests.support.rank_runs import CANDIDATES, TARGETS, Case, Net, made, mesh_of, rows_of, run, sharded, whole
+from tests.support.rank_runs import CANDIDATES, TARGETS, Net, made, mesh_of, rows_of, sharded, whole
 
 
 class Tied(Net):
@@ -252,22 +252,6 @@ def _of_the_last_layer(name: str, parameter: nn.Parameter) -> bool:
 
 def test_steps_after_a_backward_pass_that_failed_are_right(two_processes: Processes) -> None:
     _same(two_processes.run(after_a_burst), after_a_burst(alone=True))
-
-
-def unequal(what: str) -> Any:
-    """A job in which ranks would make different passes."""
-    if what == "kept rows":  # of which one rank would run one batch, and the other two
-        case = Case(shard={}, pieces=2, combine="graph", counts=(5, -3), scored="last", steps=2)
-        return [one.skipped for one in run(case)["selections"]]
-    _model, optimizer, losses = made(shards=True, self_check=dist.get_rank() == 0)
-    return optimizer.step(losses)
-
-
-def test_ranks_that_would_make_different_passes_do_not_wait_for_each_other(two_processes: Processes) -> None:
-    assert two_processes.run(unequal, "kept rows") == [[True, True]] * 2
-    for one in two_processes.outcomes(unequal, "self_check"):
-        assert isinstance(one, Failure)
-        assert "Expected the self_check to be the same on all ranks" in one.text
 
 
 def plain_or_kept_whole(plain: bool, combine: str) -> list[Tensor]:
