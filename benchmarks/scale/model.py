@@ -90,7 +90,7 @@ def solve_seconds(n: int, *, repeats: int = 3) -> float:
 
 def group_of(case: Case, ranks: int) -> int:
     """The number of ranks that make one selection, as :class:`ftw_optim.SelectiveOptimizer` takes it by default."""
-    return ranks_of_one([case.candidates] * ranks, None, in_shards=False, warns=False)
+    return ranks_of_one([case.candidates] * ranks, None, warns=False)
 
 
 def predicted(case: Case, ranks: int, speeds: Speeds, solve: float) -> dict[str, float]:

@@ -9,31 +9,22 @@ MOST = 2048
 """Candidates of one selection, where nothing else is asked for: filter and weights of more take seconds."""
 
 
-def ranks_of_one(counts: Sequence[int], among: int | None, *, in_shards: bool, warns: bool = True) -> int:
+def ranks_of_one(counts: Sequence[int], among: int | None, *, warns: bool = True) -> int:
     """The number of neighbouring ranks whose candidates are one selection.
 
     Args:
         counts: candidates of each rank.
         among: the number that is asked for; None: all ranks, or as many as have :data:`MOST` candidates at most.
-        in_shards: whether parameters are divided over the ranks.
         warns: whether to say so where nothing was asked for, and not all ranks are one selection.
 
     Raises:
         ValueError: ``among`` does not divide the number of ranks.
-        NotImplementedError: groups of ranks that hold parts of the parameters.
     """
     ranks = len(counts)
     if among is not None and ranks % among:
         raise ValueError(
             f"Expected among to divide the number of ranks, {ranks}, got {among}: the groups are of one size."
         )
-    if in_shards:
-        if among not in (None, ranks):
-            raise NotImplementedError(
-                f"Expected among=None with fully_shard, got {among}: a selection among some of the ranks that hold "
-                "parts of the parameters is not supported. Leave among out, or use DistributedDataParallel."
-            )
-        return ranks
     if among is not None:
         return among
     sizes = [size for size in range(ranks, 0, -1) if not ranks % size]

@@ -47,9 +47,9 @@ class Exchange:
     dtype: torch.dtype
     device: torch.device
 
-    def buckets(self) -> Iterator[list[str]]:
-        """The parameters in parts of :data:`BUCKET` bytes, by the numbers that an average rank sends."""
-        item = self.dtype.itemsize * max(1, sum(self.rows) // len(self.rows))
+    def buckets(self, rows: int) -> Iterator[list[str]]:
+        """The parameters in parts of :data:`BUCKET` bytes, by the numbers that a rank with so many ``rows`` sends."""
+        item = self.dtype.itemsize * max(1, rows)
         bucket: list[str] = []
         size = 0
         for name, entries in self.sizes.items():

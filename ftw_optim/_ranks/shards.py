@@ -92,8 +92,9 @@ class WholeParameters:
         inner: the optimizer, which holds shards.
         parameters: its parameters, by name.
         ranks: the ranks.
-        owner: the rank that owns each parameter.
+        owner: the rank that owns each parameter, within its group.
         device: where the parts are sent from.
+        among: the number of neighbouring ranks in a group, of which each has owners of its own.
     """
 
     def __init__(
@@ -103,9 +104,11 @@ class WholeParameters:
         ranks: Ranks,
         owner: Mapping[str, int],
         device: torch.device,
+        *,
+        among: int,
     ) -> None:
         self._inner, self._parameters, self._ranks, self._owner = inner, parameters, ranks, owner
-        self._device = device
+        self._device, self._among = device, among
         self.found: dict[str, Tensor] = {}
         """The parameters that have been brought together and not let go; of plain ones all."""
         self.optimizer = inner
@@ -130,7 +133,7 @@ class WholeParameters:
         if not self.any_sharded:
             return
         ranks = self._ranks
-        of = [[name for name in names if self._owner[name] == rank] for rank in range(ranks.count)]
+        of = [[name for name in names if self._owner[name] == rank % self._among] for rank in range(ranks.count)]
         sent = [self._bytes([held for name in some for held in self._divided(name)]) for some in of]
         own = of[ranks.own]
         layouts = {name: self._divided(name) for name in own}

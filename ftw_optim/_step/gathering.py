@@ -44,7 +44,7 @@ def target_and_factors(setup: StepSetup, candidate_pass: CandidatePass) -> tuple
     assert isinstance(own, KeptFactors)
     candidate_pass.takes_rows = all(one.takes_rows for one in told)
     counts = [len(one.losses) - one.targets for one in told]
-    size = ranks_of_one(counts, setup.among, in_shards=setup.in_shards)
+    size = ranks_of_one(counts, setup.among)
     totals = sums_of_neighbours([one.targets for one in told], size)
     if setup.trains_on_target is True and min(totals) < 2:
         raise ValueError(FEW_TARGET_ROWS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import final
 
 import torch
@@ -60,14 +60,14 @@ class KeptFactors:
         self.found = {name: [use.without(~accepted) for use in uses] for name, uses in self.found.items()}
         self.accepted, self.buckets = accepted, ()
 
-    def sums(self, *, counted: Iterable[str] = ()) -> MatchingSums:
-        """The sums over the scored parameters that some candidate reached; ``counted`` as in :func:`sums_of`."""
+    def sums(self) -> MatchingSums:
+        """The sums over the scored parameters that some candidate reached."""
         setup, losses = self._setup, self.candidates.losses
         scored = setup.parameters.scored
         with full_precision(losses), setup.clock.phase("gram"):
             preconditioners = preconditioners_of(setup)
             self.buckets = self.alike(preconditioners)
-            sums = sums_of(setup, self.accepted, self._target, losses.device, preconditioners, counted=counted)
+            sums = sums_of(setup, self.accepted, self._target, losses.device, preconditioners)
             for bucket in self.buckets:
                 if bucket.names[0] in scored:
                     assert isinstance(sums, GramSums)

@@ -31,7 +31,7 @@ from ftw_optim._ranks.ranks import Ranks
 from ftw_optim._step.checkpoint import read_state, written_state
 from ftw_optim._step.clock import Clock
 from ftw_optim._step.closures import CandidateClosure
-from ftw_optim._step.options import check_options, check_target, refuse_for_shards
+from ftw_optim._step.options import check_options, check_target
 from ftw_optim._step.parameters import Scored, parameters_of
 from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.step import StepResult, selective_step
@@ -327,8 +327,6 @@ class SelectiveOptimizer(OptimizerWrapper):
         """The inputs and options of one step, and its closure; a step that cannot be made is refused here."""
         if not scale > 0.0:
             raise ValueError(f"grad_scale must be positive, got {scale!r}.")
-        if not ranks.alone and structure.sharding:
-            refuse_for_shards(self.gram)
         if not isinstance(self.self_check, str) and self.self_check and self._backwards % self.self_check == 0:
             self._checks.forget()
         check_target(self.target, self.train_on_target)

@@ -93,16 +93,3 @@ def check_target(target: TargetGradient, train_on_target: Any) -> None:
             "train_on_target=True runs the target rows at every step: expected refresh_every=1, got "
             f"{target.refresh_every}. To remember gradients over steps use decay=."
         )
-
-
-def refuse_for_shards(gram: str | Sketch) -> None:
-    """Refuse options that are not there where each process holds a part of the parameters.
-
-    Raises:
-        NotImplementedError: the option is one of them.
-    """
-    if isinstance(gram, Sketch):
-        raise NotImplementedError(
-            'Expected gram="exact" with fully_shard, got a Sketch: every rank would need the whole state of the '
-            "optimizer. With scored=last_blocks(model, 1) the exact Gram matrix costs little."
-        )

@@ -18,6 +18,7 @@ from ftw_optim._factors.finiteness import all_finite, finite_candidates
 from ftw_optim._gram.inner_products import Products, on_host
 from ftw_optim._gram.metric import Metric
 from ftw_optim._matching.selection import Selection
+from ftw_optim._ranks.grouping import sums_of_neighbours
 from ftw_optim._ranks.ranks import Ranks
 from ftw_optim._ranks.rows import Rows
 from ftw_optim._ranks.tables import tables_of
@@ -79,8 +80,9 @@ class SharedFactors:
         self._places = slice(start, start + within.count)
         few = told[self._places]
         self.rows = _rows(few, within.own)
-        tables = tables_of([one.touched for one in few], setup.parameters.scored)
-        self._sums = SharedSums(setup, within, self.rows, self._own, target, tables)
+        tables = tables_of([one.touched for one in told], setup.parameters.scored)
+        most = max(sums_of_neighbours(self.everyone.by_rank, within.count)) // within.count
+        self._sums = SharedSums(setup, within, self.rows, self._own, target, tables, most)
         self._losses = torch.cat(
             [
                 *(one.losses[: len(one.losses) - one.targets] for one in few),
@@ -152,12 +154,13 @@ class SharedFactors:
         None where no row of it counts: other selections may have some, and wait until all are measured.
         """
         known = self._setup.parameters.scored
-        if not any(name in known for name in self.reached):
+        everywhere = [name for name in self.reached if name in known]
+        if not everywhere:
             return {}
         if self._setup.sketch is not None:
-            return self._sums.sketched(self._counted)
-        own = [name for name in self._reached if name in known]
-        return self._sums.exact(own if bool(self.accepted.any()) else [], self.accepted)
+            return self._sums.sketched(everywhere, self._counted)
+        counts = bool(self.accepted.any())
+        return self._sums.exact(everywhere, set(self._reached) if counts else set(), self.accepted)
 
     def _of_all(self, work: Callable[[], Tensor]) -> Tensor:
         """One entry for each row of the selection, from those that some work gives for this rank's."""

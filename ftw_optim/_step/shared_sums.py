@@ -7,7 +7,7 @@ share of the Gram matrix of all rows. The sum over the owners is the whole matri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import final
@@ -29,14 +29,38 @@ from ftw_optim._ranks.rows import Rows
 from ftw_optim._ranks.shards import WholeParameters
 from ftw_optim._ranks.tables import Table
 from ftw_optim._step.kept_factors import KeptFactors, in_no_bucket
-from ftw_optim._step.measuring import dtype_of_sums, preconditioners_of, sums_of
+from ftw_optim._step.measuring import MatchingSums, dtype_of_sums, preconditioners_of, sums_of
 from ftw_optim._step.setup import StepSetup
 from ftw_optim._step.target import TargetNow
 
 
 @final
+class Attempts:
+    """Pieces of work between exchanges, in which all ranks take part whatever comes: the first error waits."""
+
+    def __init__(self) -> None:
+        self._error: BaseException | None = None
+
+    def make(self, work: Callable[[], None]) -> None:
+        """Do the work, if all before it went well."""
+        if self._error is None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+    def end(self) -> None:
+        """Raise what has been raised."""
+        if self._error is not None:
+            raise self._error
+
+
+@final
 class SharedSums:
     """The products of the rows of some ranks, of which each has the factors of its own.
+
+    All ranks go through the same parameters together, those of other selections too: each holds a part of a model in
+    shards, and an owner in every group of ranks is sent the whole.
 
     Args:
         setup: the inputs and options of the step.
@@ -45,6 +69,7 @@ class SharedSums:
         own: this rank's factors.
         target: the target.
         tables: the parameters of which only touched rows are sent.
+        most: rows of an average rank, in that group of ranks which has the most.
     """
 
     def __init__(
@@ -55,76 +80,87 @@ class SharedSums:
         own: KeptFactors,
         target: TargetNow,
         tables: Mapping[str, Table],
+        most: int,
     ) -> None:
         self._setup, self._within, self._rows, self._own, self._target = setup, within, rows, own, target
-        self._tables = tables
+        self._tables, self._most = tables, most
         self._device = own.candidates.losses.device
 
-    def sketched(self, counted: Iterable[str]) -> dict[Metric, Products]:
+    def sketched(self, scored: Sequence[str], counted: Iterable[str]) -> dict[Metric, Products]:
         """Estimates from sketches, which each rank makes of its own rows: their maps are at the target's gradient.
 
         Args:
+            scored: parameters that some row of the step reached.
             counted: the parameters whose share of the target an earlier rank's sketches have.
         """
+        setup, own = self._setup, self._own
+        whole = self._whole(dict.fromkeys(scored, 0), among=1)
+        sums: SketchSums | None = None
+        attempts = Attempts()
+
+        def add(names: Collection[str]) -> None:
+            nonlocal sums
+            if sums is None:
+                preconditioners = preconditioners_of(setup, whole.optimizer)
+                own.buckets = own.alike(preconditioners)
+                made = self._sums(own.accepted, preconditioners, whole, scale=None, counted=counted)
+                assert isinstance(made, SketchSums)
+                sums = made
+            for name, uses in own.alone.items():
+                if name in names:
+                    sums.add(name, uses)
+
+        sizes = {name: setup.parameters.scored[name].numel() for name in scored}
+        for names in self._exchange(sizes).buckets(1) if whole.any_sharded else [list(scored)]:
+            with setup.clock.phase("exchange"):
+                whole.bring(names)
+            with setup.clock.phase("gram"):
+                attempts.make(partial(add, frozenset(names)))
+            whole.let_go(names)
 
         def sketches() -> dict[Metric, tuple[Tensor, Tensor]]:
-            sums = self._own.sums(counted=counted)
-            assert isinstance(sums, SketchSums)
+            attempts.end()
+            assert sums is not None
             return sums.sketches()
 
-        made, _ = self._setup.ranks.told(sketches, lambda _: None)
-        with self._setup.clock.phase("exchange"):
-            rows = torch.stack([rows for rows, _ in made.values()])
+        found, _ = setup.ranks.told(sketches, lambda _: None)
+        with setup.clock.phase("exchange"):
+            rows = torch.stack([rows for rows, _ in found.values()])
             everyone = self._within.gathered(rows.movedim(2, 0).contiguous(), self._rows.by_rank)
-            targets = self._within.summed([target for _, target in made.values()])
+            targets = self._within.summed([target for _, target in found.values()])
         order = self._rows.order()
         everyone = everyone if order is None else everyone[order.to(everyone.device)]
-        with self._setup.clock.phase("gram"):
+        with setup.clock.phase("gram"):
             return {
                 metric: estimated(everyone[:, number].movedim(0, 1), target)
-                for number, (metric, target) in enumerate(zip(made, targets, strict=True))
+                for number, (metric, target) in enumerate(zip(found, targets, strict=True))
             }
 
-    def exact(self, scored: Sequence[str], accepted: Tensor) -> Mapping[Metric, Products]:
+    def exact(self, everywhere: Sequence[str], scored: Collection[str], accepted: Tensor) -> Mapping[Metric, Products]:
         """The products from the parameters that each rank owns.
 
         Whatever fails on the way is told once everything has been exchanged: until then the others wait for this rank.
 
         Args:
-            scored: parameters that some row reached; none where no row of these ranks counts, but perhaps of others.
+            everywhere: parameters that some row of the step reached.
+            scored: those that a row of these ranks reached; none where no row of theirs counts.
             accepted: the rows that count, bool ``(n + m,)``.
         """
-        setup, within, device = self._setup, self._within, self._device
-        parameters = setup.parameters.scored
-        tables = {name: table for name, table in self._tables.items() if name in scored}
-        sizes = {name: parameters[name].numel() for name in scored}
-        owner = owners(sizes, within.count)
-        exchange = Exchange(
-            ranks=within,
-            sizes={**sizes, **{name: table.size for name, table in tables.items()}},
-            rows=self._rows.by_rank,
-            dtype=dtype_of_sums(parameters),
-            device=device,
-        )
+        setup, tables = self._setup, self._tables
+        sizes = {name: setup.parameters.scored[name].numel() for name in everywhere}
+        owner = owners(sizes, self._within.count)
+        exchange = self._exchange({**sizes, **{name: table.size for name, table in tables.items() if name in sizes}})
         places_of = {name: table.places for name, table in tables.items()}
         of_indices = replace(exchange, sizes=places_of, dtype=torch.int64)
-        whole = WholeParameters(setup.inner, parameters, within, owner, device)
-        failure: BaseException | None = None
+        whole = self._whole(owner, among=self._within.count)
         made: tuple[Preconditioners, GramSums] | None = None
-
-        def attempt(work: Callable[[], None]) -> None:
-            nonlocal failure
-            if failure is None:
-                try:
-                    work()
-                except BaseException as error:
-                    failure = error
+        attempts = Attempts()
 
         def write(places: Mapping[str, Tensor]) -> None:
             nonlocal made
             if made is None:
                 preconditioners = preconditioners_of(setup, whole.optimizer)
-                sums = sums_of(setup, accepted, self._target, device, preconditioners, scale=1.0, whole=whole.found)
+                sums = self._sums(accepted, preconditioners, whole, scale=1.0)
                 assert isinstance(sums, GramSums)
                 self._own.buckets, made = self._own.alike(preconditioners), (preconditioners, sums)
             self._write(places)
@@ -139,25 +175,61 @@ class SharedSums:
             with setup.clock.phase("gram"):
                 self._measure(*made, found, indices, whole.found)
 
-        for names in exchange.buckets():
-            indexed = [name for name in names if name in tables]
+        for names in exchange.buckets(self._most):
             with setup.clock.phase("exchange"):
                 whole.bring(names)
-                found = exchange.exchanged(names, owner, lambda places: attempt(partial(write, places)))
-                indices: Mapping[str, Tensor] = {}
+                some = [name for name in names if name in scored]
+                indexed = [name for name in some if name in tables]
+                found, indices = {}, {}
+                if some:
+                    found = exchange.exchanged(some, owner, lambda places: attempts.make(partial(write, places)))
                 if indexed:
                     indices = of_indices.exchanged(
-                        indexed, owner, lambda places: attempt(partial(write_indices, places))
+                        indexed, owner, lambda places: attempts.make(partial(write_indices, places))
                     )
-            attempt(partial(measure, found, indices))
+            if some:
+                attempts.make(partial(measure, found, indices))
             whole.let_go(names)
 
         def outcome() -> Mapping[Metric, Products]:
-            if failure is not None:
-                raise failure
+            attempts.end()
             return {} if made is None else made[1].products()
 
-        return _summed(within, setup.ranks.told(outcome, lambda _: None)[0])
+        return _summed(self._within, setup.ranks.told(outcome, lambda _: None)[0])
+
+    def _whole(self, owner: Mapping[str, int], *, among: int) -> WholeParameters:
+        setup = self._setup
+        parameters = setup.parameters.scored
+        return WholeParameters(setup.inner, parameters, setup.ranks, owner, self._device, among=among)
+
+    def _exchange(self, sizes: Mapping[str, int]) -> Exchange:
+        return Exchange(
+            ranks=self._within,
+            sizes=sizes,
+            rows=self._rows.by_rank,
+            dtype=dtype_of_sums(self._setup.parameters.scored),
+            device=self._device,
+        )
+
+    def _sums(
+        self,
+        accepted: Tensor,
+        preconditioners: Preconditioners,
+        whole: WholeParameters,
+        *,
+        scale: float | None,
+        counted: Iterable[str] = (),
+    ) -> MatchingSums:
+        return sums_of(
+            self._setup,
+            accepted,
+            self._target,
+            self._device,
+            preconditioners,
+            scale=scale,
+            whole=whole.found,
+            counted=counted,
+        )
 
     def _write(self, places: Mapping[str, Tensor]) -> None:
         """Multiply out this rank's gradients, each into its place ``(rows, entries)``."""

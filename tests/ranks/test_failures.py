@@ -14,7 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from ftw_optim import GreedyFilter, SelectiveOptimizer, Sketch, TargetGradient, TopKFilter
+from ftw_optim import GreedyFilter, SelectiveOptimizer, TargetGradient, TopKFilter
 from ftw_optim._preconditioners.lookup import Preconditioners
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
@@ -210,8 +210,7 @@ def test_ranks_that_differ_are_told(what: str, said: str, two_processes: Process
 
 def refused(what: str) -> None:
     """A job of one step, with something that cannot be right."""
-    options = {"sketch of shards": {"gram": Sketch(dim=64)}, "groups of shards": {"among": 1}}.get(what, {})
-    model, optimizer, losses = made(shards="shards" in what, **options)
+    model, optimizer, losses = made()
     if what == "static graph":
         model = DistributedDataParallel(Net().double(), static_graph=True)
         target = lambda: rows_of(model, TARGETS)  # noqa: E731
@@ -231,8 +230,6 @@ def refused(what: str) -> None:
     [
         ("static graph", "static_graph=False"),
         slow("hook", "without a communication hook"),
-        slow("sketch of shards", 'gram="exact" with fully_shard'),
-        slow("groups of shards", "among=None with fully_shard"),
         slow("FSDP1", "got FSDP1"),
     ],
 )

@@ -73,6 +73,12 @@ CASES = {
     "sketch, a rank of NaN": Case(wrap={}, outside=True, sketch=64, counts=(5, -3)),
     "sketch, target rows": Case(wrap={}, outside=True, sketch=64, train_on_target=True, targets=(1, 3)),
     "sketch, target rows, remembered": Case(sketch=64, train_on_target=True, targets=(1, 3), target={"decay": 0.7}),
+    "shards, sketch": Case(shard={}, sketch=64, counts=(5, 3)),
+    "shards, sketch, graph, update": Case(shard={}, sketch=64, combine="graph", metric="update"),
+    "shards, sketch, rerun": Case(shard={}, sketch=64, combine="rerun"),
+    "shards, sketch, micro-batches": Case(shard={}, sketch=64, pieces=2),
+    "shards, sketch, a rank of NaN": Case(shard={}, sketch=64, counts=(5, -3)),
+    "shards, sketch, target rows": Case(shard={}, sketch=64, train_on_target=True, targets=(1, 3)),
     **{name: Case(optimizer=name) for name in ("SGD", "Adafactor", "RMSprop", "Adagrad")},
 }
 FAST = {"uneven", "ddp, graph", "target rows", "Adafactor", "a rank without candidates"}
