@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ftw_optim import AcceptFilter, GreedyFilter, Selection, SelectiveOptimizer, Sketch, TargetGradient, TopKFilter
+from ftw_optim import AcceptFilter, GreedyFilter, SelectiveOptimizer, TopKFilter
 from ftw_optim._ranks.grouping import ranks_of_one
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
-from tests.support.rank_runs import CANDIDATES, OPTIMIZERS, TARGETS, Case, Net, data, made, rows_of, run
+from tests.support.rank_checks import check_groups
+from tests.support.rank_runs import CANDIDATES, TARGETS, Case, Net, made, rows_of, run
 
 CASES = {
     "each rank for itself": Case(wrap={}, among=1, counts=(5, 3), targets=(1, 4)),
@@ -53,119 +54,7 @@ FAST = {"each rank for itself", "a rank of NaN", "shards"}
 def test_the_mean_of_the_groups_is_applied(name: str, two_processes: Processes, request: pytest.FixtureRequest) -> None:
     case = CASES[name]
     four = len(case.counts) == 4
-    ranks = (request.getfixturevalue("four_processes") if four else two_processes).run(run, case)
-    whole = one_by_one(case)
-    exact = case.dtype == torch.float64
-    near: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-11} if exact else {"rtol": 1e-4, "atol": 1e-5}
-    assert case.among is not None
-    for rank, found in enumerate(ranks):
-        starts = [sum(map(abs, case.counts[:start])) for start in (rank, rank + 1)]
-        first = rank // case.among * case.among
-        group = [sum(map(abs, case.counts[:start])) for start in (first, first + case.among)]
-        assert found["mine"] == [slice(*starts)] * case.steps
-        for selection, parts in zip(found["selections"], whole["selections"], strict=True):
-            assert selection.group == slice(*group)
-            own: Selection = parts[rank // case.among]
-            size = float(own.gram.diagonal().max()) if len(own.losses) else 0.0
-            assert selection.gram.shape == own.gram.shape
-            if own.gram.numel():
-                assert (selection.gram - own.gram).abs().max() <= (1e-12 if exact else 1e-5) * (size or 1.0)
-            _compare(selection, parts, near)
-            of_rank = selection.own()
-            assert len(of_rank.losses) == abs(case.counts[rank])
-            assert of_rank.gram.shape == (len(of_rank.losses),) * 2
-            inside = slice(starts[0] - group[0], starts[1] - group[0])
-            assert torch.equal(of_rank.gram, selection.gram[inside, inside])
-        for key, value in ranks[0]["parameters"].items():
-            assert torch.equal(value, found["parameters"][key])
-    for one, other in zip(ranks[0]["gradients"], whole["gradients"], strict=True):
-        assert one.keys() == other.keys()
-        for key in one:
-            torch.testing.assert_close(one[key] / case.scale, other[key], **near)
-    for key, value in whole["parameters"].items():
-        torch.testing.assert_close(ranks[0]["parameters"][key], value, **near)
-
-
-def _compare(selection: Selection, parts: list[Selection], near: dict[str, Any]) -> None:
-    """All that is said of the step as a whole."""
-    starts = [sum(len(part.losses) for part in parts[:number]) for number in range(len(parts))]
-    active = [part for part in parts if not part.skipped]
-    assert selection.skipped == (not active)
-    assert selection.kept.tolist() == [
-        row + start for part, start in zip(parts, starts, strict=True) for row in part.kept.tolist()
-    ]
-    assert selection.rejected.tolist() == [
-        row + start for part, start in zip(parts, starts, strict=True) for row in part.rejected.tolist()
-    ]
-    for field in ("losses", "cross_gram"):
-        joined = torch.cat([getattr(part, field) for part in parts])
-        torch.testing.assert_close(getattr(selection, field), joined, equal_nan=True, **near)
-    for field in ("weights", "target_weights"):
-        some = [getattr(part, field) * (not part.skipped) for part in parts]
-        torch.testing.assert_close(getattr(selection, field), torch.cat(some) / max(1, len(active)), **near)
-    if active:
-        total = selection.weights.sum() + selection.target_weights.sum()
-        assert float(total) == pytest.approx(1.0)
-        for field in ("predicted_decrease", "cosine", "target_energy", "fitted_scale"):
-            # What the target asks for is known of every group that has candidates, whether it keeps any or not.
-            some_parts = [part for part in parts if part.target_energy] if field == "target_energy" else active
-            mean = sum(getattr(part, field) for part in some_parts) / len(some_parts)
-            near_mean = pytest.approx(mean, rel=1e-3 if near["rtol"] > 1e-6 else 1e-9, abs=1e-12)
-            assert getattr(selection, field) == near_mean, field
-
-
-def one_by_one(case: Case) -> dict[str, Any]:
-    """The same run in one process: a group after the other, and the mean of their gradients."""
-    assert case.among is not None
-    groups = [slice(start, start + case.among) for start in range(0, len(case.counts), case.among)]
-    torch.manual_seed(3)
-    net = Net().to(case.dtype)
-    inner = OPTIMIZERS[case.optimizer](list(net.parameters()))
-    found: dict[str, Any] = {"selections": [], "gradients": []}
-    for step, (everyone, targets) in enumerate(data(case)):
-        per_rank = everyone.split([abs(count) for count in case.counts])
-        target_rows = targets.split(list(case.targets))
-        parts: list[Selection] = []
-        sums: dict[str, torch.Tensor] = {}
-        for some in groups:
-            guide = torch.cat(target_rows[some]) if case.train_on_target else targets
-            candidates = torch.cat(per_rank[some])
-            one = SelectiveOptimizer(
-                inner,
-                net,
-                TargetGradient(lambda guide=guide: rows_of(net, guide, rare=True)),
-                filter=case.filter,
-                weight=case.weight,
-                combine=case.combine,
-                train_on_target=case.train_on_target,
-                gram="exact" if case.sketch is None else Sketch(dim=case.sketch),
-            )
-            one._backwards = step  # of which random numbers are made
-            net.zero_grad()
-            if not len(candidates):
-                parts.append(Selection.nothing(torch.empty(0, dtype=case.dtype), torch.empty(0, dtype=torch.bool)))
-                continue
-
-            def losses(rows: torch.Tensor | None = None, candidates: torch.Tensor = candidates) -> torch.Tensor:
-                return rows_of(net, candidates if rows is None else candidates[rows])
-
-            one.backward(losses)
-            assert one.selection is not None
-            parts.append(one.selection)
-            for name, parameter in net.named_parameters():
-                if parameter.grad is not None:
-                    sums[name] = sums.get(name, torch.zeros_like(parameter)) + parameter.grad
-        active = sum(not part.skipped for part in parts)
-        found["selections"].append(parts)
-        gradients = {name: total / max(1, active) for name, total in sums.items()} if active else {}
-        found["gradients"].append({name: gradient.clone() for name, gradient in gradients.items()})
-        for name, parameter in net.named_parameters():
-            parameter.grad = gradients.get(name)
-        if active:
-            inner.step()
-        net.zero_grad()
-    found["parameters"] = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
-    return found
+    check_groups(case, request.getfixturevalue("four_processes") if four else two_processes)
 
 
 def test_target_rows_of_a_group_without_candidates_take_part(two_processes: Processes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 from ftw_optim import KeepAll, TopKFilter, UniformWeights
 from tests.support.grids import slow
 from tests.support.processes import Processes
+from tests.support.rank_checks import check_one_selection
 from tests.support.rank_runs import Case, run
 
 CASES = {
@@ -87,59 +87,19 @@ FAST = {"uneven", "ddp, graph", "target rows", "Adafactor", "a rank without cand
 @pytest.mark.parametrize("name", [name if name in FAST else slow(name) for name in CASES])
 def test_the_selection_and_the_step_are_those_of_one_process(name: str, two_processes: Processes) -> None:
     case = CASES[name]
-    _check(case, two_processes)
+    check_one_selection(case, two_processes)
 
 
 @pytest.mark.parametrize("counts", [slow((4, 1, 2, 3)), slow((1, 1, 1, 1)), slow((7, -1, 2, 1))])
 def test_four_processes(counts: tuple[int, ...], four_processes: Processes) -> None:
-    _check(Case(counts=counts, targets=(1, 2, 1, 3), wrap={}), four_processes)
+    check_one_selection(Case(counts=counts, targets=(1, 2, 1, 3), wrap={}), four_processes)
 
 
 @pytest.mark.parametrize("combine", [slow("factors"), slow("graph"), slow("rerun")])
 @pytest.mark.parametrize("mesh", [(4,), (2, 2)], ids=["shards", "shards and copies"])
 def test_four_processes_with_shards(mesh: tuple[int, ...], combine: str, four_processes: Processes) -> None:
-    _check(Case(shard={}, mesh=mesh, combine=combine, counts=(1, 4, 2, 1), targets=(1, 2, 1, 3)), four_processes)
-
-
-def _check(case: Case, processes: Processes) -> None:
-    ranks = processes.run(run, case)
-    whole = run(replace(case, wrap=None, shard=None), alone=True)
-    exact = case.dtype == torch.float64
-    unused = bool((case.wrap or {}).get("find_unused_parameters"))
-    near: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-11} if exact else {"rtol": 1e-4, "atol": 1e-5}
-    for rank, found in enumerate(ranks):
-        start = sum(map(abs, case.counts[:rank]))
-        assert found["mine"] == [slice(start, start + abs(case.counts[rank]))] * len(found["mine"])
-    first = ranks[0]
-    for found in ranks[1:]:  # to the last bit
-        for one, other in zip(first["selections"], found["selections"], strict=True):
-            for field in ("losses", "kept", "weights", "gram", "cross_gram", "rejected", "target_weights"):
-                assert torch.equal(getattr(one, field).nan_to_num(), getattr(other, field).nan_to_num()), field
-        for one, other in zip(first["gradients"], found["gradients"], strict=True):
-            assert one.keys() == other.keys()
-            assert all(torch.equal(one[key], other[key]) for key in one)
-        assert all(torch.equal(first["parameters"][key], value) for key, value in found["parameters"].items())
-    if unused:
-        return  # the ranks run different models, which no single process does
-    for one, other in zip(first["selections"], whole["selections"], strict=True):
-        assert one.kept.tolist() == other.kept.tolist()
-        assert one.rejected.tolist() == other.rejected.tolist()
-        assert one.combine == other.combine
-        assert one.skipped == other.skipped
-        size = float(other.gram.diagonal().max()) or 1.0
-        limit = (1e-12 if exact else 1e-5) * size
-        assert (one.gram - other.gram).abs().max() <= limit
-        assert (one.cross_gram - other.cross_gram).abs().max() <= limit
-        assert one.target_energy == pytest.approx(other.target_energy, rel=1e-9 if exact else 1e-4)
-        torch.testing.assert_close(one.weights, other.weights, **near)
-        torch.testing.assert_close(one.target_weights, other.target_weights, **near)
-        torch.testing.assert_close(one.losses, other.losses, equal_nan=True, **near)
-    for one, other in zip(first["gradients"], whole["gradients"], strict=True):
-        assert one.keys() == other.keys()
-        for key in one:
-            torch.testing.assert_close(one[key], other[key], **{**near, "atol": near["atol"] * case.scale})
-    for key, value in whole["parameters"].items():
-        torch.testing.assert_close(first["parameters"][key], value, **near)
+    case = Case(shard={}, mesh=mesh, combine=combine, counts=(1, 4, 2, 1), targets=(1, 2, 1, 3))
+    check_one_selection(case, four_processes)
 
 
 @pytest.mark.parametrize("combine", [slow("factors"), slow("graph"), slow("rerun")])

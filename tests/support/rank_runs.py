@@ -77,6 +77,11 @@ class Case:
     steps: int = 3
     seed: int = 0
 
+    @property
+    def scored_predicate(self) -> Callable[[str, Any], bool] | None:
+        """Which parameters are scored; None: all."""
+        return (lambda name, parameter: self.scored in name) if self.scored else None
+
 
 class Net(nn.Module):
     """Layers of different sizes, of which one is reached by some rows alone, and one by none."""
@@ -138,7 +143,7 @@ def run(case: Case, *, alone: bool = False) -> dict[str, Any]:
         metric=case.metric,
         combine=case.combine,
         train_on_target=case.train_on_target,
-        scored=(lambda name, parameter: case.scored in name) if case.scored else None,
+        scored=case.scored_predicate,
         gram="exact" if case.sketch is None else Sketch(dim=case.sketch),
         among=None if alone else case.among,
     )
