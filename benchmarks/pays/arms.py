@@ -137,6 +137,8 @@ FILTER_THEN_WEIGHT = Method(filter=_greedy, weight=NonNegativeLeastSquares())
 IN_THIRTY_TWOS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=32)
 IN_EIGHTS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=8)
 IN_FOURS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=4)
+REMEMBERED = Method(filter=_greedy, weight=NonNegativeLeastSquares(), decay=0.75)
+ALL_WEIGHED = Method(filter=_all, weight=NonNegativeLeastSquares(), decay=0.75)
 EUCLIDEAN = Method(filter=_greedy, weight=NonNegativeLeastSquares(), metric="euclidean")
 TOP_K = Method(filter=lambda keep, lr: TopKFilter(keep=keep), weight=UniformWeights())
 # TracIn's score of a step, and GRAD-MATCH's choice and weights (its regularisation of 0.5), both in plain gradients.
@@ -194,6 +196,7 @@ ARMS = {
     "ftw-thirty-twos": _guide("ftw in groups of 32", method=IN_THIRTY_TWOS),
     "ftw-eights": _guide("ftw in groups of 8", method=IN_EIGHTS),
     "ftw-fours": _guide("ftw in groups of 4", method=IN_FOURS),
+    "ftw-remembered": _guide("ftw, guide remembered", method=REMEMBERED),
     "ftw-euclidean": _guide("same, euclidean", method=EUCLIDEAN),
     "topk": _guide("top-k, dot product", method=TOP_K),
     "tracin": _guide("TracIn, top-k", method=TRACIN),
@@ -204,6 +207,8 @@ ARMS = {
     "similarity-k": _guide("k similar", _k, propose=similar),
     "embeddings-n": _guide("n similar, embedded", propose=similar_embeddings),
     "similarity+ftw": _guide("n similar, ftw", propose=similar, method=FILTER_THEN_WEIGHT),
+    "similarity+ftw-remembered": _guide("n similar, ftw, rem.", propose=similar, method=REMEMBERED),
+    "similarity+weights": _guide("n similar, weights", propose=similar, method=ALL_WEIGHED),
     "similarity+accept": _guide("n similar, accepted", propose=similar, method=LATE_ACCEPTED),
     "accept": _guide("n, accepted", method=LATE_ACCEPTED),
     "horizon": _guide("n, horizon", method=HORIZON),
