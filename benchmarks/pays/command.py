@@ -155,6 +155,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
     by_arm = {spec: [run for run in done if run.arm == spec] for spec in options.budgets}
     figures = figures_of(by_arm, zero_shot, calibration, own_source=options.own_source)
     machine = ", ".join(f"{key} {value}" for key, value in store.once("hardware", dict).items())
+    machine = textwrap.fill(machine, 120)
     text = f"{machine}\n{described(options, lab)}\n\n{table(figures, zero_shot, own_source=options.own_source)}"
     print(f"\n{text}")
     (store.directory / "table.txt").write_text(text + "\n", encoding="utf-8")
