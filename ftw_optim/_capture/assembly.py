@@ -10,6 +10,7 @@ from torch import nn
 from ftw_optim._capture.attribution import factors_of
 from ftw_optim._capture.layer_use import Use
 from ftw_optim._factors.factors import Factors
+from ftw_optim._factors.row_groups import RowGroups
 
 
 @final
@@ -19,13 +20,14 @@ class Assembly:
     Args:
         parameters: the captured parameters, by name.
         count: how many candidates there are.
+        groups: the candidates of the rows of the model's input; None where these are the candidates.
 
     Attributes:
         found: the factors of each parameter, one entry a use; whoever takes them may remove them.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], count: int) -> None:
-        self._parameters, self._count = parameters, count
+    def __init__(self, parameters: Mapping[str, nn.Parameter], count: int, groups: RowGroups | None = None) -> None:
+        self._parameters, self._count, self._groups = parameters, count, groups
         self._shapes: dict[str, tuple[int, int]] = {}
         self.found: dict[str, list[Factors]] = {}
 
@@ -36,7 +38,7 @@ class Assembly:
             RuntimeError: the rules of layers that share a parameter disagree about its shape. Everything that
                 :func:`factors_of` raises is raised too.
         """
-        for name, factors in factors_of(use, self._parameters, self._count):
+        for name, factors in factors_of(use, self._parameters, self._count, self._groups):
             shape = factors.rows, factors.columns
             first = self._shapes.setdefault(name, shape)
             if shape != first:

@@ -13,14 +13,18 @@ from ftw_optim._capture.layouts import FOLDED
 from ftw_optim._capture.replay.fallback import NotRepeatable, Output, per_candidate
 from ftw_optim._capture.self_check import WAYS_OUT, tolerance
 from ftw_optim._factors.factors import Factors, PositionMap
+from ftw_optim._factors.row_groups import RowGroups
 from ftw_optim._layers.registry import LayerRule
 
 
-def factors_of(use: Use, parameters: Mapping[str, nn.Parameter], count: int) -> list[tuple[str, Factors]]:
+def factors_of(
+    use: Use, parameters: Mapping[str, nn.Parameter], count: int, groups: RowGroups | None = None
+) -> list[tuple[str, Factors]]:
     """The factors that one use of a layer gives its parameters, each with the parameter's name in the model.
 
     A gradient must have reached the use, and the caller must have disabled gradients. A parameter that the layer has in
-    several places comes once for each place.
+    several places comes once for each place. With ``groups`` the rows are attributed one by one, as candidates are
+    without, and grouped afterwards; but not where a layer's own ``sample_ids`` name the candidates.
 
     Raises:
         NotImplementedError: the candidates of the layer cannot be told apart, or the module cannot be run again.
@@ -29,6 +33,9 @@ def factors_of(use: Use, parameters: Mapping[str, nn.Parameter], count: int) -> 
         ValueError: the layer ran on another number of rows than there are losses.
     """
     owner = use.owner
+    if use.layout.sample_ids is not None:
+        groups = None
+    candidates, count = count, count if groups is None else groups.rows
     if use.layout.trouble is not None:
         _refuse_layout(use, use.layout.trouble)
     if use.in_place:
@@ -68,12 +75,13 @@ def factors_of(use: Use, parameters: Mapping[str, nn.Parameter], count: int) -> 
                 "tensor with the candidates in front."
             )
         if factors.count != count:
+            told = "" if groups is None else f" and sample_ids has {count} rows"
             raise ValueError(
-                f"The closure returned {count} losses, but layer {owner.name!r} ran on {factors.count} rows. "
-                "Expected one loss for each row of the model's input; call the model itself (not a part of it), on all "
-                "candidates at once."
+                f"The closure returned {candidates} losses{told}, but layer {owner.name!r} ran on {factors.count} "
+                "rows. Expected one loss for each row of the model's input, or for each candidate that sample_ids "
+                "names; call the model itself (not a part of it), on all candidates at once."
             )
-        found.append((name, factors))
+        found.append((name, factors if groups is None else groups.grouped(factors)))
     return found
 
 

@@ -45,7 +45,7 @@ class Capture:
 
     Args:
         plan: what to capture. The inputs of the whole model tell the number of candidates.
-        sample_ids: the candidate of each position, or of each row of some layers; see :class:`SampleIds`.
+        sample_ids: the candidate of each position or row, or of each row of some layers; see :class:`SampleIds`.
         of: whose rows the closure runs; for those of another closure the self-check has not vouched.
         agreed: whether any of the processes says yes, where all have to make the same passes because each holds only a
             part of the parameters; None: this one makes the passes that it needs.
@@ -63,6 +63,7 @@ class Capture:
         self._same_passes, self._agreed = agreed is not None, agreed or bool
         modules = plan.structure.modules.values()
         self._ids = None if sample_ids is None else SampleIds(sample_ids, plan.structure.model)
+        self._groups = None if self._ids is None else self._ids.groups
         self._recorder = Recorder(plan, self._ids)
         self._armed = ArmedHooks(modules)
         self._modes = hash(tuple([module.training for module in modules]))
@@ -242,7 +243,7 @@ class Capture:
         """The checked graph; which losses are finite, bool (n,); and the scaled sum of the finite ones."""
         self._count = len(losses)
         self._armed.take_over()
-        self._recorder.settle(self._count)
+        self._recorder.settle(self._count if self._groups is None else self._groups.rows)
         if self._ids is not None:
             self._ids.check(self._count)
             self._share_rows = self._ids.share_rows()
@@ -276,7 +277,8 @@ class Capture:
         if self._same_passes:
             uses = self._recorder.uses
         with nothing_nested(self._plan.structure):
-            return Membership(uses, losses, check_weights(len(losses), generator, self.computed_in), scale)
+            weights = check_weights(len(losses), generator, self.computed_in)
+            return Membership(uses, losses, weights, scale, groups=self._groups)
 
     def _is_due(self, checks: SelfChecks | None, uses: Iterable[Use], *, doubtful: bool = False) -> bool:
         """Whether a layer was read in a way that the self-check has not vouched for, or something else is in doubt."""
@@ -328,7 +330,7 @@ class Capture:
         return found
 
     def _assembly(self, count: int) -> Assembly:
-        return Assembly(self._plan.parameters, count)
+        return Assembly(self._plan.parameters, count, self._groups)
 
     def _assembled(self, count: int) -> dict[str, list[Factors]]:
         """The factors of all uses that a gradient reached, by parameter name."""
@@ -345,10 +347,10 @@ class Capture:
 
         Packed rows hold another number at every step, so only whether candidates share a row counts there.
         """
-        at_every_step_another = self._ids is not None and use.layout.sample_ids is not None
-        divided = (
-            (self._count == 1, self._share_rows)
-            if at_every_step_another
-            else (self._count, self._recorder.grid.positions == self._count)
-        )
+        divided: tuple[object, ...]
+        if self._ids is not None and use.layout.sample_ids is not None:
+            divided = self._count == 1, self._share_rows
+        else:
+            rows = self._count if self._groups is None else self._groups.rows
+            divided = self._count, rows, self._recorder.grid.positions == rows
         return use.owner.name, self._of, use.layout.reading, self._modes, divided

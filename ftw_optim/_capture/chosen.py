@@ -25,9 +25,11 @@ class Chosen:
     grid: tuple[int, int]
 
     def candidates(self, sample_ids: Tensor | None) -> Tensor:
-        """The candidate of each chosen position, ``(1, r)``: its row, or what ``sample_ids`` of the grid say."""
+        """The candidate of each chosen position, ``(1, r)``: its row, or what ``sample_ids`` of grid or rows say."""
         if sample_ids is not None and sample_ids.shape == self.grid:
             return sample_ids.flatten()[self.index.to(sample_ids.device)][None]
+        if sample_ids is not None and sample_ids.shape == self.grid[:1]:
+            return sample_ids[(self.index // self.grid[1]).to(sample_ids.device)][None]
         return (self.index // self.grid[1])[None] if sample_ids is None else sample_ids
 
 

@@ -50,7 +50,7 @@ class Grid:
     """The candidates as the model's inputs show them: ``n`` rows of ``positions``, or packed by ``sample_ids``.
 
     Attributes:
-        n: the number of candidates; None where no input shows it.
+        n: the number of rows, which are the candidates unless they are grouped; None where no input shows it.
         positions: the number of positions of a row; None where rows have none.
         deep: whether a row has positions that a model may choose among.
         sample_ids: the candidates of rows or positions, as the user gave them.
@@ -82,7 +82,11 @@ class Grid:
     def ids(self, layer: str) -> Tensor | None:
         """The candidates of the rows that a ``layer`` has just run on; None where they are rows of the input."""
         ids, chosen = None if self.sample_ids is None else self.sample_ids.of(layer), chosen_now()
-        return ids if chosen is None else chosen.candidates(ids)
+        if chosen is None:
+            return ids
+        if ids is None and self.sample_ids is not None and self.sample_ids.groups is not None:
+            ids = self.sample_ids.groups.candidates
+        return chosen.candidates(ids)
 
     def _rows(self, x: Tensor, *, index: bool, channels_second: bool) -> Layout:
         n, rows = self.n, x.shape[0]

@@ -21,6 +21,7 @@ from ftw_optim._capture.layer_use import Returned, Use
 from ftw_optim._capture.replay.axes import SHARED, Axis
 from ftw_optim._capture.self_check import noise, tolerance
 from ftw_optim._factors.finiteness import told
+from ftw_optim._factors.row_groups import RowGroups
 
 _MOVES = re.compile(
     r"Index|Masked(Select|Scatter)|Gather|Scatter|Put|Take|Sort|Topk|Nested|Segment|Embedding|Repeat|Roll|Flip|Unique"
@@ -101,10 +102,13 @@ class Membership:
         losses: the losses, shape ``(n,)``; those that are not finite count as zero.
         weights: the random weights, shape ``(n,)`` float64.
         scale: multiplies the losses, as in the pass that is proved.
+        groups: the candidates of the rows of the model's input; None where these are the candidates.
     """
 
-    def __init__(self, uses: Sequence[Use], losses: Tensor, weights: Tensor, scale: float) -> None:
-        self._weights = weights
+    def __init__(
+        self, uses: Sequence[Use], losses: Tensor, weights: Tensor, scale: float, *, groups: RowGroups | None = None
+    ) -> None:
+        self._weights = weights if groups is None else groups.spread(weights)
         self._errors: list[tuple[Use, Tensor, Tensor]] = []
         returned = [one for use in uses for one in use.returned]
         finite = losses.isfinite()

@@ -24,6 +24,7 @@ class ModelInputs:
 
     def __init__(self, sample_ids: SampleIds | None, *, bags: bool) -> None:
         self._sample_ids, self._bags = sample_ids, bags
+        self._groups = None if sample_ids is None else sample_ids.groups
         self._tensors: list[Tensor] = []
         self._counts: list[int] = []
         self._held: set[tuple[int, int]] = set()
@@ -32,7 +33,8 @@ class ModelInputs:
         """Add the inputs of one call.
 
         Raises:
-            ValueError: no number of candidates fits this call and those before.
+            ValueError: no number of candidates fits this call and those before, or there are not as many rows as
+                ``sample_ids`` has.
         """
         leaves = tree_leaves((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0]
@@ -43,6 +45,13 @@ class ModelInputs:
         if self._bags and first.ndim == 1 and len(tensors) > 1 and not first.is_floating_point():
             return  # positions of bags of any length: the losses will tell
         counts = _counts(tensors)
+        if self._groups is not None:
+            if self._groups.rows not in counts:
+                raise ValueError(
+                    f"Expected sample_ids with one entry for each of the {counts[0]} rows of the model's input, got "
+                    f"{self._groups.rows}."
+                )
+            counts = [self._groups.rows]
         if self._counts:
             both = [count for count in self._counts if count in counts]
             if not both or (1 in both and len(both) == 1 and 1 not in (self._counts[0], counts[0])):
@@ -55,9 +64,9 @@ class ModelInputs:
         self._tensors += tensors
 
     def grid(self, count: int | None = None) -> Grid:
-        """The grid of candidates, of which there are ``count`` if that is known already."""
+        """The grid of candidates, or of rows that are grouped; there are ``count`` if that is known already."""
         if not self._counts:
-            return Grid(sample_ids=self._sample_ids)
+            return Grid(n=None if self._groups is None else self._groups.rows, sample_ids=self._sample_ids)
         n = self._counts[0] if count is None else count
         rows = [one for one in self._tensors if one.shape[0] == n]
         first = next((one for one in rows if one.ndim > 1), rows[0])

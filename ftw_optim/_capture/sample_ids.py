@@ -8,6 +8,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from ftw_optim._factors.row_groups import RowGroups
+
 Ids = Tensor | Callable[[], Tensor]
 """The candidate of each row or position, or a function that returns it once the layer has run."""
 GivenIds = Tensor | Mapping[str, Ids]
@@ -19,10 +21,15 @@ class SampleIds:
     """The candidates of rows and positions: for all layers alike, or for each layer.
 
     Args:
-        given: int64, shape of the token grid (b, t) or of a layer's rows (r,), -1 for none; or such tensors, or
-            functions that return one, by the name of a layer or of a module around it (``""``: all layers). Layers
-            without an entry are read by the rows of the model's input.
+        given: int64, -1 for none. One tensor for all layers: shape ``(b, t)`` of the token grid, or ``(r,)`` with one
+            entry for each row of the model's input, where a candidate is several rows. Or a mapping from the name of a
+            layer or of a module around it (``""``: all layers) to a tensor of the token grid or of the layer's own rows
+            ``(r,)``, or to a function that returns one. Layers without an entry are read by the rows of the model's
+            input.
         model: the model whose layers are named.
+
+    Attributes:
+        groups: the candidates of the rows of the model's input, where these were given; else None.
 
     Raises:
         TypeError: an entry is neither a tensor nor a function.
@@ -35,8 +42,8 @@ class SampleIds:
                 "Expected sample_ids by the names of the model's modules, as in model.named_modules(), got "
                 f"{', '.join(map(repr, sorted(unknown, key=str)))}."
             )
+        self._named = isinstance(given, Mapping)
         self._given: Mapping[str, Ids] = given if isinstance(given, Mapping) else {"": given}
-        self._axes = (1, 2) if isinstance(given, Mapping) else (2,)
         for name, ids in self._given.items():
             if isinstance(ids, Tensor):
                 self._check(name, ids)
@@ -46,11 +53,15 @@ class SampleIds:
                     f"{type(ids).__name__}."
                 )
         self._used: dict[str, Tensor] = {}
+        self.groups: RowGroups | None = None
+        if isinstance(given, Tensor) and given.ndim == 1:
+            self._given = {}
+            self.groups = RowGroups(given)
 
     @property
     def is_for_all(self) -> bool:
-        """Whether every layer has an entry."""
-        return "" in self._given
+        """Whether the candidates of every layer's rows were told."""
+        return "" in self._given or self.groups is not None
 
     def of(self, layer: str) -> Tensor | None:
         """The candidates of the rows that a ``layer`` has just run on; None where it has no entry."""
@@ -70,8 +81,11 @@ class SampleIds:
         """Check what was used against the number of losses, ``count``.
 
         Raises:
-            ValueError: an entry is below -1 or not below the number of losses.
+            ValueError: an entry is below -1 or not below the number of losses, or a candidate has none of the rows of
+                the model's input.
         """
+        if self.groups is not None:
+            self.groups.check(count)
         for name, ids in self._used.items():
             least, most = (int(ids.min()), int(ids.max())) if ids.numel() else (-1, -1)
             if least < -1 or most >= count:
@@ -86,8 +100,9 @@ class SampleIds:
         return any(ids.ndim == 2 and bool(_several(ids).any()) for ids in self._used.values())
 
     def _check(self, name: str, ids: Any) -> None:
-        if not isinstance(ids, Tensor) or ids.ndim not in self._axes or ids.dtype != torch.int64:
-            shape = "of the token grid's shape (b, t)" + (" or of a layer's rows (r,)" if 1 in self._axes else "")
+        if not isinstance(ids, Tensor) or ids.ndim not in (1, 2) or ids.dtype != torch.int64:
+            rows = "a layer's rows (r,)" if self._named else "the rows (r,) of the model's input"
+            shape = f"of the token grid's shape (b, t) or of {rows}"
             got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
             raise ValueError(f"Expected sample_ids{f' of {name!r}' if name else ''} as int64 {shape}, got {got}.")
 

@@ -118,7 +118,7 @@ class CandidatePass:
             TypeError, ValueError: the closure returned something other than losses of as many rows.
         """
         setup = self._setup
-        capture = Capture(setup.plan, of="target rows", agreed=setup.agreed)
+        capture = Capture(setup.plan, of="target rows", sample_ids=setup.target_sample_ids, agreed=setup.agreed)
         self._of_target.captures.enter_context(capture)
         with collecting_later():
             with own_randomness(setup.structure.parameters.values(), setup.seed_of("rows")), torch.enable_grad():

@@ -257,6 +257,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         *,
         grad_scale: float | Tensor = 1.0,
         sample_ids: GivenIds | Sequence[GivenIds] | None = None,
+        target_sample_ids: GivenIds | None = None,
     ) -> Tensor:
         """The first half of a step: select, and add the combined gradient to ``.grad`` as ``loss.backward()`` does.
 
@@ -267,11 +268,14 @@ class SelectiveOptimizer(OptimizerWrapper):
                 gradients enabled.
             grad_scale: multiplies the losses for the pass, and so ``.grad``: with a GradScaler
                 ``scaler.scale(torch.ones(()))``, divided by the number of accumulated calls.
-            sample_ids: whose the positions are, where rows are packed from several candidates or a model drops some:
-                the candidate of each position, -1 for none, int64 in the shape of the token grid. Or a mapping from
-                names of layers, or of modules around them, to such ids: of the grid, or of the rows (r,) that a model
-                has chosen for this layer; a function that returns them is called once the layer has run. Where the
-                closure yields micro-batches: a list with one for each, with numbers that start at 0 in each.
+            sample_ids: whose the rows or positions are, where they are not one row for each candidate; int64, -1 for
+                none. Where candidates are several rows each: the candidate of each row of the model's input, (r,).
+                Where rows are packed from several candidates or a model drops positions: the candidate of each
+                position, in the shape of the token grid. Or a mapping from names of layers, or of modules around them,
+                to ids of the grid, or of the rows (r,) that a model has chosen for this layer; a function that returns
+                them is called once the layer has run. Where the closure yields micro-batches: a list with one for each,
+                with numbers that start at 0 in each.
+            target_sample_ids: the same for the rows of the target closure; read where these take part in the step.
 
         Returns:
             The weighted loss, as :meth:`step` does.
@@ -285,7 +289,11 @@ class SelectiveOptimizer(OptimizerWrapper):
                 "would keep half of its state to itself. In Lightning: self.optimizers(use_pl_optimizer=False)."
             )
         setup, candidates = self._told_setup(
-            closure, scale=float(grad_scale), sample_ids=sample_ids, may_be_plain=False
+            closure,
+            scale=float(grad_scale),
+            sample_ids=sample_ids,
+            target_sample_ids=target_sample_ids,
+            may_be_plain=False,
         )
         result = selective_step(setup, candidates, partial(self._add_gradients, scaled=setup.scale != 1.0))
         assert isinstance(result, StepResult)
@@ -323,6 +331,7 @@ class SelectiveOptimizer(OptimizerWrapper):
         scale: float,
         may_be_plain: bool,
         sample_ids: GivenIds | Sequence[GivenIds] | None = None,
+        target_sample_ids: GivenIds | None = None,
     ) -> tuple[StepSetup, CandidateClosure]:
         """The inputs and options of one step, and its closure; a step that cannot be made is refused here."""
         if not scale > 0.0:
@@ -356,6 +365,7 @@ class SelectiveOptimizer(OptimizerWrapper):
             buffer=self._buffer,
             scale=scale,
             sample_ids=sample_ids,
+            target_sample_ids=target_sample_ids,
             checks=self._checks if self.self_check else None,
             ranks=ranks,
             among=self.among,

@@ -54,7 +54,8 @@ class StepSetup:
         memory_limit: bytes of multiplied-out gradients that may exist at a time.
         buffer: memory for those gradients, kept from step to step.
         scale: the factor by which the losses are multiplied.
-        sample_ids: the candidate of each position, or of each row of some layers; a list with one for each micro-batch.
+        sample_ids: the candidate of each row or position; a list with one for each micro-batch.
+        target_sample_ids: the target row of each row or position, where these take part.
         checks: what the self-check has vouched for; None: no self-check.
         ranks: the processes that make this step together.
         among: the number of them whose candidates are one selection; None: all, unless these are too many.
@@ -81,6 +82,7 @@ class StepSetup:
     buffer: Buffer
     scale: float
     sample_ids: GivenIds | Sequence[GivenIds] | None
+    target_sample_ids: GivenIds | None
     checks: SelfChecks | None
     ranks: Ranks
     among: int | None
@@ -93,7 +95,8 @@ class StepSetup:
     def drops_factors(self) -> bool:
         """Whether factors are dropped layer by layer.
 
-        Packed rows would not fit the rows of a second pass, and several ranks reach layers in orders of their own.
+        What ``sample_ids`` tells would not fit the rows of a second pass, and several ranks reach layers in orders of
+        their own.
         """
         return self.way.drops_factors and self.sample_ids is None and self.ranks.alone
 

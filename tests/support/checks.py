@@ -24,11 +24,14 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
 }
 
 
-def check_against_oracle(case: Case, optimizer: SelectiveOptimizer, dtype: torch.dtype) -> None:
+def check_against_oracle(
+    case: Case, optimizer: SelectiveOptimizer, dtype: torch.dtype, *, closure: Any = None, **told: Any
+) -> None:
     """One backward, with its Gram matrix, cross-Gram and applied gradient compared to the oracle's.
 
     ``P`` is taken at the very reference that the step used, after that was compared to the mean candidate gradient: at
     a cold start ``P`` divides by it, and where candidates cancel in it a float32 oracle is itself off by up to 3e-5.
+    A ``closure`` gives the losses in another form; what else is ``told`` goes to the backward call.
     """
     atol = TOLERANCE[dtype]
     gradients = candidate_gradients(case)
@@ -41,7 +44,7 @@ def check_against_oracle(case: Case, optimizer: SelectiveOptimizer, dtype: torch
     floor = 1e-3 * max(float(gradient.norm()) for gradient in mean.values())
     optimizer.zero_grad()
     with recorded(optimizer) as shares:
-        optimizer.backward(case.losses)
+        optimizer.backward(closure or case.losses, **told)
     references = {share.name: share.reference for share in shares}
     selection = optimizer.selection
     assert selection is not None
