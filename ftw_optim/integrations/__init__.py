@@ -2,5 +2,5 @@
 
 ``transformers``, ``trl``, ``lightning``, ``accelerate``; ``streaming`` feeds any of them. ``_trainers/`` holds the
 parts that several share. May import all other packages of the library, none of which imports this one. To add a
-framework, copy ``trl.py``.
+framework, copy ``trl/sft.py``.
 """

@@ -21,12 +21,13 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainingArguments
 
 from ftw_optim._step.label_head import LabelLogits, label_logits, logits_of
 from ftw_optim._step.losses import shifted_labels
 from ftw_optim._step.optimizer import SelectiveOptimizer
 from ftw_optim._step.target import TargetGradient
+from ftw_optim.integrations._trainers.around_step import AroundStep
 from ftw_optim.integrations._trainers.columns import WithColumns
 from ftw_optim.integrations._trainers.metrics import PREFIX, Metrics
 from ftw_optim.integrations._trainers.overrides import of_framework, refuse_overrides
@@ -34,7 +35,7 @@ from ftw_optim.integrations._trainers.own_loss import LossComparison
 from ftw_optim.integrations._trainers.processes import Processes
 from ftw_optim.integrations._trainers.proposing import Proposing
 from ftw_optim.integrations._trainers.realised import RealisedDecrease
-from ftw_optim.integrations._trainers.refusals import checked_options, refuse, refuse_settings
+from ftw_optim.integrations._trainers.refusals import check_guides, checked_options, refuse, refuse_settings
 from ftw_optim.integrations._trainers.sampling import Sampling
 from ftw_optim.integrations._trainers.targets import TargetBatches
 from ftw_optim.integrations._trainers.window import COLUMNS, SOURCES, MicroBatch, Recorder, Window
@@ -102,6 +103,8 @@ class SelectiveTrainerMixin(_Base):
     ``read`` and ``passed_over``. The logged loss is the mean loss of a token under the weights.
     """
 
+    _compares_again = False  # the losses with the trainer's own, beside those of overrides
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         refuse_overrides(cls, SelectiveTrainerMixin)
@@ -127,7 +130,9 @@ class SelectiveTrainerMixin(_Base):
     ) -> None:
         self._options = checked_options(selective, sample_weighting, realised_every)
         self._sampling = Sampling(Proposing.of(self._options))
-        refuse_settings(kwargs.get("args", args[1] if len(args) > 1 else None))
+        self._refuse_settings(
+            next((one for one in (*args, *kwargs.values()) if isinstance(one, TrainingArguments)), None)
+        )
         super().__init__(*args, **kwargs)
         own = type(self).position_losses is not SelectiveTrainerMixin.position_losses
         refuse(self, self._options, own_losses=own, proposes=self._sampling.proposes)
@@ -145,13 +150,7 @@ class SelectiveTrainerMixin(_Base):
             refresh_every=target_refresh_every,
         )
         self.guide_until = guide_until
-        if not 0.0 <= guide_until < 1.0 or (guide_until and guide_share):
-            raise ValueError(
-                f"guide_until must be in [0, 1), and 0 beside a guide_share, got {guide_until!r} and {guide_share!r}: "
-                "0.5 lets the target examples guide in the first half of the steps, and trains on them in the second."
-            )
-        if guide_until and self._options.setdefault("train_on_target", True) is not True:
-            raise ValueError(f"guide_until={guide_until} trains on the target: leave train_on_target out of selective.")
+        check_guides(self._options, guide_until=guide_until, guide_share=guide_share)
         self._until_known = False  # of this run
         self._held_out: TargetBatches | None = None
         self._held_out_every = held_out_every
@@ -164,26 +163,26 @@ class SelectiveTrainerMixin(_Base):
         self._target_examples = self.target_batches.dataset
         if guide_share:
             self.target_batches, self.trained_batches = self.target_batches.parted(guide_share)
-            if self._options.setdefault("train_on_target", True) is not True:
-                raise ValueError(
-                    f"guide_share={guide_share} trains on the target examples that do not guide: leave train_on_target "
-                    "out of selective."
-                )
         self._check_target_rows()
         self.selective_optimizer: SelectiveOptimizer | None = None
         self._micro_batches: list[Mapping[str, Any]] = []
         self._metrics_of_selection = Metrics(selection_log, self._processes)  # TRL has a _metrics of its own
         self._own_step = type(self).training_step is not SelectiveTrainerMixin.training_step
         self._loss_comparison = LossComparison(
-            self._options.get("self_check", 100), again=self._own_step or not of_framework(type(self).compute_loss)
+            self._options.get("self_check", 100),
+            again=self._compares_again or self._own_step or not of_framework(type(self).compute_loss),
         )
         self._selected = False  # since the last step
-        self.add_callback(_AroundStep(self._check_selected, self._metrics_of_selection.record))
+        self.add_callback(AroundStep(self._check_selected, self._metrics_of_selection.record))
 
     @property
     def proposed_sampler(self) -> ProposedSampler | None:
         """The sampler by which a proposal chooses the candidates; None without one, and before the first run."""
         return self._sampling.sampler
+
+    def _refuse_settings(self, args: TrainingArguments | None) -> None:
+        """Refuse settings that take effect while the trainer is constructed."""
+        refuse_settings(args)
 
     # ------------------------------------------------------------------ one step
 
@@ -237,7 +236,12 @@ class SelectiveTrainerMixin(_Base):
         self._decide_until(optimizer)
         # A fresh scaler makes its scale at its first call.
         scale = 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=self.args.device)))
-        optimizer.backward(window.closure(), grad_scale=scale, sample_ids=window.sample_ids())
+        optimizer.backward(
+            window.closure(),
+            grad_scale=scale,
+            sample_ids=window.sample_ids(),
+            target_sample_ids=self._target_sample_ids(),
+        )
         selection = optimizer.selection
         assert selection is not None
         self._metrics_of_selection.note(selection, window)
@@ -297,10 +301,20 @@ class SelectiveTrainerMixin(_Base):
             batches,
             lambda inputs: self.position_losses(model, inputs),
             self.sample_weighting,
-            over_window=bool(self.model_accepts_loss_kwargs),
-            shifts=bool(self._loss_shifts_labels),
+            over_window=self._divides_by_window,
+            micro_batch=self._micro_batch,
             **options,
         )
+
+    @property
+    def _divides_by_window(self) -> bool:
+        """Whether the trainer's loss is the mean over all labels of a window, and not the mean of means of batches."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        return bool(self.model_accepts_loss_kwargs if scaled is None else scaled)
+
+    def _micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
+        """The micro-batch of what the collator gave, on the device."""
+        return MicroBatch.of(batch, shifts=bool(self._loss_shifts_labels))
 
     def _note_batch(self) -> None:
         """Called when the candidates of a micro-batch have passed through the model."""
@@ -311,14 +325,13 @@ class SelectiveTrainerMixin(_Base):
         Raises:
             RuntimeError: they are not the same.
         """
-        parts = [MicroBatch.of(batch, shifts=bool(self._loss_shifts_labels)) for batch in batches]
-        divides = bool(self.model_accepts_loss_kwargs)
+        divides = self._divides_by_window
         if divides and self._own_step:
-            (labels,) = self._processes.totals(sum(int(part.counted.sum()) for part in parts))
+            (labels,) = self._processes.totals(sum(int(self._micro_batch(one).counted.sum()) for one in batches))
             self._loss_comparison.compare_number(given, labels)
         self._loss_comparison.compare(
             model,
-            parts[0],
+            self._micro_batch(batches[0]),
             own=lambda inputs, labels: self._trainers_loss(model, inputs, labels if divides else None),
             positions=lambda inputs, labels: self.position_losses(model, inputs)[0].sum() / labels,
             divides=divides,
@@ -335,6 +348,10 @@ class SelectiveTrainerMixin(_Base):
         return loss if tokens is None else loss / self._processes.count
 
     # ------------------------------------------------------------------ the target
+
+    def _target_sample_ids(self) -> Tensor | None:
+        """The target example of each row of this process, where one is several rows."""
+        return None
 
     def _check_target_rows(self) -> None:
         """Check that every process has target rows of its own, where these are trained on.
@@ -498,21 +515,6 @@ class SelectiveTrainerMixin(_Base):
         if os.path.isfile(path := os.path.join(checkpoint, LOG_STATE)):
             with open(path, encoding="utf-8") as file:
                 self.selection_log.load_state_dict(json.load(file))
-
-
-class _AroundStep(TrainerCallback):
-    """Calls a function before the optimizer makes a step, and one with the step's number before anything is saved."""
-
-    def __init__(self, before: Callable[[], None], after: Callable[[int], None]) -> None:
-        self._before, self._after = before, after
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See :class:`TrainerCallback`."""
-        self._before()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See :class:`TrainerCallback`; the step is counted only afterwards."""
-        self._after(state.global_step + 1)
 
 
 class SelectiveTrainer(SelectiveTrainerMixin, Trainer):

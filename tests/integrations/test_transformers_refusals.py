@@ -102,7 +102,7 @@ def test_a_load_balancing_loss(tmp_path: Path) -> None:
 def test_micro_batches_that_are_averaged_cannot_be_put_together(tmp_path: Path) -> None:
     net = model()
     net.accepts_loss_kwargs = False  # type: ignore[assignment]
-    with pytest.raises(NotImplementedError, match="divides its loss by each micro-batch's own labels"):
+    with pytest.raises(NotImplementedError, match="divided by each micro-batch's own labels"):
         refused(tmp_path, net=net, selective={"combine": "rerun"})
 
 

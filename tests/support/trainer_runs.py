@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +159,11 @@ def alone(model: nn.Module, row: dict[str, Any]) -> tuple[torch.Tensor, int]:
     return losses, int((labels != -100).sum())
 
 
-def gradients_alone(
-    model: nn.Module, rows: Sequence[dict[str, Any]], weighting: str
-) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+Alone = tuple[torch.Tensor, list[dict[str, torch.Tensor]]]
+"""Losses of some samples, and the gradient of each."""
+
+
+def gradients_alone(model: nn.Module, rows: Sequence[dict[str, Any]], weighting: str) -> Alone:
     """The losses of some samples as the candidates of one step, and their gradients, one sample at a time."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own = [alone(model, row) for row in rows]
@@ -184,7 +187,7 @@ def check_against_samples_alone(
     recording: Recording,
     rows: Callable[[list[Any]], Sequence[dict[str, Any]]],
     targets: Callable[[int], Sequence[dict[str, Any]]],
-    weighting: str,
+    weighting: str | Callable[[nn.Module, Sequence[dict[str, Any]]], Alone],
     *,
     tolerance: float,
 ) -> None:
@@ -197,9 +200,10 @@ def check_against_samples_alone(
         recording: of the run.
         rows: ``ids -> samples``.
         targets: ``step -> samples``.
-        weighting: of tokens.
+        weighting: of tokens; or a function ``(model, samples) -> losses, gradients``, one sample at a time.
         tolerance: relative.
     """
+    gradients_of = partial(gradients_alone, weighting=weighting) if isinstance(weighting, str) else weighting
     trained = dict(model.named_parameters())
     assert len(watch.gradients) == len(recording.steps)
     chosen = 0
@@ -208,7 +212,7 @@ def check_against_samples_alone(
             for name, value in watch.parameters[number - 1].items():
                 trained[name].data.copy_(value)
         selection = step["selection"]
-        losses, gradients = gradients_alone(model, rows(step["ids"]), weighting)
+        losses, gradients = gradients_of(model, rows(step["ids"]))
         torch.testing.assert_close(selection.losses.to(losses), losses, rtol=tolerance, atol=tolerance)
         chosen += 0 < len(selection.kept) < len(losses)
         if selection.skipped:
@@ -222,7 +226,11 @@ def check_against_samples_alone(
             assert got is not None
             assert isinstance(expected, torch.Tensor)
             assert (got - expected).norm() <= tolerance * size, name
-        _, goals = gradients_alone(model, targets(step["step"]), weighting)
+        gram = torch.tensor(
+            [[inner_product(one, other) for one in gradients] for other in gradients], dtype=torch.float64
+        )
+        torch.testing.assert_close(selection.gram.double(), gram, rtol=0, atol=tolerance * float(gram.abs().max()))
+        _, goals = gradients_of(model, targets(step["step"]))
         goal = {name: torch.stack([one[name] for one in goals]).mean(0) for name in goals[0]}
         cross = torch.tensor([inner_product(gradient, goal) for gradient in gradients], dtype=torch.float64)
         torch.testing.assert_close(

@@ -6,7 +6,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-FRAMEWORKS = ("transformers.trainer", "transformers.trainer_seq2seq", "trl.trainer.sft_trainer")
+FRAMEWORKS = (
+    "transformers.trainer",
+    "transformers.trainer_seq2seq",
+    "trl.trainer.sft_trainer",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.reward_trainer",
+)
 """The modules whose training step is known: the selective one does all that it does."""
 
 

@@ -42,6 +42,26 @@ def checked_options(selective: Mapping[str, Any] | None, weighting: str, realise
     return options
 
 
+def check_guides(options: dict[str, Any], *, guide_until: float, guide_share: float) -> None:
+    """Check which target examples guide and for how long; where any is trained on later, the options say so after it.
+
+    Raises:
+        ValueError: a share is out of range, or the options contradict it.
+    """
+    if not 0.0 <= guide_until < 1.0 or (guide_until and guide_share):
+        raise ValueError(
+            f"guide_until must be in [0, 1), and 0 beside a guide_share, got {guide_until!r} and {guide_share!r}: "
+            "0.5 lets the target examples guide in the first half of the steps, and trains on them in the second."
+        )
+    if guide_until and options.setdefault("train_on_target", True) is not True:
+        raise ValueError(f"guide_until={guide_until} trains on the target: leave train_on_target out of selective.")
+    if guide_share and options.setdefault("train_on_target", True) is not True:
+        raise ValueError(
+            f"guide_share={guide_share} trains on the target examples that do not guide: leave train_on_target out of "
+            "selective."
+        )
+
+
 def refuse_settings(args: Any) -> None:
     """Refuse settings that take effect while the trainer is constructed.
 
@@ -90,7 +110,8 @@ def _processes(trainer: Trainer) -> Iterator[str]:
             f"there are {accelerator.num_processes} processes that do not train by DistributedDataParallel: start them "
             "by torchrun without FSDP, DeepSpeed or parallelism within the model"
         )
-    if accelerator.num_processes > 1 and trainer.model_accepts_loss_kwargs and not args.average_tokens_across_devices:
+    by_window = trainer._divides_by_window  # type: ignore[attr-defined]
+    if accelerator.num_processes > 1 and by_window and not args.average_tokens_across_devices:
         yield (
             "average_tokens_across_devices=False divides each process's loss by its own labels, while there is one "
             "selection over all: leave it True"
@@ -125,10 +146,11 @@ def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -
         yield "images are not known to belong to single candidates: train on text"
     config: Any = getattr(trainer.model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):
+    routers = getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0)
+    if routers or getattr(trainer, "aux_loss_enabled", False):
         yield (
             "the load-balancing loss of the experts is not a sum over candidates: set "
-            "model.config.output_router_logits=False (router_aux_loss_coef=0.0 in an SFTConfig)"
+            "model.config.output_router_logits=False (for TRL's trainers router_aux_loss_coef=0.0 in the arguments)"
         )
     if virtual := _virtual_tokens(trainer.model):
         losses_here = inspect.unwrap(type(trainer).position_losses).__module__  # type: ignore[attr-defined]
@@ -150,10 +172,10 @@ def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -
             'combine="rerun" takes one batch, and packed rows cannot be put together: use "factors" or "graph", or '
             "gradient_accumulation_steps=1"
         )
-    if not trainer.model_accepts_loss_kwargs:
+    if not trainer._divides_by_window:  # type: ignore[attr-defined]
         yield (
-            "the model divides its loss by each micro-batch's own labels, which cannot be told apart in the one batch "
-            'of combine="rerun": use "factors" or "graph"'
+            "the loss is divided by each micro-batch's own labels or pairs, which cannot be told apart in the one "
+            'batch of combine="rerun": use "factors" or "graph"'
         )
 
 
@@ -164,6 +186,9 @@ def _proposals(trainer: Trainer) -> Iterator[str]:
             "a proposal samples data with a length: for a stream pass a SimilarityProposal to CandidateStream, or any "
             "proposal to a CandidateStream in a loop of your own"
         )
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    if "chosen_ids" in columns and "input_ids" not in columns:
+        yield "a proposal reads input_ids, which pairs do not have: leave it out, and let the filter choose among pairs"
     if getattr(args, "packing", False) or getattr(trainer, "padding_free", False):
         yield "a proposal chooses rows, which are no candidates where documents are packed: leave packing out"
     if trainer.accelerator.num_processes > 1 and trainer.accelerator.split_batches:

@@ -51,15 +51,17 @@ class MicroBatch:
 
     Attributes:
         inputs: the inputs of the model, with labels.
-        counted: bool ``(b, t)``, the positions that have a label to predict.
+        counted: bool ``(b, t)``, the positions that have a label to predict; ``(b, 1)`` of candidates with one loss.
         documents: the documents, where rows are packed from several candidates; else None.
         columns: columns for the log, by the keys :data:`COLUMNS`, with one value for each candidate.
+        rows_each: number of rows of each candidate: first the first rows of all, then the second ones.
     """
 
     inputs: dict[str, Any]
     counted: Tensor
     documents: Documents | None
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
+    rows_each: int = 1
 
     @classmethod
     def of(cls, batch: Mapping[str, Any], *, shifts: bool = True) -> MicroBatch:
@@ -87,22 +89,49 @@ class MicroBatch:
         columns = {key: _of_candidates(batch[key], documents, key) for key in COLUMNS if key in batch}
         return cls(inputs=inputs, counted=counted, documents=documents, columns=columns)
 
+    @classmethod
+    def of_pairs(cls, batch: Mapping[str, Any]) -> MicroBatch:
+        """The micro-batch of pairs, each with one loss, from the output of a collator of preference data.
+
+        Args:
+            batch: ``input_ids`` and other tensors of ``2 b`` rows, the chosen answers before the rejected ones, and
+                tensors with one entry for each of ``b`` pairs.
+
+        Raises:
+            ValueError: there are no rows, or not an even number of them.
+        """
+        inputs = {key: value for key, value in batch.items() if key not in COLUMNS}
+        rows = inputs.get("input_ids")
+        if not isinstance(rows, Tensor) or not rows.ndim or len(rows) % 2:
+            got = tuple(rows.shape) if isinstance(rows, Tensor) else f"the keys {sorted(inputs)}"
+            raise ValueError(
+                "Expected batches with input_ids of shape (2 b, t), the chosen answers of b pairs before the rejected "
+                f"ones, got {got}: use the trainer's own DataCollatorForPreference."
+            )
+        counted = torch.ones(len(rows) // 2, 1, dtype=torch.bool, device=rows.device)
+        columns = {key: _of_candidates(batch[key], None, key) for key in COLUMNS if key in batch}
+        return cls(inputs=inputs, counted=counted, documents=None, columns=columns, rows_each=2)
+
     def __len__(self) -> int:
         return len(self.counted) if self.documents is None else len(self.documents.origins)
 
     def sample_ids(self) -> Tensor:
-        """The candidate of each position, int64 ``(b, t)``."""
+        """The candidate of each position, int64 ``(b, t)``; or of each row ``(r,)``, where candidates have several."""
         if self.documents is not None:
             return self.documents.sample_ids
+        if self.rows_each > 1:
+            return torch.arange(len(self), device=self.counted.device).repeat(self.rows_each)
         rows = torch.arange(len(self.counted), device=self.counted.device)
         return rows[:, None].expand(self.counted.shape)
 
     def rows(self, rows: Tensor) -> dict[str, Any]:
-        """The inputs of the rows at the indices ``rows``."""
+        """The inputs of the candidates at the indices ``rows``."""
         count = len(self.counted)
+        several = torch.cat([rows + number * count for number in range(self.rows_each)])
+        index = {count: rows, self.rows_each * count: several}
         return {
-            key: value[rows.to(value.device)]
-            if isinstance(value, Tensor) and value.ndim and len(value) == count
+            key: value[index[len(value)].to(value.device)]
+            if isinstance(value, Tensor) and value.ndim and len(value) in index
             else value
             for key, value in self.inputs.items()
         }
@@ -147,7 +176,7 @@ class Window:
         weighting: str,
         *,
         over_window: bool,
-        shifts: bool = True,
+        micro_batch: Callable[[Mapping[str, Any]], MicroBatch] | None = None,
         joined: bool = False,
         passed: Callable[[], None] | None = None,
         processes: Processes | None = None,
@@ -159,12 +188,12 @@ class Window:
             positions: see :class:`Window`.
             weighting: ``"token_sum"`` or ``"token_mean"``.
             over_window: see :meth:`Weighting.of`.
-            shifts: see :meth:`MicroBatch.of`.
+            micro_batch: makes the micro-batch of a collated one; None: :meth:`MicroBatch.of`.
             joined: whether to pad the micro-batches and join them to one batch.
             passed: see :class:`Window`.
             processes: see :meth:`Weighting.of`.
         """
-        batches = [MicroBatch.of(batch, shifts=shifts) for batch in given]
+        batches = list(map(micro_batch or MicroBatch.of, given))
         batches = [batch for batch in batches if len(batch)]
         if joined and len(batches) > 1:
             batches = [_joined(batches)]
@@ -187,7 +216,7 @@ class Window:
 
     def sample_ids(self) -> Tensor | list[Tensor] | None:
         """The argument ``sample_ids`` for :meth:`SelectiveOptimizer.backward`."""
-        if all(batch.documents is None for batch in self.batches):
+        if all(batch.documents is None and batch.rows_each == 1 for batch in self.batches):
             return None
         ids = [batch.sample_ids() for batch in self.batches]
         return ids[0] if len(ids) == 1 else ids

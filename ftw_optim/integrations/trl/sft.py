@@ -1,29 +1,20 @@
-"""Selection in the supervised fine-tuning of TRL.
-
-::
-
-    -trainer = SFTTrainer(model, args, train_dataset=mixed)
-    +trainer = SelectiveSFTTrainer(model, args, train_dataset=mixed, target_dataset=task,
-    +                              selective={"filter": GreedyFilter(keep=0.25)})
-     trainer.train()
-"""
+"""Selection in the supervised fine-tuning of TRL."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from datasets import Dataset  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ftw_optim._step.losses import IGNORED, shifted_labels
 from ftw_optim.integrations.transformers import SelectiveTrainerMixin
+from ftw_optim.integrations.trl.internals import TRLInternals
 
 
-class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
+class SelectiveSFTTrainer(TRLInternals, SelectiveTrainerMixin, SFTTrainer):
     """The SFT trainer of TRL with selection; see :class:`SelectiveTrainerMixin`.
 
     ``target_dataset`` is prepared like ``train_dataset``, but never packed. With ``packing=True`` (``"bfd"``) or
@@ -64,29 +55,20 @@ class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer):
         return losses, counted, entropy, correct
 
     def _note_batch(self) -> None:
-        """Add to the metrics that TRL's trainer logs of a micro-batch, with no more synchronisations than it makes."""
+        """Note the metrics of a micro-batch, with no more synchronisations than TRL's trainer makes."""
         *sums, seen = self._last_tokens
-        metrics = self._metrics["train"]
         valid, bits, hits = torch.stack([one.double() for one in sums]).tolist()
-        metrics["entropy"].append(bits / valid if valid else 0.0)
-        metrics["mean_token_accuracy"].append(hits / valid if valid else 0.0)
-        self._total_train_tokens += int(seen)
-        metrics["num_tokens"] = [self._total_train_tokens]
+        self._note_metrics(
+            {"entropy": bits / valid if valid else 0.0, "mean_token_accuracy": hits / valid if valid else 0.0},
+            tokens=int(seen),
+        )
 
     def _trainers_loss(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | None) -> Tensor:
-        metrics, total = copy.deepcopy(self._metrics), self._total_train_tokens
-        try:
+        with self._metrics_kept():
             return super()._trainers_loss(model, inputs, tokens)
-        finally:
-            self._metrics, self._total_train_tokens = metrics, total
 
     def _prepared_targets(self, dataset: Any) -> Any:
-        if isinstance(dataset, list):
-            dataset = Dataset.from_list(dataset)
-        if not self._skip_prepare_dataset:
-            given: Any = (dataset, self.processing_class, self.args, False, self._formatting_func, "target")
-            dataset = self._prepare_dataset(*given)
-        return super()._prepared_targets(dataset)
+        return super()._prepared_targets(self._prepared(dataset))
 
 
 def _entropy_and_hits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,107 @@
+"""Selection in the preference training (DPO) of TRL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainingArguments
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from ftw_optim._step.losses import IGNORED, shifted_labels
+from ftw_optim.integrations._trainers.preference_losses import preference_losses, shared_length_weights
+from ftw_optim.integrations._trainers.preference_refusals import refuse_preference_settings
+from ftw_optim.integrations._trainers.window import MicroBatch
+from ftw_optim.integrations.trl.preferences import PreferenceTrainerMixin
+from ftw_optim.integrations.trl.token_values import TokenValues
+
+CHOSEN, REJECTED = REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+"""Keys of the log-probabilities under the reference, ``(b,)``, as TRL's collator writes them."""
+MEAN_TOKENS = "chosen_tokens"
+"""Key of the mean number of tokens of the chosen answers of a batch, ``(b,)``, which never reaches the model."""
+
+
+class SelectiveDPOTrainer(PreferenceTrainerMixin, DPOTrainer):
+    """The DPO trainer of TRL with selection; see :class:`SelectiveTrainerMixin`.
+
+    A candidate is a pair, and so is a target example: ``target_dataset`` is prepared like ``train_dataset``, with its
+    log-probabilities under the reference where ``precompute_ref_log_probs`` asks for these. The reference is TRL's: a
+    model, the adapters that a run began with, or the model without its adapters. Its log-probabilities are computed
+    once for each micro-batch, before the pairs pass through the model.
+
+    Where the output layer is not trained, as under LoRA, it runs fused with the loss; where it is trained, it must be
+    captured, and the logits of the answers' positions are formed.
+    """
+
+    def candidate_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """See :meth:`PreferenceTrainerMixin.candidate_losses`."""
+        settings: Any = self.args
+        mask, tokens = inputs.pop("completion_mask"), inputs.pop(MEAN_TOKENS)
+        reference = torch.cat([inputs.pop(key) for key in REFERENCE])
+        labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
+        inputs["use_cache"] = False
+        seen = inputs["attention_mask"].sum()
+        values, counted = self._token_values(model, inputs, labels), mask[:, 1:]
+        each = values.log_probs * shared_length_weights(counted, settings.ld_alpha)
+        log_probs = each.sum(dim=1)
+        chosen, rejected = (log_probs - reference.to(log_probs)).chunk(2)
+        first, second = mask.sum(dim=1).chunk(2)
+        losses = preference_losses(
+            chosen,
+            rejected,
+            lengths=(first, second),
+            chosen_nll=-values.log_probs.chunk(2)[0].sum(dim=1) / tokens,
+            settings=settings,
+        )
+        if settings.use_weighting:
+            losses = losses * torch.stack(values.likelihoods(counted).chunk(2)).prod(0)
+        self._last_batch = (values.detached(), counted, log_probs.detach(), chosen.detach(), rejected.detach(), seen)
+        return losses
+
+    def _token_values(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> TokenValues:
+        head = self.model.get_output_embeddings()  # type: ignore[operator, union-attr]
+        if any(parameter.requires_grad for parameter in head.parameters()):
+            return TokenValues.of_logits(self._label_logits(model, inputs, shifted_labels(labels)))
+        with self.compute_loss_context_manager():
+            return TokenValues.of_fused(model(**inputs, labels=labels, fused_lm_head=True), labels.shape[1] - 1)
+
+    def _micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
+        """See :meth:`SelectiveTrainerMixin._micro_batch`; with the log-probabilities under the reference."""
+        found = super()._micro_batch(batch)
+        inputs = dict(found.inputs)
+        if not self.precompute_ref_logps:
+            reference = self.model if self.ref_model is None else self.ref_model
+            inputs[CHOSEN], inputs[REJECTED] = self.compute_ref_log_probs(reference, inputs)  # type: ignore[no-untyped-call]
+        counted = inputs["completion_mask"][: len(found), 1:].sum()
+        inputs[MEAN_TOKENS] = (counted / len(found)).clamp(min=1 / len(found)).expand(len(found))
+        return replace(found, inputs=inputs)
+
+    def _trainers_loss(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | None) -> Tensor:
+        own = {key: value for key, value in inputs.items() if key != MEAN_TOKENS}
+        return super()._trainers_loss(model, own, tokens)
+
+    def _note_batch(self) -> None:
+        """Note the metrics of a micro-batch, with one synchronisation."""
+        values, counted, log_probs, chosen, rejected, seen = self._last_batch
+        sums = {"seen": seen, **values.sums(counted)}
+        rewards = self.beta * torch.stack([chosen, rejected])
+        means = {
+            "rewards/chosen": rewards[0].mean(),
+            "rewards/rejected": rewards[1].mean(),
+            "rewards/accuracies": (rewards[0] > rewards[1]).double().mean(),
+            "rewards/margins": (rewards[0] - rewards[1]).mean(),
+            "logps/chosen": log_probs.chunk(2)[0].mean(),
+            "logps/rejected": log_probs.chunk(2)[1].mean(),
+        }
+        told = torch.stack([one.double() for one in (*sums.values(), *means.values())]).tolist()
+        found = dict(zip((*sums, *means), told, strict=True))
+        self._note_metrics(
+            {**TokenValues.means(found), **{name: found[name] for name in means}}, tokens=int(found["seen"])
+        )
+
+    def _refuse_settings(self, args: TrainingArguments | None) -> None:
+        refuse_preference_settings(args)
+        super()._refuse_settings(args)

@@ -1,0 +1,56 @@
+"""What the trainers read of TRL's trainers under names that are not public; checked in the release 1.16."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset  # type: ignore[import-untyped]
+from transformers import Trainer
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+class TRLInternals(_Base):
+    """Access to the metrics and to the preparation of data of a trainer of TRL; name it before the trainer class."""
+
+    _metrics: dict[str, Any]
+    _total_train_tokens: int
+
+    def _note_metrics(self, values: dict[str, float], *, tokens: int) -> None:
+        """Add to the metrics that TRL's trainer logs of a micro-batch."""
+        metrics = self._metrics["train"]
+        for name, value in values.items():
+            metrics[name].append(value)
+        self._total_train_tokens += tokens
+        metrics["num_tokens"] = [self._total_train_tokens]
+
+    @contextmanager
+    def _metrics_kept(self) -> Iterator[None]:
+        """A block after which the metrics are what they were before."""
+        metrics, total = copy.deepcopy(self._metrics), self._total_train_tokens
+        try:
+            yield
+        finally:
+            self._metrics, self._total_train_tokens = metrics, total
+
+    def _prepared(self, dataset: Any) -> Any:
+        """Target examples, prepared like the training data, with what is computed of these once; a list will do."""
+        if isinstance(dataset, list):
+            dataset = Dataset.from_list(dataset)
+        if getattr(self, "_skip_prepare_dataset", False):
+            return dataset
+        of_trl: Any = self
+        given: list[Any] = [dataset, self.processing_class, self.args]
+        if hasattr(self, "_formatting_func"):  # of the SFT trainer, whose rows may also be packed
+            given += [False, of_trl._formatting_func]
+        prepared = of_trl._prepare_dataset(*given, "target")
+        if not getattr(self, "precompute_ref_logps", False):
+            return prepared
+        size = of_trl.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+        return of_trl._precompute_ref_logps(prepared, "target", size)
