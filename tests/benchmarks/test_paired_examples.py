@@ -16,12 +16,19 @@ import torch
 from tests.support.trainer_runs import model, tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "benchmarks" / "examples"
-NAMES = ("trainer_lora", "sft_lora", "plain_loop")
-CHANGED = {"trainer_lora": 12, "sft_lora": 12, "plain_loop": 16, "torchrun_loop": 18, "torchrun_fsdp": 20}
+NAMES = ("trainer_lora", "sft_lora", "dpo_lora", "plain_loop")
+CHANGED = {
+    "trainer_lora": 12,
+    "sft_lora": 12,
+    "dpo_lora": 12,
+    "plain_loop": 16,
+    "torchrun_loop": 18,
+    "torchrun_fsdp": 20,
+}
 """Lines of the diff that are added or removed, those of the docstring and of the import included."""
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning"),  # TRL and PEFT
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning"),  # TRL and PEFT
 ]
 
 
@@ -41,6 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"source": f"{name}/{n % 3}", "prompt": text(3, top), "response": text(2 + n % 4, top), "lang": "en"}
             for n in range(count)
         ]
+        for record in records:
+            record |= {"chosen": record["response"], "rejected": text(4, top)}
         (path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
