@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ftw_optim._factors.buckets import certainly_small
 from ftw_optim._factors.factors import Factors, PositionMap
 
 
@@ -53,8 +54,13 @@ class RowGroups:
     def grouped(self, factors: Factors) -> Factors:
         """The factors of candidates, with the positions of all of their rows, from factors of rows; after a check.
 
-        Gradients that are multiplied out are added up. Candidates with fewer rows than others get positions of zeros.
+        Gradients that are multiplied out are added up. Small factors are put in the candidates' order, so that they may
+        share a bucket; candidates with fewer rows than others get positions of zeros. Large ones stay where they are,
+        with a map from positions to candidates: a copy of all of them would be one more set of activations.
         """
+        if not (factors.whole or self._in_order or certainly_small(factors.bytes())):
+            positions = self.candidates.to(factors.left.device)[:, None].expand(factors.left.shape[:2])
+            return replace(factors, positions=PositionMap(candidates=positions, count=len(self._index)))
         if not factors.whole:
             right = None if factors.right is None else self._grouped(factors.right)
             return replace(factors, left=self._grouped(factors.left), right=right)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ftw_optim import NonNegativeLeastSquares, SelectiveOptimizer, Sketch
 from tests.support.checks import check_against_oracle, optimizer_of, training_on_target
-from tests.support.grids import grid
+from tests.support.grids import grid, slow
 from tests.support.models import CASES, in_batches, precision, trained
 from tests.support.pairs import pair_ids, pairs
 
@@ -32,6 +32,15 @@ def test_a_step_beside_gradients_of_pairs_formed_one_at_a_time(name: str, combin
         for _ in range(2):
             check_against_oracle(case, optimizer, torch.float64, sample_ids=pair_ids(N))
             optimizer.step()
+
+
+@pytest.mark.parametrize("combine", ["factors", "graph", "rerun"])
+@pytest.mark.parametrize("name", ["small-gpt", slow("llama-lora"), slow("gpt2-tied")])
+def test_large_factors_stay_where_they_are(name: str, combine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftw_optim._factors.row_groups.certainly_small", lambda size: False)
+    with precision(torch.float64):
+        case = pairs(name, N)
+        check_against_oracle(case, optimizer_of(case, combine=combine), torch.float64, sample_ids=pair_ids(N))
 
 
 @pytest.mark.parametrize("combine", ["factors", "graph"])
