@@ -10,8 +10,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,6 +27,7 @@ from ftw_optim._step.optimizer import SelectiveOptimizer
 from ftw_optim._step.target import TargetGradient
 from ftw_optim.integrations._trainers.around_step import AroundStep
 from ftw_optim.integrations._trainers.columns import WithColumns
+from ftw_optim.integrations._trainers.log_state import load_log, save_log
 from ftw_optim.integrations._trainers.metrics import PREFIX, Metrics
 from ftw_optim.integrations._trainers.overrides import of_framework, refuse_overrides
 from ftw_optim.integrations._trainers.own_loss import LossComparison
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
-
-LOG_STATE = "selection_log.json"
-"""The file of a checkpoint that holds the state of the selection log."""
 
 
 class SelectiveTrainerMixin(_Base):
@@ -302,7 +298,7 @@ class SelectiveTrainerMixin(_Base):
             lambda inputs: self.position_losses(model, inputs),
             self.sample_weighting,
             over_window=self._divides_by_window,
-            micro_batch=self._micro_batch,
+            micro_batch=self._prepared_micro_batch,
             **options,
         )
 
@@ -315,6 +311,10 @@ class SelectiveTrainerMixin(_Base):
     def _micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
         """The micro-batch of what the collator gave, on the device."""
         return MicroBatch.of(batch, shifts=bool(self._loss_shifts_labels))
+
+    def _prepared_micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
+        """The micro-batch with what is computed of it before its losses are, once."""
+        return self._micro_batch(batch)
 
     def _note_batch(self) -> None:
         """Called when the candidates of a micro-batch have passed through the model."""
@@ -503,18 +503,12 @@ class SelectiveTrainerMixin(_Base):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self._sampling.save(output_dir)
-        if self.selection_log is not None and self.args.should_save:
-            with open(os.path.join(output_dir, LOG_STATE), "w", encoding="utf-8") as file:
-                json.dump(self.selection_log.state_dict(), file)
+            save_log(self.selection_log, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         self._sampling.load(checkpoint)
-        if self.selection_log is None or checkpoint is None:
-            return
-        if os.path.isfile(path := os.path.join(checkpoint, LOG_STATE)):
-            with open(path, encoding="utf-8") as file:
-                self.selection_log.load_state_dict(json.load(file))
+        load_log(self.selection_log, checkpoint)
 
 
 class SelectiveTrainer(SelectiveTrainerMixin, Trainer):

@@ -71,7 +71,7 @@ def test_the_mean_over_pairs_is_trls_own_loss(restored: Any, changes: dict[str, 
     batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[number] for number in range(7)]))
     with torch.no_grad():
         expected = trainer.compute_loss(trainer.model, dict(batch))
-        pairs = trainer._micro_batch(batch)
+        pairs = trainer._prepared_micro_batch(batch)
         losses = trainer.candidate_losses(trainer.model, dict(pairs.inputs))
         some = trainer.candidate_losses(trainer.model, pairs.rows(torch.tensor([4, 1])))
     assert losses.shape == (7,)

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from datasets import Dataset
 
 from ftw_optim import GreedyFilter, KeepAll, NonNegativeLeastSquares
 from tests.support.grids import slow
@@ -44,7 +45,7 @@ METRICS = {
         slow("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, {}, True),
         slow("dpo", {"use_weighting": True, "ld_alpha": 0.3, "f_divergence_type": "js_divergence"}, {}, False),
         slow("dpo", {"use_weighting": True, "activation_checkpointing": False}, {}, True),
-        ("reward", {}, {}, False),
+        slow("reward", {}, {}, False),
         slow("reward", {"center_rewards_coefficient": 0.1}, {}, True),
     ],
 )
@@ -68,6 +69,56 @@ def test_all_pairs_alike_are_the_trainers_own_run(
     names = ("loss", "grad_norm", "learning_rate", "epoch", "num_tokens", *METRICS[name])
     torch.testing.assert_close(logged(ours, *names), logged(own, *names), rtol=2e-5, atol=2e-6)
     assert set(own.state.log_history[0]) == {*names, "step"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"precompute_ref_log_probs": True, "disable_dropout": False}],
+    ids=["each step", "computed before, with dropout"],
+)
+def test_adapters_that_a_run_begins_with_are_its_reference(settings: dict[str, Any], tmp_path: Path) -> None:
+    """TRL keeps a copy of them beside the trained ones, and switches to it for the reference."""
+    kind, found = KINDS["dpo"], []
+
+    def adapted() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return peft.get_peft_model(kind.build(), kind.lora(lora_dropout=0.2))  # type: ignore[arg-type]
+
+    changes = {"activation_checkpointing": False, **settings}
+    for one, options in ((kind.own, {}), (kind.selective, {"selective": ALL, "target_dataset": kind.pairs(5, seed=1)})):
+        trainer, watch = kind.trained(one, tmp_path, changes, net=adapted(), ref_model=None, **options)
+        found.append(([row["loss"] for row in trainer.state.log_history if "loss" in row], watch.parameters))
+        assert "ref" in trainer.model.peft_config
+    # With dropout in the reference the losses are still TRL's: they are compared in the run.
+    dropped = {**changes, "disable_dropout": False, "max_steps": 2}
+    kind.trained(kind.selective, tmp_path, dropped, net=adapted(), ref_model=None, target_dataset=kind.pairs(5, seed=1))
+    (expected, parameters), (losses, seen) = found
+    torch.testing.assert_close(seen, parameters, rtol=1e-5, atol=2e-6)
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_evaluation_within_a_run_of_pairs_is_the_trainers_own(name: str, tmp_path: Path) -> None:
+    kind, found = KINDS[name], []
+    held = Dataset.from_list(kind.pairs(4, seed=3))
+    for one, options in ((kind.own, {}), (kind.selective, {"selective": ALL, "target_dataset": kind.pairs(5, seed=1)})):
+        trainer, _ = kind.trained(
+            one,
+            tmp_path,
+            {"eval_strategy": "steps", "eval_steps": 2},
+            eval_dataset=held,
+            peft_config=kind.lora(),
+            **options,
+        )
+        found.append([row for row in trainer.state.log_history if "eval_loss" in row])
+        assert len(found[-1]) == 3
+    for own, ours in zip(*found, strict=True):
+        assert own.keys() == ours.keys()
+        for key in own.keys() - {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}:
+            assert ours[key] == pytest.approx(own[key], rel=1e-4, abs=1e-5), key
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ class Kind:
     ) -> tuple[Any, Watch]:
         """A trainer after its run, and what was seen of its steps."""
         watch = Watch()
-        if kind in (DPOTrainer, SelectiveDPOTrainer) and not options.get("peft_config"):
+        if self.own is DPOTrainer and not options.get("peft_config"):
             options = {"ref_model": reference(), **options}
         trainer = kind(
             self.build() if net is None else net,

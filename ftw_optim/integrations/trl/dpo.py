@@ -18,10 +18,10 @@ from ftw_optim.integrations._trainers.window import MicroBatch
 from ftw_optim.integrations.trl.preferences import PreferenceTrainerMixin
 from ftw_optim.integrations.trl.token_values import TokenValues
 
-CHOSEN, REJECTED = REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
+REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")
 """Keys of the log-probabilities under the reference, ``(b,)``, as TRL's collator writes them."""
 MEAN_TOKENS = "chosen_tokens"
-"""Key of the mean number of tokens of the chosen answers of a batch, ``(b,)``, which never reaches the model."""
+"""Key of the mean number of tokens of the chosen answers of a batch, ``(b,)``, where what is computed once is known."""
 
 
 class SelectiveDPOTrainer(PreferenceTrainerMixin, DPOTrainer):
@@ -39,15 +39,18 @@ class SelectiveDPOTrainer(PreferenceTrainerMixin, DPOTrainer):
     def candidate_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """See :meth:`PreferenceTrainerMixin.candidate_losses`."""
         settings: Any = self.args
-        mask, tokens = inputs.pop("completion_mask"), inputs.pop(MEAN_TOKENS)
-        reference = torch.cat([inputs.pop(key) for key in REFERENCE])
+        # Where nothing was prepared, losses are compared with TRL's: its reference runs after the policy, in its mode.
+        given, is_prepared = dict(inputs), MEAN_TOKENS in inputs
+        mask, known = inputs.pop("completion_mask"), [inputs.pop(key, None) for key in REFERENCE]
+        tokens = inputs.pop(MEAN_TOKENS, _mean_tokens(mask))
         labels = inputs["input_ids"].masked_fill(mask == 0, IGNORED)
         inputs["use_cache"] = False
         seen = inputs["attention_mask"].sum()
         values, counted = self._token_values(model, inputs, labels), mask[:, 1:]
         each = values.log_probs * shared_length_weights(counted, settings.ld_alpha)
         log_probs = each.sum(dim=1)
-        chosen, rejected = (log_probs - reference.to(log_probs)).chunk(2)
+        reference = known if is_prepared or self.precompute_ref_logps else self._reference(given)
+        chosen, rejected = (log_probs - torch.cat(reference).to(log_probs)).chunk(2)
         first, second = mask.sum(dim=1).chunk(2)
         losses = preference_losses(
             chosen,
@@ -64,24 +67,23 @@ class SelectiveDPOTrainer(PreferenceTrainerMixin, DPOTrainer):
     def _token_values(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> TokenValues:
         head = self.model.get_output_embeddings()  # type: ignore[operator, union-attr]
         if any(parameter.requires_grad for parameter in head.parameters()):
-            return TokenValues.of_logits(self._label_logits(model, inputs, shifted_labels(labels)))
+            found = self._label_logits(model, inputs, shifted_labels(labels))
+            return TokenValues.of_logits(found, squares=self.use_weighting)
         with self.compute_loss_context_manager():
             return TokenValues.of_fused(model(**inputs, labels=labels, fused_lm_head=True), labels.shape[1] - 1)
 
-    def _micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
-        """See :meth:`SelectiveTrainerMixin._micro_batch`; with the log-probabilities under the reference."""
-        found = super()._micro_batch(batch)
-        inputs = dict(found.inputs)
-        if not self.precompute_ref_logps:
-            reference = self.model if self.ref_model is None else self.ref_model
-            inputs[CHOSEN], inputs[REJECTED] = self.compute_ref_log_probs(reference, inputs)  # type: ignore[no-untyped-call]
-        counted = inputs["completion_mask"][: len(found), 1:].sum()
-        inputs[MEAN_TOKENS] = (counted / len(found)).clamp(min=1 / len(found)).expand(len(found))
-        return replace(found, inputs=inputs)
+    def _reference(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """The log-probabilities of the chosen and of the rejected answers under the reference, ``(b,)`` each."""
+        model = self.model if self.ref_model is None else self.ref_model
+        return list(self.compute_ref_log_probs(model, inputs))  # type: ignore[no-untyped-call]
 
-    def _trainers_loss(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | None) -> Tensor:
-        own = {key: value for key, value in inputs.items() if key != MEAN_TOKENS}
-        return super()._trainers_loss(model, own, tokens)
+    def _prepared_micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
+        """See :meth:`SelectiveTrainerMixin._prepared_micro_batch`; with the log-probabilities under the reference."""
+        found = self._micro_batch(batch)
+        inputs = {**found.inputs, MEAN_TOKENS: _mean_tokens(found.inputs["completion_mask"])}
+        if not self.precompute_ref_logps:
+            inputs |= zip(REFERENCE, self._reference(found.inputs), strict=True)
+        return replace(found, inputs=inputs)
 
     def _note_batch(self) -> None:
         """Note the metrics of a micro-batch, with one synchronisation."""
@@ -105,3 +107,9 @@ class SelectiveDPOTrainer(PreferenceTrainerMixin, DPOTrainer):
     def _refuse_settings(self, args: TrainingArguments | None) -> None:
         refuse_preference_settings(args)
         super()._refuse_settings(args)
+
+
+def _mean_tokens(mask: Tensor) -> Tensor:
+    """The mean number of tokens that are predicted of the chosen answers of ``b`` pairs, for each of them, ``(b,)``."""
+    pairs = len(mask) // 2
+    return (mask[:pairs, 1:].sum() / pairs).clamp(min=1 / pairs).expand(pairs)

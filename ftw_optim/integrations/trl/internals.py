@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import Trainer
 
+from ftw_optim._layers.randomness import own_randomness
+
 if TYPE_CHECKING:
     _Base = Trainer
 else:
@@ -53,4 +55,5 @@ class TRLInternals(_Base):
         if not getattr(self, "precompute_ref_logps", False):
             return prepared
         size = of_trl.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
-        return of_trl._precompute_ref_logps(prepared, "target", size)
+        with own_randomness(of_trl.model.parameters(), self.args.seed):  # the run's own draws stay what they are
+            return of_trl._precompute_ref_logps(prepared, "target", size)

@@ -47,13 +47,14 @@ class TokenValues:
         return cls(**changed)
 
     @classmethod
-    def of_logits(cls, found: LabelLogits) -> TokenValues:
-        """The values from logits, which the output layer gave as a module."""
+    def of_logits(cls, found: LabelLogits, *, squares: bool) -> TokenValues:
+        """The values from logits, which the output layer gave as a module; those of ``squares`` where asked for."""
         losses, _ = found.losses()
         logits, targets = found.logits.detach().flatten(0, 1), found.targets.flatten()
         where = (targets != IGNORED).nonzero()[:, 0]
         places = where if found.index is None else found.index[where]
-        parts: dict[str, list[Tensor]] = {"entropy": [], "mean_logits": [], "is_top1": [], "log_sum_sq_probs": []}
+        names = ("entropy", "mean_logits", "is_top1", *(["log_sum_sq_probs"] if squares else []))
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
         with torch.no_grad():
             for some in torch.split(where, AT_ONCE):
                 each = logits[some].to(torch.promote_types(logits.dtype, torch.float32))
@@ -61,7 +62,8 @@ class TokenValues:
                 parts["entropy"].append(-(log_probs.exp() * log_probs).sum(dim=-1))
                 parts["mean_logits"].append(each.mean(dim=-1))
                 parts["is_top1"].append(each.argmax(dim=-1) == targets[some])
-                parts["log_sum_sq_probs"].append((2 * log_probs).logsumexp(dim=-1))
+                if squares:
+                    parts["log_sum_sq_probs"].append((2 * log_probs).logsumexp(dim=-1))
 
         def grid(name: str) -> Tensor:
             dtype = torch.bool if name == "is_top1" else losses.dtype
