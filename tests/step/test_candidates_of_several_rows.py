@@ -72,6 +72,22 @@ def test_target_pairs_take_part(options: dict[str, Any], scale: float) -> None:
     torch.testing.assert_close(*found, rtol=1e-8, atol=1e-9 * scale)
 
 
+@pytest.mark.parametrize("combine", ["rerun", slow("graph"), slow("factors")])
+def test_a_sketch_of_micro_batches_of_pairs(combine: str) -> None:
+    """As where each half has a call of its own."""
+    found = []
+    for at_once in (True, False):
+        case = pairs("small-gpt", N, at_once=at_once)
+        optimizer = optimizer_of(case, combine=combine, gram=Sketch(dim=256))
+        told: dict[str, Any] = {"sample_ids": [pair_ids(2), pair_ids(3)]} if at_once else {}
+        optimizer.backward(in_batches(case, [2, 3]), **told)
+        selection = optimizer.selection
+        assert selection is not None
+        gradients = [p.grad for p in trained(case).values()]
+        found.append([selection.gram, selection.cross_gram, selection.weights, *gradients])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
 def test_a_pair_with_a_loss_that_is_not_finite_is_rejected() -> None:
     case = pairs("small-gpt", N)
     optimizer = optimizer_of(case)
