@@ -72,11 +72,6 @@ class CandidatePass:
             batches.captures.__exit__(kind, error, trace)
 
     @property
-    def batches(self) -> int:
-        """The number of batches of candidates whose graphs are kept."""
-        return len(self._of_candidates.graphs)
-
-    @property
     def keeps_target_graph(self) -> bool:
         """Whether the graph of target rows is wanted once more, where candidates are run again after all."""
         return bool(self._of_target.graphs) and self.takes_rows

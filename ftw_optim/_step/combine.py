@@ -96,9 +96,7 @@ def _usable_ways(setup: StepSetup, selection: Selection, candidate_pass: Candida
     usable = [] if len(selection.rejected) else ["graph"]
     if setup.parameters.scored.keys() == setup.parameters.updated.keys():
         usable.append("factors")
-    # Where the ranks of a sharded model keep different numbers of rows, these may be in different numbers of batches.
-    again = candidate_pass.takes_rows and (not setup.in_shards or candidate_pass.batches == 1)
-    return [*usable, "rerun"] if again else usable
+    return [*usable, "rerun"] if candidate_pass.takes_rows else usable
 
 
 def _from_factors(

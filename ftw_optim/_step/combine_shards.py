@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ from ftw_optim._step.gathering import PassFactors
 from ftw_optim._step.setup import StepSetup
 
 Gradients = dict[str, Tensor]
+
+
+class Total(NamedTuple):
+    """A sum of losses to differentiate; one that does not count is there because other ranks wait for its passes."""
+
+    loss: Tensor
+    counts: bool = True
 
 
 def _from_factors(
@@ -62,7 +69,7 @@ def _from_graph(
             check.see(name, gradient)
 
     totals = candidate_pass.weighted_losses(weights)
-    found = _backward(setup, totals, keep_graph=candidate_pass.keeps_target_graph, see=see)
+    found = _backward(setup, map(Total, totals), keep_graph=candidate_pass.keeps_target_graph, see=see)
     check.finish()
     return found
 
@@ -70,16 +77,18 @@ def _from_graph(
 def _from_rerun(
     setup: StepSetup, selection: Selection, factors: PassFactors, candidate_pass: CandidatePass
 ) -> tuple[Gradients, bool]:
-    """A weighted backward over the kept candidates, run once more; of a rank without any, over one for nothing.
-
-    The other ranks' passes wait for this one's, whatever it runs.
-    """
+    """A weighted backward over the kept candidates, run once more, on all ranks as often as on that with the most."""
     own = factors.own(selection)
-    nothing = not len(own.kept)
-    kept = torch.zeros(1, dtype=torch.int64) if nothing else own.kept
-    totals = candidate_pass.losses_again(kept, torch.zeros(1, dtype=torch.float64) if nothing else own.weights)
+    nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
+
+    def again() -> Iterator[Total]:
+        yield from map(Total, candidate_pass.losses_again(own.kept, own.weights))
+        while setup.goes_on():
+            for loss in candidate_pass.losses_again(*nothing):
+                yield Total(loss, counts=False)
+
     of_target = candidate_pass.weighted_losses(own.target_weights, of_target=True)
-    return _backward(setup, chain(totals, of_target), first_for_nothing=nothing)
+    return _backward(setup, chain(again(), map(Total, of_target)))
 
 
 FUNCTIONS: Mapping[str, Callable[[StepSetup, Selection, PassFactors, CandidatePass], tuple[Gradients, bool]]] = {
@@ -92,11 +101,10 @@ FUNCTIONS: Mapping[str, Callable[[StepSetup, Selection, PassFactors, CandidatePa
 
 def _backward(
     setup: StepSetup,
-    totals: Iterable[Tensor],
+    totals: Iterable[Total],
     *,
     keep_graph: bool = False,
     see: Callable[[str, Tensor], None] = lambda name, gradient: None,
-    first_for_nothing: bool = False,
 ) -> tuple[Gradients, bool]:
     """The gradients that ``(scale * total).backward()`` forms, summed over the totals, those of shards over all ranks.
 
@@ -107,18 +115,17 @@ def _backward(
         totals: the losses.
         keep_graph: leave the graph for another pass.
         see: called with each gradient as it comes.
-        first_for_nothing: whether the first total is run for the other ranks' sake, and counts as zero.
     """
     updated = setup.parameters.updated
     read = {name: leaf for name, leaf in leaves(setup.structure, updated).items() if not is_sharded(leaf)}
     sums = Scattered(setup.ranks, updated)
     plain: Gradients = {}
-    for_nothing = [first_for_nothing]
+    counts = True
 
     def take(name: str, leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
-        gradient = torch.zeros_like(gradient) if for_nothing[0] else gradient
+        gradient = gradient if counts else torch.zeros_like(gradient)
         see(name, gradient)
         if sums.takes(name):
             sums.add(name, gradient)
@@ -130,10 +137,9 @@ def _backward(
         for name, leaf in read.items():
             hooked: Any = leaf
             stack.callback(hooked.register_post_accumulate_grad_hook(partial(take, name)).remove)
-        for total in totals:
+        for loss, counts in totals:  # noqa: B007  (read in take)
             setup.meet()
-            torch.autograd.backward(total * setup.scale, inputs=list(read.values()), retain_graph=keep_graph)
-            for_nothing[0] = False
+            torch.autograd.backward(loss * setup.scale, inputs=list(read.values()), retain_graph=keep_graph)
     return _with_sums(plain, sums)
 
 

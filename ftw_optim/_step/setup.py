@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, final
 
 import torch
@@ -111,8 +110,7 @@ class StepSetup:
         """A block in which nothing around the model talks to other processes, but this step alone."""
         with ExitStack() as stack:
             if not self.ranks.alone:
-                meet = partial(self.meet, "a forward pass")
-                block = without_own_sums(self.plan, self.ranks.members, meet=meet)
+                block = without_own_sums(self.plan, self.ranks.members, meet=self.meet_for_forward)
                 self.ranks.beginning(lambda: stack.enter_context(block))
             yield
 
@@ -126,10 +124,22 @@ class StepSetup:
         """Whether any rank says yes, where all must make the same passes; None where each makes those it needs."""
         return (lambda own: self.ranks.any(lambda: own)) if self.in_shards else None
 
-    def meet(self, before: str = "a backward pass") -> None:
-        """Hear whether another rank has failed, or makes another pass, before one that would wait for it."""
+    def meet(self) -> None:
+        """Hear whether another rank has failed, or makes another pass, before a backward pass, which would wait."""
         if self.in_shards:
-            self.ranks.told(lambda: None, lambda _: None, at=before)
+            self.ranks.told(lambda: None, lambda _: None, at="a backward pass")
+
+    def meet_for_forward(self) -> None:
+        """Hear the same before a forward pass; a rank that :meth:`goes_on` for the others' sake comes once more."""
+        while not all(self._said(True)):
+            pass
+
+    def goes_on(self) -> bool:
+        """Whether other ranks make a forward pass, of a rank that has none to make."""
+        return any(self._said(False))
+
+    def _said(self, passes: bool) -> list[bool]:
+        return self.ranks.told(lambda: passes, bool, at="a forward pass")[1]
 
     def generator(self, purpose: str) -> torch.Generator:
         """A generator of this step's random numbers for one purpose."""

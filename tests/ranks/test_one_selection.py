@@ -73,6 +73,9 @@ CASES = {
     "sketch, a rank of NaN": Case(wrap={}, outside=True, sketch=64, counts=(5, -3)),
     "sketch, target rows": Case(wrap={}, outside=True, sketch=64, train_on_target=True, targets=(1, 3)),
     "sketch, target rows, remembered": Case(sketch=64, train_on_target=True, targets=(1, 3), target={"decay": 0.7}),
+    "shards, batches again": Case(shard={}, pieces=2, combine="graph", counts=(5, -3), scored="last"),
+    "shards, sketch, batches again": Case(shard={}, sketch=64, pieces=2, combine="rerun", counts=(5, 2)),
+    "shards, sketch, one rank again": Case(shard={}, sketch=64, pieces=2, combine="rerun", filter=TopKFilter(keep=2)),
     "shards, sketch": Case(shard={}, sketch=64, counts=(5, 3)),
     "shards, sketch, graph, update": Case(shard={}, sketch=64, combine="graph", metric="update"),
     "shards, sketch, rerun": Case(shard={}, sketch=64, combine="rerun"),
@@ -81,7 +84,14 @@ CASES = {
     "shards, sketch, target rows": Case(shard={}, sketch=64, train_on_target=True, targets=(1, 3)),
     **{name: Case(optimizer=name) for name in ("SGD", "Adafactor", "RMSprop", "Adagrad")},
 }
-FAST = {"uneven", "ddp, graph", "target rows", "Adafactor", "a rank without candidates"}
+FAST = {
+    "shards, sketch, batches again",
+    "uneven",
+    "ddp, graph",
+    "target rows",
+    "Adafactor",
+    "a rank without candidates",
+}
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else slow(name) for name in CASES])
