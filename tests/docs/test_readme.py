@@ -16,6 +16,7 @@ DOCUMENTS = {
     "benchmarks/README.md": (0, 0),
     "ftw_optim/README.md": (9, 2),
     "ftw_optim/integrations/README.md": (2, 0),
+    "ftw_optim/score/README.md": (0, 0),
 }
 """How many code blocks each has at least, and how many of these have what they print behind them."""
 

@@ -13,7 +13,7 @@ from zipfile import ZipFile
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = {"accelerate", "datasets", "lightning", "pyarrow", "transformers", "trl"}
+EXTRAS = {"accelerate", "datasets", "lightning", "pyarrow", "tqdm", "transformers", "trl"}
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys
 sys.path.insert(0, sys.argv[1])

@@ -125,3 +125,33 @@ def gradients(factors: Factors) -> Tensor:
             if owner[row, position] >= 0:
                 total[owner[row, position]] += torch.outer(left, right)
     return total
+
+
+def adamw_map(gradients: list[dict[str, Tensor]], *, lr: float, name: str) -> Tensor:
+    """The diagonal of ``P`` of an AdamW that saw these gradients of one parameter, for a coming step at their mean."""
+    beta1, beta2, eps = 0.9, 0.999, 1e-8
+    moment = torch.zeros_like(gradients[0][name])
+    for gradient in gradients:
+        moment = beta2 * moment + (1 - beta2) * gradient[name] ** 2
+    means = mean_gradient(gradients)
+    mean = means[name]
+    if mean.any():
+        nonzero = mean[mean.abs() > 64 * torch.finfo(mean.dtype).eps * mean.abs().max()]
+        size = mean.abs().clamp(min=0.03 * float(nonzero.square().mean().sqrt()))
+    else:
+        flat = torch.cat([one.flatten() for one in means.values()])
+        size = flat.square().mean().sqrt().expand_as(mean)
+    coming = len(gradients) + 1
+    second = (beta2 * moment + (1 - beta2) * size**2) / (1 - beta2**coming)
+    return lr * (1 - beta1) / (1 - beta1**coming) / (second.sqrt() + eps)
+
+
+def redundancies(rows: Tensor, scores: Tensor) -> Tensor:
+    """The largest cosine, 0 at least, of each row with any row of a higher score: shape (n,)."""
+    found = torch.zeros(len(rows), dtype=rows.dtype)
+    for one in range(len(rows)):
+        for other in range(len(rows)):
+            if scores[other] > scores[one]:
+                cosine = rows[one] @ rows[other] / (rows[one].norm() * rows[other].norm())
+                found[one] = max(found[one], cosine)
+    return found
