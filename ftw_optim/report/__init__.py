@@ -4,7 +4,8 @@
 :class:`~ftw_optim.selection_log.SelectionLog` wrote into ``RUN`` (or a folder of it) and writes one HTML file that
 needs no script and no network.
 
-``_data.py`` turns the log into numbers, ``_charts.py`` into drawings, ``_page.py`` into the page. May import
+``_data.py`` turns the log into numbers (``_samples.py`` those of each sample), ``_charts.py`` into drawings,
+``_page.py`` into the page. ``_mixture.py`` writes what others take from it: shares of sources, records by weight. May import
 ``selection_log``. To add a section, add its numbers to ``_data.py`` and its place to ``_page.py``.
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -11,13 +10,12 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import final
 
+from ftw_optim.report._samples import UNNAMED, Example, Samples
 from ftw_optim.selection_log import LoggedRun
 from ftw_optim.selection_log._store import Row
 
 MOST_BINS = 120
 SOURCES_SHOWN = 8
-EXAMPLES_SHOWN = 10
-UNNAMED = "(no source)"
 _REALISED = re.compile(r"(^|[/._ ])reali[sz]ed_decrease$")
 _PHASE = re.compile(r"(^|[/._ ])ms(?=[/._ ]|$)")
 
@@ -53,26 +51,6 @@ class SourceTotals:
 
 
 @final
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One sample, over all the steps at which it was offered.
-
-    Attributes:
-        score: mean of the sample's utility relative to the mean size of utilities at the step. One offer with utility
-            zero is added, so that samples seen once do not take all places.
-        share: mean share of the weight at the sample's steps.
-    """
-
-    id: str
-    source: str
-    score: float
-    share: float
-    offered: int
-    kept: int
-    text: str | None
-
-
-@final
 @dataclass(kw_only=True)
 class Digest:
     """The numbers that a page shows.
@@ -90,6 +68,7 @@ class Digest:
         totals: the totals of every source, without joining small ones to "other sources".
         most, least: the most and the least useful samples.
         has_texts: whether the log has texts of samples.
+        samples: sums for each sample.
     """
 
     steps: int
@@ -108,6 +87,7 @@ class Digest:
     most: list[Example] = field(default_factory=list)
     least: list[Example] = field(default_factory=list)
     has_texts: bool = False
+    samples: Samples = field(default_factory=Samples)
 
 
 def digest(run: LoggedRun, *, progress: Callable[[float], None] = lambda share: None) -> Digest:
@@ -126,7 +106,7 @@ def digest(run: LoggedRun, *, progress: Callable[[float], None] = lambda share: 
         edges.append((several[0], several[-1]))
     found = Digest(steps=len(steps), candidates=sum(row["offered"] for row in steps), edges=edges)
     _step_curves(found, steps, of_step)
-    samples = _Samples()
+    samples = found.samples
     offered: dict[str, list[int]] = defaultdict(lambda: [0] * bins)
     weight: dict[str, list[float]] = defaultdict(lambda: [0.0] * bins)
     utility: dict[str, _Mean] = defaultdict(lambda: _Mean(bins))
@@ -220,57 +200,6 @@ def _shares(parts: Sequence[Sequence[float]], totals: Sequence[float]) -> Series
     return [
         sum(values) / total if total else None for values, total in zip(zip(*parts, strict=True), totals, strict=True)
     ]
-
-
-@final
-class _Samples:
-    """Sums for each sample id, in arrays: a run may see millions of samples."""
-
-    def __init__(self) -> None:
-        self._index: dict[str, int] = {}
-        self._sources: list[str] = []
-        self._scores, self._shares = array("d"), array("d")
-        self._scored, self._offered, self._kept = array("l"), array("l"), array("l")
-
-    def add(self, row: Row, share: float, score: float | None) -> None:
-        at = self._index.setdefault(row["id"], len(self._index))
-        if at == len(self._sources):
-            self._sources.append(sys.intern(row["source"] or UNNAMED))
-            for sums in (self._scores, self._shares, self._scored, self._offered, self._kept):
-                sums.append(0)
-        self._scores[at] += score or 0.0
-        self._scored[at] += score is not None
-        self._shares[at] += share
-        self._offered[at] += 1
-        self._kept[at] += share > 0.0
-
-    def extremes(self, run: LoggedRun) -> tuple[list[Example], list[Example], bool]:
-        """The most and the least useful samples, and whether the log has texts."""
-        ids = list(self._index)
-        scores = [score / (count + 1) for score, count in zip(self._scores, self._scored, strict=True)]
-        ranked = sorted((at for at, count in enumerate(self._scored) if count), key=lambda at: (-scores[at], at))
-        most = [at for at in ranked[:EXAMPLES_SHOWN] if scores[at] > 0]
-        least = [at for at in reversed(ranked[-EXAMPLES_SHOWN:]) if scores[at] < 0]
-        wanted = {ids[at] for at in (*most, *least)}
-        texts: dict[str, str] = {}
-        any_text = False
-        for name, text in run.texts():
-            any_text = True
-            if name in wanted:
-                texts[name] = text
-
-        def example(at: int) -> Example:
-            return Example(
-                id=ids[at],
-                source=self._sources[at],
-                score=scores[at],
-                share=self._shares[at] / self._offered[at],
-                offered=self._offered[at],
-                kept=self._kept[at],
-                text=texts.get(ids[at]),
-            )
-
-        return [example(at) for at in most], [example(at) for at in least], any_text
 
 
 def histogram(values: array[float], *, bins: int = 24) -> tuple[list[float], Counter[int]]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from html import escape
 from importlib.resources import files
 from itertools import pairwise
 from statistics import median
 
 from ftw_optim.report._charts import HEIGHT, MISSING, WIDTH, Axis, Chart, as_table, below, number, table, ticks
-from ftw_optim.report._data import EXAMPLES_SHOWN, Digest, Example, digest, histogram, only_numbers
+from ftw_optim.report._data import Digest, digest, histogram, only_numbers
+from ftw_optim.report._samples import EXAMPLES_SHOWN, Example
 from ftw_optim.selection_log import LoggedRun
 
 _TEXT_SHOWN = 400  # characters at once
@@ -20,9 +20,13 @@ _KNOWN = frozenset({*_TARGET_LOSSES, "target_share", "blind"})
 """Metrics of a selection with a place of their own on the page."""
 
 
-def page(run: LoggedRun, *, title: str, progress: bool = False) -> str:
+def page(run: LoggedRun, *, title: str) -> str:
     """The HTML of a run's page."""
-    found = digest(run, progress=_progress if progress else lambda share: None)
+    return page_of(digest(run), title=title)
+
+
+def page_of(found: Digest, *, title: str) -> str:
+    """The HTML of a page with these numbers."""
     body = (
         _empty() if not found.steps else "".join((_figures(found), _charts(found), _sources(found), _examples(found)))
     )
@@ -266,7 +270,3 @@ def _text(text: str | None) -> str:
         "<span>Whole text</span></summary>"
         f'<pre dir="auto">{escape(text[:_TEXT_KEPT])}{rest}</pre></details>'
     )
-
-
-def _progress(share: float) -> None:
-    print(f"\rreading the log: {100 * share:3.0f} %", end="", file=sys.stderr, flush=True)

@@ -133,7 +133,8 @@ def score_pool(
         if place is not None:
             options.say(f"{place['count']:,} {kind} found in {folder}: going on from there.")
         _fill(store, gradients, Records(pool, encode, limit=options.limit), options)
-    of_rows = _in_batches(gradients, of_target, options, "target")[1]
+    with _bar(len(of_target), "target", "records") as bar:
+        of_rows = _in_batches(gradients, of_target, options, bar.update)[1]
     out = folder / target.name.partition(".")[0] / SCORED
     out.parent.mkdir(exist_ok=True)
     error = 0.0 if options.dim is None else (2 / options.dim) ** 0.5
@@ -183,7 +184,7 @@ def _fill(store: Store, gradients: GradientRows, records: Records, options: Opti
         records.go_on_from(place["position"])
     with _bar(count_records(records.path, options.limit), "pool", "records", done=records.read) as bar:
         while samples := records.block(options.block):
-            losses, found = _in_batches(gradients, samples, options)
+            losses, found = _in_batches(gradients, samples, options, bar.update)
             described = [
                 {
                     "id": sample["sample_id"],
@@ -203,18 +204,17 @@ def _fill(store: Store, gradients: GradientRows, records: Records, options: Opti
 
 
 def _in_batches(
-    gradients: GradientRows, samples: Sequence[Sample], options: Options, what: str | None = None
+    gradients: GradientRows, samples: Sequence[Sample], options: Options, tick: Callable[[int], object]
 ) -> tuple[Tensor, Tensor]:
     """The losses and rows of samples, which are run in batches of similar lengths."""
     order = sorted(range(len(samples)), key=lambda at: len(samples[at]["input_ids"]))
     losses = torch.empty(len(samples), dtype=torch.float64)
     found = torch.empty(len(samples), gradients.width, dtype=gradients.dtype)
-    with _bar(len(order), what or "", "records", shown=what is not None) as bar:
-        for at in range(0, len(order), options.batch_size):
-            some = order[at : at + options.batch_size]
-            batch_losses, rows = gradients.of(_padded(gradients.model, [samples[one] for one in some]))
-            losses[some], found[some] = batch_losses.double(), rows
-            bar.update(len(some))
+    for at in range(0, len(order), options.batch_size):
+        some = order[at : at + options.batch_size]
+        batch_losses, rows = gradients.of(_padded(gradients.model, [samples[one] for one in some]))
+        losses[some], found[some] = batch_losses.double(), rows
+        tick(len(some))
     return losses, found
 
 
@@ -222,8 +222,8 @@ def _padded(model: nn.Module, samples: Sequence[Sample]) -> dict[str, Tensor]:
     return pad(samples, device=next(model.parameters()).device)
 
 
-def _bar(total: int, what: str, unit: str, *, done: int = 0, shown: bool = True) -> Any:
-    return tqdm(total=total, initial=done, desc=what, unit=f" {unit}", disable=not shown, mininterval=1.0)
+def _bar(total: int, what: str, unit: str, *, done: int = 0) -> Any:
+    return tqdm(total=total, initial=done, desc=what, unit=f" {unit}", mininterval=1.0)
 
 
 def _file_digest(path: Path | None) -> str | None:

@@ -64,4 +64,4 @@ def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
