@@ -96,7 +96,9 @@ class SelectiveTrainerMixin(_Base):
     ``skipped`` (see :class:`Selection`), where target examples take part also ``target_share`` of the weight and
     ``target_loss``, with held-out examples ``guide_loss``, ``held_out_loss`` and ``blind``, and its milliseconds by
     phase, ``selection/ms_target`` and so on. With a proposal it gets the numbers of records of the epoch that were
-    ``read`` and ``passed_over``. The logged loss is the mean loss of a token under the weights.
+    ``read`` and ``passed_over``. The logged loss is the mean loss of a token under the weights. The end of a run tells
+    what selection cost: measured ``selection/seconds``, and as estimated by :class:`~ftw_optim.selection_log.Cost`
+    ``plain_seconds``, ``cost_seconds`` and, with a proposal, ``saved_seconds`` (of the last epoch).
     """
 
     _compares_again = False  # the losses with the trainer's own, beside those of overrides
@@ -491,10 +493,14 @@ class SelectiveTrainerMixin(_Base):
     # ------------------------------------------------------------------ what it tells
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics of the selections since the last training log, averaged over them."""
+        """Add the averages of the selections since the last training log; at the end of the run, what all cost."""
         if "loss" in logs:
             logs.update(self._metrics_of_selection.averages())
             logs.update({PREFIX + name: value for name, value in self._sampling.numbers().items()})
+        if "train_runtime" in logs:
+            cost = self._metrics_of_selection.cost
+            cost.passed_over = int(self._sampling.numbers().get("passed_over", 0.0))
+            logs.update({PREFIX + name: value for name, value in cost.numbers().items()})
         super().log(logs, start_time)
 
     # ------------------------------------------------------------------ checkpoints

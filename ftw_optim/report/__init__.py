@@ -5,8 +5,8 @@
 needs no script and no network.
 
 ``_data.py`` turns the log into numbers (``_samples.py`` those of each sample), ``_charts.py`` into drawings,
-``_page.py`` into the page. ``_mixture.py`` writes what others take from it: shares of sources, records by weight. May import
-``selection_log``. To add a section, add its numbers to ``_data.py`` and its place to ``_page.py``.
+``_page.py`` into the page. ``_mixture.py`` writes what others take from it: shares of sources, records by weight. May
+import ``selection_log``. To add a section, add its numbers to ``_data.py`` and its place to ``_page.py``.
 """
 
 from ftw_optim.report._page import page as page

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import final
 
 from ftw_optim.report._samples import UNNAMED, Example, Samples
-from ftw_optim.selection_log import LoggedRun
+from ftw_optim.selection_log import Cost, LoggedRun, cost_of
 from ftw_optim.selection_log._store import Row
 
 MOST_BINS = 120
@@ -69,6 +69,7 @@ class Digest:
         most, least: the most and the least useful samples.
         has_texts: whether the log has texts of samples.
         samples: sums for each sample.
+        cost: what the selections cost, in seconds.
     """
 
     steps: int
@@ -88,6 +89,7 @@ class Digest:
     least: list[Example] = field(default_factory=list)
     has_texts: bool = False
     samples: Samples = field(default_factory=Samples)
+    cost: Cost = field(default_factory=Cost)
 
 
 def digest(run: LoggedRun, *, progress: Callable[[float], None] = lambda share: None) -> Digest:
@@ -104,7 +106,7 @@ def digest(run: LoggedRun, *, progress: Callable[[float], None] = lambda share: 
     for _, binned in groupby(steps, key=lambda row: of_step[row["step"]]):
         several = [row["step"] for row in binned]
         edges.append((several[0], several[-1]))
-    found = Digest(steps=len(steps), candidates=sum(row["offered"] for row in steps), edges=edges)
+    found = Digest(steps=len(steps), candidates=sum(row["offered"] for row in steps), edges=edges, cost=cost_of(run))
     _step_curves(found, steps, of_step)
     samples = found.samples
     offered: dict[str, list[int]] = defaultdict(lambda: [0] * bins)

@@ -28,7 +28,9 @@ def page(run: LoggedRun, *, title: str) -> str:
 def page_of(found: Digest, *, title: str) -> str:
     """The HTML of a page with these numbers."""
     body = (
-        _empty() if not found.steps else "".join((_figures(found), _charts(found), _sources(found), _examples(found)))
+        _empty()
+        if not found.steps
+        else "".join((_figures(found), _charts(found), _cost(found), _sources(found), _examples(found)))
     )
     style = files("ftw_optim.report").joinpath("_style.css").read_text("utf-8")
     return (
@@ -231,6 +233,14 @@ def _sources(found: Digest) -> str:
     heads = ["source", "weight / offered", "share of weight", "share offered", "kept", "offered", "mean utility"]
     note = "Over the whole run. Weight / offered is above 1 for sources that were preferred."
     return f"<section><h2>Sources</h2><p>{note}</p>{table(heads, rows, caption='Sources')}</section>"
+
+
+def _cost(found: Digest) -> str:
+    """What selection cost and saved, in words."""
+    if not found.cost.steps:
+        return ""
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in found.cost.sentences())
+    return f"<section><h2>What selection cost</h2><ul>{items}</ul></section>"
 
 
 def _examples(found: Digest) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ftw_optim._matching.selection import Selection
 from ftw_optim.integrations._trainers.processes import Processes
 from ftw_optim.integrations._trainers.window import COLUMNS, Recorder, Window
+from ftw_optim.selection_log import Cost
 
 PREFIX = "selection/"
 """Prefix of the names under which loggers get the metrics."""
@@ -44,6 +45,8 @@ class Metrics:
         self._log, self._processes = log, processes
         self.logs = bool(processes.gathered(log is not None)[0])
         """Whether the first process has a log, for which the others give what they know of their candidates."""
+        self.cost = Cost()
+        """The seconds of all selections so far."""
         self._values: dict[str, list[float]] = defaultdict(list)
         self._last: tuple[Selection, Window, dict[str, float]] | None = None
 
@@ -51,6 +54,8 @@ class Metrics:
         """Note the selection among the candidates of a window."""
         for name, value in numbers_of(selection).items():
             self._values[name].append(value)
+        kept = int((selection.weights > 0).sum())
+        self.cost.add(selection.milliseconds, combine=selection.combine, offered=len(selection.losses), kept=kept)
         self._last = selection, window, {}  # all of these are the selection's own, which a log takes from it
 
     def note_realised(self, decrease: Tensor) -> None:
