@@ -334,5 +334,5 @@ def test_wrong_arguments_of_a_proposing_stream_are_named() -> None:
         stream_of(UniformProposal(), passed_over="lose")
     with pytest.raises(TypeError, match=r"Expected a Proposal of ftw_optim\.proposals, got int"):
         stream_of(7)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Expected a stream with a proposal, which can learn"):
+    with pytest.raises(ValueError, match="Expected a stream with a proposal or shares, which can learn"):
         stream_of().observe([], scores_of([{"n": 1}]))

@@ -20,6 +20,7 @@ class Interleaving:
 
     Attributes:
         given: number of samples that came of this round.
+        probabilities: of each source; they may change between items.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class Interleaving:
         give_up_after: int,
     ) -> None:
         self._cursors, self._screening, self._seed = cursors, screening, seed
-        self._probabilities, self._passes, self._give_up_after = probabilities, passes, give_up_after
+        self.probabilities, self._passes, self._give_up_after = probabilities, passes, give_up_after
         self._draws = self._rounds = self.given = 0
 
     def next_round(self) -> None:
@@ -49,7 +50,7 @@ class Interleaving:
         while alive := [cursor for cursor in self._cursors.values() if not self._exhausted(cursor)]:
             drawn = random.Random(f"{self._seed}/{self._draws}").random()
             self._draws += 1
-            shares = list(accumulate(self._probabilities[cursor.name] for cursor in alive))
+            shares = list(accumulate(self.probabilities[cursor.name] for cursor in alive))
             cursor = next((c for c, share in zip(alive, shares, strict=True) if drawn * shares[-1] < share), alive[-1])
             if (sample := self._sample_of(cursor)) is not None:
                 self.given += 1

@@ -16,10 +16,11 @@ from ftw_optim.integrations.streaming._interleaving import Interleaving
 from ftw_optim.integrations.streaming._proposing import Proposing, packed, unpacked
 from ftw_optim.integrations.streaming._records import Source, StatefulStream, reader_of
 from ftw_optim.integrations.streaming._screening import Encode, Sample, Screening
+from ftw_optim.integrations.streaming._shares import LearnedShares, shares_of
 from ftw_optim.integrations.streaming._target_cycle import TargetCycle, pad
 from ftw_optim.proposals import Proposal
 
-__all__ = ["CandidateStream", "TargetCycle", "pad"]
+__all__ = ["CandidateStream", "LearnedShares", "TargetCycle", "pad"]
 
 
 @final
@@ -48,6 +49,9 @@ class CandidateStream(IterableDataset[Any]):
     With ``passed_over="keep"`` a round gives every sample once, and each item but the first reads only as many records
     as the one before gave out; without an end of the rounds, what no one wants stays and narrows the choice.
 
+    With ``shares="learned"`` the sources' probabilities follow their share of the weight, see :class:`LearnedShares`;
+    hand what came of the samples to :meth:`observe` here, too. The shares are a part of the stream's state.
+
     Args:
         sources: the sources, by name.
         encode: returns for a record a mapping with ``input_ids`` and ``labels`` (-100 where a token does not count) of
@@ -69,6 +73,8 @@ class CandidateStream(IterableDataset[Any]):
             one sample is chosen among as many.
         passed_over: ``"drop"``: samples that were not chosen are dropped. ``"keep"``: they wait and are offered again;
             they are in the checkpoint, so they must consist of lists, tensors, numbers and text.
+        shares: ``"learned"`` or a :class:`LearnedShares`: probabilities follow the weight that selections give the
+            sources; None: they stay what they are.
         rank: the number of this process, of ``ranks``. All items of a step together are an item of ``ranks`` times as
             many samples in one process, and every process reads and encodes all of them. The states of all ranks are
             the same after a step, and a run of another number of ranks goes on from any of them. Samples at the end of
@@ -99,6 +105,7 @@ class CandidateStream(IterableDataset[Any]):
         proposal: Proposal | None = None,
         read_ahead: int | None = None,
         passed_over: Literal["drop", "keep"] = "drop",
+        shares: LearnedShares | str | None = None,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
@@ -146,6 +153,9 @@ class CandidateStream(IterableDataset[Any]):
             self._settings |= {"read_ahead": read_ahead, "passed_over": passed_over}
         elif read_ahead is not None:
             raise ValueError(f"Expected a proposal that chooses among the {read_ahead} samples read ahead, got none.")
+        self._shares = shares_of(shares, probabilities, source_field=source_field)
+        if self._shares is not None:
+            self._settings["shares"] = self._shares.settings()
         self._items, self._ended = 0, False
         self._given = GivenItems(rank, ranks, remembered=lookahead)
         # Positions after the last items, each with the one before its item.
@@ -172,8 +182,16 @@ class CandidateStream(IterableDataset[Any]):
         """The number of samples that were read and not given out: those dropped, or those that wait, by source."""
         return {} if self._proposing is None else self._proposing.passed_over()
 
+    @property
+    def shares(self) -> dict[str, float]:
+        """The probability of each source in the next item; they sum to one."""
+        if self._shares is not None:
+            return self._shares.probabilities()
+        total = sum(self.probabilities.values())
+        return {name: one / total for name, one in self.probabilities.items()}
+
     def observe(self, samples: Sequence[Mapping[str, Any]], selection: Selection) -> None:
-        """Let the proposal learn from a step; call this instead of the proposal's own method.
+        """Let proposal and shares learn from a step; call this instead of the proposal's own method.
 
         In a run of several processes every one of them learns from the candidates of all.
 
@@ -183,11 +201,18 @@ class CandidateStream(IterableDataset[Any]):
             selection: the selection among them, ``optimizer.selection``.
 
         Raises:
-            ValueError: there is no proposal, or there are not as many samples as candidates.
+            ValueError: there is nothing that learns, or there are not as many samples as candidates.
         """
-        if self._proposing is None:
-            raise ValueError("Expected a stream with a proposal, which can learn: pass proposal= and read_ahead=.")
-        self._proposing.observe(self._given.of_all_ranks(samples), selection)
+        if self._proposing is None and self._shares is None:
+            raise ValueError(
+                "Expected a stream with a proposal or shares, which can learn: pass proposal= and read_ahead=, or "
+                'shares="learned".'
+            )
+        of_all = self._given.of_all_ranks(samples)
+        if self._shares is not None:
+            self._shares.observe(of_all, selection)
+        if self._proposing is not None:
+            self._proposing.observe(of_all, selection)
 
     def skipped_table(self) -> str:
         """The counts of :attr:`skipped` as text, with one line for each source and reason."""
@@ -209,6 +234,8 @@ class CandidateStream(IterableDataset[Any]):
         before = self._snapshot()
         samples: list[Sample] = []
         size = self.ranks * (self.batch_size or 1)
+        if self._shares is not None:
+            self._samples.probabilities = self._shares.probabilities()
         try:
             if self._proposing is not None:
                 samples = self._proposing.choose(self._samples.sample, all_or_none=self.drop_last)
@@ -223,8 +250,10 @@ class CandidateStream(IterableDataset[Any]):
         if len(samples) < (size if self.drop_last else self.ranks):
             self._ended = True
             return None
-        if self._proposing is not None:
+        if self._proposing is not None or self._shares is not None:
             self._given.note(samples)
+        if self._shares is not None:
+            self._shares.given_out()
         samples = part_of(samples, self.rank, self.ranks)
         self._items += 1
         self._past.append((self._snapshot(), before))
@@ -232,11 +261,15 @@ class CandidateStream(IterableDataset[Any]):
 
     def _snapshot(self) -> dict[str, Any]:
         position = {"items": self._items, "ended": self._ended, **self._samples.snapshot()}
+        if self._shares is not None:
+            position["shares"] = self._shares.snapshot()
         return position if self._proposing is None else {**position, "proposing": self._proposing.snapshot()}
 
     def _restore(self, position: Mapping[str, Any]) -> None:
         if self._proposing is not None:
             self._proposing.restore(position["proposing"])
+        if self._shares is not None:
+            self._shares.restore(position["shares"])
         self._items, self._ended = position["items"], position["ended"]
         self._samples.restore(position)
 
@@ -260,6 +293,10 @@ class CandidateStream(IterableDataset[Any]):
                 f"Expected one of the last {self.lookahead} of {self._items} items, got {wanted}. Raise lookahead= to "
                 "what is read ahead."
             )
+        if self._shares is not None:
+            # Items that were read ahead are drawn again, each by what the shares were then.
+            again = [before["shares"][0] for past, before in self._past if past["items"] > wanted]
+            position = {**position, "shares": again + self._shares.snapshot()}
         if self._proposing is not None:
             # Items that were read ahead are proposed again, each by what the proposal was then.
             again = [before["proposing"]["states"][0] for past, before in self._past if past["items"] > wanted]
@@ -271,8 +308,8 @@ class CandidateStream(IterableDataset[Any]):
         """Go on after the items that had been given out when :meth:`state_dict` was called.
 
         Raises:
-            ValueError: the state is of a stream with other sources, seed, probabilities, passes, shuffle buffer or
-                number of samples read ahead, or of one with another proposal.
+            ValueError: the state is of a stream with other sources, seed, probabilities, passes, shuffle buffer,
+                shares or number of samples read ahead, or of one with another proposal.
         """
         more = state_dict.keys() - self._settings.keys() - {"position"}  # of a stream with a proposal
         for name in [*self._settings, *sorted(more)]:
