@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ftw_optim.score._model import load_model
+from ftw_optim.score._ranking import RANKED_BY
 from ftw_optim.score._scoring import Options, score_pool
 from ftw_optim.score._table import shown
 
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--compared", type=int, default=default.compared, help="best records that redundancy looks at (%(default)s)"
     )
+    found.add_argument("--rank-by", choices=RANKED_BY, default=default.rank_by, help="(%(default)s)")
     found.add_argument("--seed", type=int, default=default.seed, help="of sketches, new adapters, draws (%(default)s)")
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     found.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"], help="(%(default)s)")
@@ -67,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             optimizer_state=asked.optimizer_state,
             target_rows=asked.target_rows,
             compared=asked.compared,
+            rank_by=asked.rank_by,
         )
         model, tokenizer = load_model(
             asked.model,

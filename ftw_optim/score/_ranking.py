@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ftw_optim.score._store import Rows
 
+RANKED_BY = ("score", "cosine")
 COMPARED = 4096
 """Best-ranked records that redundancy is measured against, unless the user asks for another number."""
 SHOWN = 10
@@ -69,17 +70,18 @@ def rank_records(
     *,
     sketch_error: float,
     compared: int = COMPARED,
+    by: str = "score",
 ) -> Ranking:
     """Write ``out``, one line of JSON for each record in the order of the pool, and return what is shown of it.
 
     Each line has ``id`` and ``source``; ``score``, the mean inner product with the target's rows; ``standard_error`` of
     that mean, over these rows (null for a single one); ``sketch_error``, the standard error of the score that stems
     from the sketch, at most; ``cosine`` to the target's mean gradient; ``redundancy``, the largest cosine, 0 at least,
-    with any of the ``compared`` best-ranked records that rank above it; ``rank``, 1 for the highest score; ``loss``. A
-    record whose loss or gradient is not finite has nulls, and no rank.
+    with any of the ``compared`` best-ranked records that rank above it; ``rank``, 1 for the highest; ``loss``. A record
+    whose loss or gradient is not finite has nulls, and no rank.
 
     Two passes over the rows: memory holds the rows of the target, the ``compared`` best ones and a few of the pool, and
-    12 bytes for each record.
+    20 bytes for each record.
 
     Args:
         rows: a row of each record, ``P^(1/2) g`` or a sketch of it.
@@ -88,18 +90,26 @@ def rank_records(
         out: the file, replaced as a whole.
         sketch_error: the largest relative standard error of the rows' inner products.
         compared: number of best-ranked records that redundancy is measured against.
+        by: what ranks: ``"score"``, or ``"cosine"``, in which records with large gradients do not come first.
 
     Raises:
-        ValueError: a row of the target is not finite.
+        ValueError: a row of the target is not finite, or ``by`` is neither.
     """
+    if by not in RANKED_BY:
+        raise ValueError(f"by must be one of {', '.join(map(repr, RANKED_BY))}, got {by!r}.")
     if not bool(target.isfinite().all()):
         raise ValueError("Expected finite gradients of the target's rows, but one is not: leave such rows out.")
     target = target.to(rows.dtype)
-    scores = array("d")
+    scores, keys = array("d"), array("d")
     for chunk in rows.chunks():
-        scores.extend((chunk @ target.mean(dim=0)).double().nan_to_num(math.nan, math.nan, math.nan).tolist())
-    of_all = torch.frombuffer(scores, dtype=torch.float64)
-    order = torch.where(of_all.isnan(), -math.inf, of_all).argsort(descending=True, stable=True)
+        products = (chunk @ target.mean(dim=0)).double().nan_to_num(math.nan, math.nan, math.nan)
+        scores.extend(products.tolist())
+        if by == "cosine":
+            norms = torch.linalg.vector_norm(chunk, dim=1).double()
+            products = torch.where(norms > 0, products / norms, products)
+        keys.extend(products.tolist())
+    of_all, ranked_by = (torch.frombuffer(one, dtype=torch.float64) for one in (scores, keys))
+    order = torch.where(ranked_by.isnan(), -math.inf, ranked_by).argsort(descending=True, stable=True)
     ranks = torch.empty(len(order), dtype=torch.int32)
     ranks[order] = torch.arange(1, len(order) + 1, dtype=torch.int32)
     ranked = int(of_all.isfinite().sum())

@@ -19,7 +19,7 @@ from ftw_optim.integrations.streaming._screening import Sample
 from ftw_optim.score._gradients import GradientRows
 from ftw_optim.score._metric import FixedMetric, warmed_up
 from ftw_optim.score._model import digest, trained
-from ftw_optim.score._ranking import COMPARED, Ranking, rank_records
+from ftw_optim.score._ranking import COMPARED, RANKED_BY, Ranking, rank_records
 from ftw_optim.score._records import Records, count_records, encoder
 from ftw_optim.score._store import Store
 
@@ -29,7 +29,7 @@ SCORED = "scored.jsonl"
 @final
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of a scored pool; all but the last three belong to its rows.
+    """The options of a scored pool; all but the last four belong to its rows.
 
     Attributes:
         max_length: tokens after which a record is cut.
@@ -43,6 +43,7 @@ class Options:
         optimizer_state: a file with an AdamW's state; None: none.
         target_rows: rows of the target, from the first on; None: all.
         compared: best-ranked records that redundancy is measured against.
+        rank_by: ``"score"`` or ``"cosine"``.
         say: takes lines of text.
     """
 
@@ -57,6 +58,7 @@ class Options:
     optimizer_state: Path | None = None
     target_rows: int | None = None
     compared: int = COMPARED
+    rank_by: str = "score"
     say: Callable[[str], object] = print
 
     def __post_init__(self) -> None:
@@ -64,13 +66,15 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}.")
+        if self.rank_by not in RANKED_BY:
+            raise ValueError(f"rank_by must be one of {', '.join(map(repr, RANKED_BY))}, got {self.rank_by!r}.")
         if not 0.0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}.")
 
     def of_rows(self) -> dict[str, Any]:
         """The options that the rows depend on, as JSON values."""
         own = asdict(self)
-        for name in ("target_rows", "compared", "say"):
+        for name in ("target_rows", "compared", "rank_by", "say"):
             del own[name]
         return own | {"optimizer_state": _file_digest(self.optimizer_state)}
 
@@ -138,7 +142,15 @@ def score_pool(
     out = folder / target.name.partition(".")[0] / SCORED
     out.parent.mkdir(exist_ok=True)
     error = 0.0 if options.dim is None else (2 / options.dim) ** 0.5
-    found = rank_records(rows, store.records(), of_rows, out, sketch_error=error, compared=options.compared)
+    found = rank_records(
+        rows,
+        store.records(),
+        of_rows,
+        out,
+        sketch_error=error,
+        compared=options.compared,
+        by=options.rank_by,
+    )
     return out, found
 
 

@@ -48,13 +48,14 @@ def _records(what: str, lines: Sequence[dict[str, Any]]) -> str:
             [
                 f"{one['rank']:,}",
                 f"{one['score']:+.3g}{error}",
+                f"{one['cosine']:+.2f}",
                 f"{one['redundancy']:.2f}",
                 one["source"],
                 one["id"],
                 begins,
             ]
         )
-    return "\n".join(_table([what, "score", "redundancy", "source", "id", "prompt"], rows))
+    return "\n".join(_table([what, "score", "cosine", "redundancy", "source", "id", "prompt"], rows))
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> list[str]:

@@ -15,7 +15,7 @@ from ftw_optim import last_blocks, token_losses
 from ftw_optim.integrations.streaming import pad
 from ftw_optim.score._metric import given_state
 from ftw_optim.score._model import load_model, trained
-from ftw_optim.score._ranking import rank_records
+from ftw_optim.score._ranking import RANKED_BY, rank_records
 from ftw_optim.score._records import encoder
 from ftw_optim.score._scoring import Options, score_pool
 from ftw_optim.score._store import Rows
@@ -112,9 +112,9 @@ def test_sketches_keep_to_their_error(files: tuple[Path, Path], tmp_path: Path) 
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 12), st.integers(0, 10**6))
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 12), st.integers(0, 10**6), st.sampled_from(RANKED_BY))
 def test_ranks_and_redundancy_hold_for_any_rows(
-    tmp_path_factory: pytest.TempPathFactory, n: int, m: int, compared: int, seed: int
+    tmp_path_factory: pytest.TempPathFactory, n: int, m: int, compared: int, seed: int, by: str
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(n, 8, dtype=torch.float64, generator=generator)
@@ -126,7 +126,7 @@ def test_ranks_and_redundancy_hold_for_any_rows(
     rows.append(torch.full((1, 8), torch.nan, dtype=torch.float64))
     records = [{"id": str(at), "source": "s", "loss": 0.0, "begins": ""} for at in range(n + 1)]
     target = torch.randn(m, 8, dtype=torch.float64, generator=generator)
-    found = rank_records(rows, records, target, folder / "scored", sketch_error=0.0, compared=compared)
+    found = rank_records(rows, records, target, folder / "scored", sketch_error=0.0, compared=compared, by=by)
     lines = read_lines(folder / "scored")
     assert found.ranked == n
     assert found.records == n + 1
@@ -134,7 +134,7 @@ def test_ranks_and_redundancy_hold_for_any_rows(
     assert lines[-1]["score"] is None
     ranked = sorted(lines[:-1], key=lambda line: line["rank"])
     assert [line["rank"] for line in ranked] == list(range(1, n + 1))
-    assert all(a["score"] >= b["score"] for a, b in pairwise(ranked))
+    assert all(a[by] >= b[by] - 1e-12 for a, b in pairwise(ranked))
     assert all(0.0 <= line["redundancy"] <= 1.0 for line in ranked)
     assert ranked[0]["redundancy"] == 0.0
     assert (ranked[0]["standard_error"] is None) == (m == 1)
