@@ -210,7 +210,7 @@ print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, f
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_pool(tmp_path: Path) -> None:
-    """Ranking 80,000 rows (164 MB) takes but 12 bytes for each of them more than ranking 4,000 (8 MB)."""
+    """Ranking 80,000 rows (164 MB) takes but 20 bytes for each of them more than ranking 4,000 (8 MB)."""
     peaks = []
     for n in (4_000, 80_000):
         folder = tmp_path / str(n)
