@@ -1,4 +1,4 @@
-"""The command ``python -m ftw_optim.report RUN [--out page.html] [--mixture shares.yaml] [--records scored.jsonl]``."""
+"""The command ``python -m ftw_optim.report RUN``: a page about a run, and what others take from it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ftw_optim.report._data import Digest, digest
+from ftw_optim.report._demo import DEMO, record_demo
 from ftw_optim.report._mixture import FORMS, mixture, write_records
 from ftw_optim.report._page import page_of
 from ftw_optim.selection_log import read_log
@@ -19,7 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m ftw_optim.report",
         description="One HTML page about a selection log, and what other trainers can take from it.",
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="directory of the log, or one with the log in a folder")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, nargs="?", help="directory of the log, or one with the log in a folder"
+    )
+    parser.add_argument("--demo", action="store_true", help=f"make a small run in {DEMO} first, and a page about it")
     parser.add_argument("--out", type=Path, help="default: RUN/report.html")
     parser.add_argument("--title", help="default: Selection in RUN")
     parser.add_argument(
@@ -36,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--records", type=Path, metavar="FILE", help="write all records by their mean weight")
     options = parser.parse_args(arguments)
+    if options.demo == (options.run is not None):
+        parser.error("expected the directory of a log, RUN, or --demo, and not both")
+    if options.demo:
+        options.run = DEMO
+        record_demo(DEMO)
     try:
         run = read_log(options.run)
         found = digest(run, progress=_progress if sys.stderr.isatty() else lambda share: None)

@@ -11,9 +11,9 @@ from typing import final
 
 from ftw_optim.report._data import Series, only_numbers
 
-WIDTH, HEIGHT = 520, 264
+WIDTH, HEIGHT = 520, 268
 MISSING, TIMES = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 28, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 28, 42
 
 
 def number(value: float | None, *, percent: bool = False) -> str:
@@ -236,7 +236,7 @@ class Chart:
 def below(x: float, text: str) -> str:
     """The label of a tick on the horizontal axis; at the right edge it is moved so that it is not cut."""
     anchor = "end" if x > WIDTH - _RIGHT - 16 else "middle"
-    return f'<text class="tick" x="{x}" y="{HEIGHT - 20}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text class="tick" x="{x}" y="{HEIGHT - 22}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def as_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str) -> str:

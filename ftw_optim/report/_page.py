@@ -170,7 +170,7 @@ def _weights(found: Digest) -> str:
     if not found.shares:
         return ""
     edges, counts = histogram(found.shares)
-    left, bottom = 54, HEIGHT - 38
+    left, bottom = 54, HEIGHT - 42
     x = Axis(low=0.0, high=edges[-1], start=left, end=WIDTH - 12)
     y = Axis(low=0.0, high=float(max(counts.values())), start=bottom, end=28)
     label = "candidates kept"

@@ -14,10 +14,10 @@ PACKAGE = ROOT / "ftw_optim"
 FLOORS = [
     {"score"},
     {"integrations"},
-    {"testing"},
+    {"testing", "report"},
     {"_step"},
     {"_ranks"},
-    {"_capture", "_gram", "report"},
+    {"_capture", "_gram"},
     {"_preconditioners"},
     {"_layers", "selection_log", "proposals"},
     {"_matching", "_factors"},

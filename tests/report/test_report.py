@@ -21,6 +21,7 @@ from ftw_optim.report import page
 from ftw_optim.report.__main__ import main
 from ftw_optim.report._charts import Chart, number, ticks
 from ftw_optim.report._data import MOST_BINS, SOURCES_SHOWN, digest
+from ftw_optim.report._demo import DEMO, STEPS, record_demo
 from ftw_optim.selection_log import LoggedRun, SelectionLog, read_log
 from tests.support.selections import selection
 
@@ -330,3 +331,41 @@ def test_progress_goes_to_a_terminal_alone(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     main([str(tmp_path)])
     assert "reading the log:   0 %" in capsys.readouterr().err
+
+
+def test_the_demonstration_is_a_run_that_picks_right_sums(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["--demo"]) == 0
+    assert capsys.readouterr().out == f"{DEMO / 'report.html'} ({STEPS} steps)\n"
+    parsed = check((DEMO / "report.html").read_text("utf-8"))
+    for title in ("Picked", "Utility by source", "Decrease of the target loss", "Loss of the target rows", "Examples"):
+        assert parsed.says(title)
+    found = digest(read_log(DEMO))
+    weights = {source: one.weight for source, one in found.totals.items()}
+    assert weights["sums"] > 0.5 * sum(weights.values())
+    losses = [loss for loss in found.metrics["held_out_loss"] if loss is not None]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.slow
+def test_the_demonstration_is_the_same_again_and_replaces_what_was_there(tmp_path: Path) -> None:
+    record_demo(tmp_path)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    record_demo(tmp_path)
+    again = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert first.pop("times.jsonl")
+    assert again.pop("times.jsonl")
+    assert first == again
+
+
+@pytest.mark.parametrize("arguments", [[], ["run", "--demo"]], ids=["neither", "both"])
+def test_the_command_takes_a_run_or_the_demonstration(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "expected the directory of a log, RUN, or --demo, and not both" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
