@@ -70,7 +70,7 @@ def check_layer(
         seed: seed of the losses.
 
     Returns:
-        The coverage of the module: which rule captured what.
+        The coverage of the module, which says what rule captured what.
 
     Raises:
         AssertionError: a gradient differs; the message names the parameter, the rule, the candidate and the difference.

@@ -47,7 +47,7 @@ class Covered:
 
     @property
     def exact(self) -> bool:
-        """Whether the parameter is captured: every captured parameter is exact, all others are refused.
+        """Whether the parameter is captured; every captured parameter is exact, all others are refused.
 
         A layer may still get inputs, when it runs, in which candidates cannot be told apart. The step then raises an
         error that names the layer.

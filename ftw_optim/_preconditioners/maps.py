@@ -25,7 +25,7 @@ class Preconditioner(ABC):
 
     @property
     def factor(self) -> Tensor | float | None:
-        """The factor of each entry of the gradient: a number or a tensor of its shape; None if ``P`` mixes entries."""
+        """The factor of each entry of the gradient, a number or a tensor of its shape; None if ``P`` mixes entries."""
         return None
 
     def power(self, exponent: float) -> Preconditioner:
@@ -75,7 +75,7 @@ class Elementwise(Preconditioner):
     @property
     @abstractmethod
     def factor(self) -> Tensor | float:
-        """The factor of each entry: a number, or a tensor of the parameter's shape."""
+        """The factor of each entry, a number or a tensor of the parameter's shape."""
 
     @final
     def apply(self, gradient: Tensor) -> Tensor:

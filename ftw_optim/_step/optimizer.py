@@ -193,9 +193,9 @@ class SelectiveOptimizer(OptimizerWrapper):
                 before the closure turns out to have no candidates.
 
         Returns:
-            The weighted loss, detached: the mean of the kept losses under weights that sum to one; if skipped, the mean
-            over accepted candidates; if all are rejected, NaN. Without a closure None; with ``select=False``, or a
-            closure without candidates, whatever the closure returned.
+            The weighted loss, detached, which is the mean of the kept losses under weights that sum to one; if skipped,
+            the mean over accepted candidates; if all are rejected, NaN. Without a closure None; with ``select=False``,
+            or a closure without candidates, whatever the closure returned.
 
         Raises:
             TypeError: the closure returned no tensor.

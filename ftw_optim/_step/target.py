@@ -100,7 +100,7 @@ class TargetGradient:
 
         Returns:
             The gradient by parameter name, zero where the target does not depend on a parameter; float32 at least.
-            Whether it is finite is checked later, by :meth:`TargetNow.overflowed`.
+            Whether it is finite is checked later, by its ``overflowed``.
 
         Raises:
             TypeError: the closure returned no tensor.

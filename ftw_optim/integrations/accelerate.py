@@ -2,7 +2,8 @@
 
 The prepared optimizer is stepped and cleared as usual. It forwards no attributes, so keep the selective one beside it.
 
-Example:
+::
+
     selective = SelectiveOptimizer(torch.optim.AdamW(model.parameters()), model, target)
     model, optimizer, loader, scheduler = accelerator.prepare(model, selective, loader, scheduler)
     for batch in loader:

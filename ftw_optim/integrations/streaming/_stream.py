@@ -179,7 +179,7 @@ class CandidateStream(IterableDataset[Any]):
 
     @property
     def passed_over(self) -> dict[str, int]:
-        """The number of samples that were read and not given out: those dropped, or those that wait, by source."""
+        """The number of samples that were read and not given out, by source; they were dropped, or wait."""
         return {} if self._proposing is None else self._proposing.passed_over()
 
     @property
