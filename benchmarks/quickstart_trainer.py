@@ -1,6 +1,6 @@
 """How is the Trainer of Transformers made selective? Run: python benchmarks/quickstart_trainer.py
 
-SmolLM2-135M learns to write dates in ISO format; one answer in four of its stream is right. A minute on 2 cores.
+SmolLM2-135M learns to write dates in ISO format; one answer in four of its stream is right. Two minutes of one core.
 """
 
 import argparse
