@@ -8,6 +8,7 @@ import re
 import sys
 from collections import defaultdict
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -300,6 +301,36 @@ def test_numbers_for_people() -> None:
         "–",  # noqa: RUF001
     ]
     assert number(0.25, percent=True) == "25.0\N{NO-BREAK SPACE}%"
+
+
+STYLE = files("ftw_optim.report").joinpath("_style.css").read_text("utf-8")
+
+
+def test_the_labels_of_two_axes_are_a_line_apart() -> None:
+    """At the size of phones too: the first step's number is long, and lies below the lowest label of the other axis."""
+    edges = [(100_000 + i, 100_000 + i) for i in range(40)]
+    html = Chart(title="A", note="B.", unit="C", series={"a": [0.0, 1.0] * 20}, edges=edges, zero=True).html(0)
+    ticks = re.findall(r'<text class="tick" [^>]*y="([\d.]+)" text-anchor="(\w+)">([^<]*)<', html)
+    lowest = max(float(y) for y, anchor, _ in ticks if anchor == "end")
+    ((first, *_),) = [(float(y), text) for y, _, text in ticks if text == "100,000"]
+    assert first - lowest >= max(map(float, re.findall(r"svg text \{[^}]*font-size: ([\d.]+)px", STYLE)))
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_colours_stand_out_from_the_ground(scheme: int) -> None:
+    """Text by 4.5 to 1 and lines by 3 to 1, as WCAG 2.2 asks for (1.4.3 and 1.4.11)."""
+    colours = dict(re.findall(r"--(\w+): (#\w+);", re.findall(r":root \{(.*?)\}", STYLE, re.DOTALL)[scheme]))
+
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(share * part for share, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    for name, least in {"text": 4.5, "quiet": 4.5, **{f"c{place}": 3.0 for place in range(8)}}.items():
+        for ground in ("ground", "panel"):
+            low, high = sorted((luminance(colours[name]), luminance(colours[ground])))
+            assert (high + 0.05) / (low + 0.05) >= least, f"{name} on {ground}"
 
 
 # ---------------------------------------------------------------------- the command
