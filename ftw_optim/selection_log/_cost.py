@@ -38,7 +38,7 @@ class Cost:
 
     steps: int = 0
     candidates: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict, init=False)
     plain: float = 0.0
     passed_over: int = 0
 
@@ -46,7 +46,7 @@ class Cost:
         """Add a step.
 
         Args:
-            milliseconds: of each phase; others than :data:`PHASES` are left out. None of these: the step is left out.
+            milliseconds: of each phase; others than these of a selection are left out. None of these: the step is left out.
             combine: the way the combined gradient was formed.
             offered: number of candidates.
             kept: number of candidates with a weight.

@@ -8,11 +8,12 @@
      trainer.train()
 
 A trainer says what its candidates' losses are, and inherits the rest. What it reads of TRL that has no public name is
-in :mod:`ftw_optim.integrations.trl.internals`.
+in ``internals.py``.
 """
 
 from ftw_optim.integrations.trl.dpo import SelectiveDPOTrainer
+from ftw_optim.integrations.trl.preferences import PreferenceTrainerMixin
 from ftw_optim.integrations.trl.reward import SelectiveRewardTrainer
 from ftw_optim.integrations.trl.sft import SelectiveSFTTrainer
 
-__all__ = ["SelectiveDPOTrainer", "SelectiveRewardTrainer", "SelectiveSFTTrainer"]
+__all__ = ["PreferenceTrainerMixin", "SelectiveDPOTrainer", "SelectiveRewardTrainer", "SelectiveSFTTrainer"]
