@@ -46,7 +46,7 @@ class Cost:
         """Add a step.
 
         Args:
-            milliseconds: of each phase; others than these of a selection are left out. None of these: the step is left out.
+            milliseconds: of each phase; others than these of a selection are left out, and a step with none.
             combine: the way the combined gradient was formed.
             offered: number of candidates.
             kept: number of candidates with a weight.
