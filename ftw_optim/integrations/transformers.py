@@ -35,6 +35,7 @@ from ftw_optim.integrations._trainers.processes import Processes
 from ftw_optim.integrations._trainers.proposing import Proposing
 from ftw_optim.integrations._trainers.realised import RealisedDecrease
 from ftw_optim.integrations._trainers.refusals import check_guides, checked_options, refuse, refuse_settings
+from ftw_optim.integrations._trainers.releases import counts_first_label, loss_shifts_labels
 from ftw_optim.integrations._trainers.sampling import Sampling
 from ftw_optim.integrations._trainers.targets import TargetBatches
 from ftw_optim.integrations._trainers.window import COLUMNS, SOURCES, MicroBatch, Recorder, Window
@@ -312,7 +313,7 @@ class SelectiveTrainerMixin(_Base):
 
     def _micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
         """The micro-batch of what the collator gave, on the device."""
-        return MicroBatch.of(batch, shifts=bool(self._loss_shifts_labels))
+        return MicroBatch.of(batch, shifts=loss_shifts_labels(self), counts_first=counts_first_label(self))
 
     def _prepared_micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
         """The micro-batch with what is computed of it before its losses are, once."""
@@ -329,7 +330,7 @@ class SelectiveTrainerMixin(_Base):
         """
         divides = self._divides_by_window
         if divides and self._own_step:
-            (labels,) = self._processes.totals(sum(int(self._micro_batch(one).counted.sum()) for one in batches))
+            (labels,) = self._processes.totals(sum(int(self._micro_batch(one).divides.sum()) for one in batches))
             self._loss_comparison.compare_number(given, labels)
         self._loss_comparison.compare(
             model,
@@ -413,7 +414,7 @@ class SelectiveTrainerMixin(_Base):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the trainer's optimizer, wrapped in a :class:`SelectiveOptimizer`."""
         self._micro_batches = []  # of a run that was stopped within a window
-        optimizer = super().create_optimizer(model)
+        optimizer = super().create_optimizer(*(() if model is None else (model,)))  # older releases take none
         bare = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         if isinstance(bare, SelectiveOptimizer):
             if bare is not self.selective_optimizer:
@@ -462,14 +463,21 @@ class SelectiveTrainerMixin(_Base):
                 "as tensors alone: leave the columns for the log out, or read the data by number."
             )
         collator, signature = self.data_collator, self._signature_columns
+        dealing = self.accelerator.dataloader_config
+        dispatches = dealing.dispatch_batches
         self._set_signature_columns_if_needed()
         known: list[str] = self._signature_columns or []
         try:
             self.data_collator = WithColumns(collator, self._log_columns)
+            if (
+                self._processes.count == 1
+            ):  # else older accelerate puts even a single batch together, which takes tensors
+                dealing.dispatch_batches = False
             self._signature_columns = [*known, *self._log_columns.values()]  # type: ignore[assignment]
             return super().get_train_dataloader()
         finally:
             self.data_collator, self._signature_columns = collator, signature
+            dealing.dispatch_batches = dispatches
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self._sampling.proposes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import peft
@@ -13,9 +14,15 @@ from torch import Tensor, nn
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer, token_losses
 from ftw_optim._capture.armed_hooks import ARMED
+from tests.support.families import checkpoint_blocks
 from tests.support.models import seeded
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.skipif(
+        "alora_invocation_tokens" not in signature(peft.LoraConfig).parameters, reason="PEFT has no activated LoRA"
+    ),
+]
 INVOCATION = (5, 6)
 
 
@@ -35,7 +42,7 @@ def adapted(*, reentrant: bool | None) -> peft.PeftModel:
     model = seeded(lambda: peft.get_peft_model(base, adapter)).double()
     if reentrant is not None:
         model.enable_input_require_grads()
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
+        checkpoint_blocks(model.get_base_model(), reentrant=reentrant)
     return model.train()
 
 

@@ -13,9 +13,11 @@ from transformers import Trainer
 
 from ftw_optim.integrations.transformers import SelectiveTrainer, SelectiveTrainerMixin
 from tests.support.grids import slow
+from tests.support.releases import OLDER
 from tests.support.trainer_runs import ALL, Watch, arguments, examples, logged, lora_model, model, padded, trained
 
 
+@OLDER
 @pytest.mark.parametrize(
     ("build", "settings", "selective"),
     [

@@ -14,6 +14,7 @@ from ftw_optim import GreedyFilter
 from ftw_optim.integrations.streaming import CandidateStream
 from ftw_optim.integrations.transformers import SelectiveTrainer
 from tests.support.grids import slow
+from tests.support.releases import OLDER, resumes_in_first_epoch_alone
 from tests.support.trainer_runs import (
     Recording,
     Stop,
@@ -43,6 +44,8 @@ def _whole_and_resumed(
     return whole, resumed
 
 
+@OLDER
+@resumes_in_first_epoch_alone
 @pytest.mark.parametrize("killed", [slow(3), slow(4), 5])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(killed: int, tmp_path: Path) -> None:
     """Weights, data order, dropout, target batches, metrics and selection log, bit by bit."""

@@ -13,7 +13,7 @@ from ftw_optim import SelectiveOptimizer, last_blocks
 from ftw_optim._factors.factors import weighted_sum
 from tests.support.capturing import captured
 from tests.support.checks import optimizer_of
-from tests.support.families import case_of, model_of
+from tests.support.families import case_of, checkpoint_blocks, model_of
 from tests.support.grids import grid
 from tests.support.layers import Scale
 from tests.support.models import drawn, seeded, with_lora
@@ -92,7 +92,7 @@ def test_checkpointed_and_plain_runs_are_the_same(name: str, reentrant: bool, co
         if name == "lora":
             model = seeded(lambda: with_lora(model))  # noqa: B023
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_blocks(model, reentrant=reentrant)
         if name == "lora":
             model.enable_input_require_grads()
         case = case_of("llama", model.double(), 4)
@@ -129,7 +129,7 @@ def test_the_last_block_of_a_checkpointed_model_is_scored_alone() -> None:
     for reentrant in (None, False, True):
         model: Any = model_of("llama", use_cache=False)
         if reentrant is not None:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_blocks(model, reentrant=reentrant)
         case = case_of("llama", model.double(), 4)
         optimizer = optimizer_of(case, combine="graph", scored=last_blocks(model, 1))
         optimizer.step(case.losses)

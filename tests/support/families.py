@@ -106,6 +106,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_target_positions": 16,
             "dropout": 0.0,
             "decoder_start_token_id": 1,
+            "use_cache": False,  # older releases fill a cache that has no layers
             **{key: SIZES[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         },
     ),
@@ -153,6 +154,12 @@ def model_of(family: str, **changes: Any) -> nn.Module:
         for parameter in model.parameters():  # zeros and ones would hide mistakes
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model.train()
+
+
+def checkpoint_blocks(model: Any, *, reentrant: bool) -> None:
+    """Let a model of Transformers checkpoint its blocks, under the name that the installed release has for it."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (model.gradient_checkpointing_enable if new is None else new)({"use_reentrant": reentrant})
 
 
 def family(name: str, dtype: torch.dtype, n: int, *, lora: bool = False, **changes: Any) -> Case:

@@ -21,6 +21,7 @@ from transformers import (
 
 from ftw_optim import KeepAll, UniformWeights
 from tests.support.models import with_lora
+from tests.support.releases import COUNTS_FIRST_LABEL, named_here
 
 WORDS = [f"w{number}" for number in range(40)]
 ARGUMENTS: dict[str, Any] = {
@@ -168,6 +169,8 @@ def gradients_alone(model: nn.Module, rows: Sequence[dict[str, Any]], weighting:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     own = [alone(model, row) for row in rows]
     window = sum(tokens for _, tokens in own)
+    if COUNTS_FIRST_LABEL:
+        window += sum(row["labels"][0] != -100 for row in rows)
     losses, found = [], []
     for total, tokens in own:
         loss = total * len(rows) / window if weighting == "token_sum" else total / max(tokens, 1)
@@ -249,7 +252,7 @@ def lora_model(**options: Any) -> nn.Module:
 
 
 def arguments(path: Path, **changes: Any) -> TrainingArguments:
-    return TrainingArguments(str(path), **{**ARGUMENTS, **HARD, **changes})
+    return TrainingArguments(str(path), **named_here({**ARGUMENTS, **HARD, **changes}))
 
 
 def trained(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftw_optim._step.optimizer import SelectiveOptimizer
 from ftw_optim.integrations._trainers.proposing import OPTIONS as PROPOSING
+from ftw_optim.integrations._trainers.releases import loss_shifts_labels, own_order
 from ftw_optim.integrations._trainers.weighting import WEIGHTINGS
 from ftw_optim.proposals import Proposal, SimilarityProposal, UniformProposal
 
@@ -66,7 +67,8 @@ def refuse_settings(args: Any) -> None:
     """Refuse settings that take effect while the trainer is constructed.
 
     Raises:
-        NotImplementedError: rows are packed in a way that does not keep documents apart, or activations are offloaded.
+        NotImplementedError: rows are packed in a way that does not keep documents apart, activations are offloaded, or
+            layers are replaced.
     """
     if getattr(args, "packing", False) and getattr(args, "packing_strategy", None) == "wrapped":
         raise NotImplementedError(
@@ -77,6 +79,10 @@ def refuse_settings(args: Any) -> None:
     if getattr(args, "activation_offloading", False):
         raise NotImplementedError(
             "activation_offloading does not know of the inputs that are captured for selection: leave it out."
+        )
+    if getattr(args, "use_liger_kernel", False):
+        raise NotImplementedError(
+            "use_liger_kernel puts layers and a fused loss in place that cannot be captured: leave it out."
         )
 
 
@@ -140,8 +146,6 @@ def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -
         )
     if args.label_smoothing_factor:
         yield "label_smoothing_factor is not known for single candidates: leave it 0"
-    if args.use_liger_kernel:
-        yield "use_liger_kernel puts layers and a fused loss in place that cannot be captured: leave it out"
     if getattr(trainer, "_is_vision_dataset", False):
         yield "images are not known to belong to single candidates: train on text"
     config: Any = getattr(trainer.model, "config", None)
@@ -160,7 +164,7 @@ def _losses(trainer: Trainer, options: Mapping[str, Any], *, own_losses: bool) -
                 "adapt by LoRA or by prefix tuning, or override position_losses, which returns the losses of the "
                 "labels' positions"
             )
-    if not own_losses and not trainer._loss_shifts_labels:
+    if not own_losses and not loss_shifts_labels(trainer):
         yield (
             f"{type(trainer.model).__name__} is not trained by the next-token loss of Transformers: override "
             "position_losses, which returns the losses of its positions"
@@ -195,8 +199,8 @@ def _proposals(trainer: Trainer) -> Iterator[str]:
         yield "batches that a proposal chose are dealt out whole: leave split_batches out"
     if args.ignore_data_skip:
         yield "what a proposal has given out is skipped when a run is resumed: leave ignore_data_skip out"
-    if args.train_sampling_strategy != "random":
-        yield f"the proposal decides the order: leave train_sampling_strategy={args.train_sampling_strategy!r} out"
+    if order := own_order(args):
+        yield f"the proposal decides the order: leave {order} out"
 
 
 def _streams(trainer: Trainer) -> Iterator[str]:

@@ -45,7 +45,7 @@ class Weighting:
 
         Args:
             kind: see :class:`Weighting`.
-            counted: for each micro-batch, the mask ``(b, t)`` of the positions that have a label.
+            counted: for each micro-batch, the mask ``(b, t)`` of the positions that count in the number of tokens.
             documents: for each micro-batch, its documents; None where its rows are the candidates.
             over_window: whether the trainer's loss is the mean over all tokens of the window; False: it is the mean of
                 the micro-batches' means.

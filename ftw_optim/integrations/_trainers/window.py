@@ -52,6 +52,8 @@ class MicroBatch:
     Attributes:
         inputs: the inputs of the model, with labels.
         counted: bool ``(b, t)``, the positions that have a label to predict; ``(b, 1)`` of candidates with one loss.
+        divides: in the same shape, what the trainer divides the loss of a window by; ``counted``, but for releases of
+            Transformers that count the first label of a row too, which nothing predicts.
         documents: the documents, where rows are packed from several candidates; else None.
         columns: columns for the log, by the keys :data:`COLUMNS`, with one value for each candidate.
         rows_each: number of rows of each candidate: first the first rows of all, then the second ones.
@@ -59,17 +61,19 @@ class MicroBatch:
 
     inputs: dict[str, Any]
     counted: Tensor
+    divides: Tensor
     documents: Documents | None
     columns: Mapping[str, list[Any]] = field(default_factory=dict)
     rows_each: int = 1
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any], *, shifts: bool = True) -> MicroBatch:
+    def of(cls, batch: Mapping[str, Any], *, shifts: bool = True, counts_first: bool = False) -> MicroBatch:
         """The micro-batch from the output of a collator.
 
         Args:
             batch: inputs and labels ``(b, t)``, or ``(b,)`` where rows have one label each.
             shifts: whether the label of a position is predicted by the position before.
+            counts_first: whether the trainer counts the first label of a row too.
 
         Raises:
             ValueError: the batch has no labels, or a column has fewer values than there are documents.
@@ -85,9 +89,12 @@ class MicroBatch:
                 "DataCollatorForLanguageModeling(mlm=False)."
             )
         counted = (labels != IGNORED).view(len(labels), -1)
+        divides = counted
+        if counts_first and isinstance(inputs.get("labels"), Tensor):
+            divides = (inputs["labels"] != IGNORED).view(len(labels), -1)
         documents = documents_of(inputs, counted)
         columns = {key: _of_candidates(batch[key], documents, key) for key in COLUMNS if key in batch}
-        return cls(inputs=inputs, counted=counted, documents=documents, columns=columns)
+        return cls(inputs=inputs, counted=counted, divides=divides, documents=documents, columns=columns)
 
     @classmethod
     def of_pairs(cls, batch: Mapping[str, Any]) -> MicroBatch:
@@ -110,7 +117,7 @@ class MicroBatch:
             )
         counted = torch.ones(len(rows) // 2, 1, dtype=torch.bool, device=rows.device)
         columns = {key: _of_candidates(batch[key], None, key) for key in COLUMNS if key in batch}
-        return cls(inputs=inputs, counted=counted, documents=None, columns=columns, rows_each=2)
+        return cls(inputs=inputs, counted=counted, divides=counted, documents=None, columns=columns, rows_each=2)
 
     def __len__(self) -> int:
         return len(self.counted) if self.documents is None else len(self.documents.origins)
@@ -194,12 +201,14 @@ class Window:
             processes: see :meth:`Weighting.of`.
         """
         batches = list(map(micro_batch or MicroBatch.of, given))
+        if not (over_window and weighting == "token_sum"):
+            batches = [replace(batch, divides=batch.counted) for batch in batches]
         batches = [batch for batch in batches if len(batch)]
         if joined and len(batches) > 1:
             batches = [_joined(batches)]
         how = Weighting.of(
             weighting,
-            [batch.counted for batch in batches],
+            [batch.divides for batch in batches],
             [batch.documents for batch in batches],
             over_window=over_window,
             processes=processes,
@@ -238,7 +247,7 @@ class Window:
         """
         units = torch.cat(
             [
-                self.weighting.losses(number, batch.counted.to(torch.float32), batch.counted, batch.documents)
+                self.weighting.losses(number, batch.divides.to(torch.float32), batch.counted, batch.documents)
                 for number, batch in enumerate(self.batches)
             ]
             or [torch.zeros(0)]
@@ -333,6 +342,7 @@ def _joined(batches: Sequence[MicroBatch]) -> MicroBatch:
     return MicroBatch(
         inputs=inputs,
         counted=torch.cat([_padded(batch.counted, longest, False) for batch in batches]),
+        divides=torch.cat([_padded(batch.divides, longest, False) for batch in batches]),
         documents=None,
         columns=_columns(batches),
     )

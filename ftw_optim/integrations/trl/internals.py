@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset  # type: ignore[import-untyped]
@@ -23,6 +24,7 @@ class TRLInternals(_Base):
 
     _metrics: dict[str, Any]
     _total_train_tokens: int
+    _preparation: dict[str, Any] | None = None  # none where the settings say that the data are prepared already
 
     def _note_metrics(self, values: dict[str, float], *, tokens: int) -> None:
         """Add to the metrics that TRL's trainer logs of a micro-batch."""
@@ -41,19 +43,25 @@ class TRLInternals(_Base):
         finally:
             self._metrics, self._total_train_tokens = metrics, total
 
+    def _prepare_dataset(self, dataset: Any, *args: Any, **options: Any) -> Any:
+        """The prepared data; how the first data set, the training data, were prepared is how the target will be."""
+        trl: Any = super()
+        if self._preparation is None:
+            given = signature(trl._prepare_dataset).bind(dataset, *args, **options).arguments
+            self._preparation = {name: value for name, value in given.items() if name != "dataset"}
+        return trl._prepare_dataset(dataset, *args, **options)
+
     def _prepared(self, dataset: Any) -> Any:
         """Target examples, prepared like the training data, with what is computed of these once; a list will do."""
         if isinstance(dataset, list):
             dataset = Dataset.from_list(dataset)
-        if getattr(self, "_skip_prepare_dataset", False):
+        if self._preparation is None:
             return dataset
-        of_trl: Any = self
-        given: list[Any] = [dataset, self.processing_class, self.args]
-        if hasattr(self, "_formatting_func"):  # of the SFT trainer, whose rows may also be packed
-            given += [False, of_trl._formatting_func]
-        prepared = of_trl._prepare_dataset(*given, "target")
+        unpacked = {"packing": False} if "packing" in self._preparation else {}
+        prepared = self._prepare_dataset(dataset, **{**self._preparation, **unpacked, "dataset_name": "target"})
         if not getattr(self, "precompute_ref_logps", False):
             return prepared
+        of_trl: Any = self
         size = of_trl.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         with own_randomness(of_trl.model.parameters(), self.args.seed):  # the run's own draws stay what they are
             return of_trl._precompute_ref_logps(prepared, "target", size)

@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from trl.trainer import sft_trainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from ftw_optim._step.losses import IGNORED, shifted_labels
 from ftw_optim.integrations.transformers import SelectiveTrainerMixin
 from ftw_optim.integrations.trl.internals import TRLInternals
+
+FUSES = hasattr(sft_trainer, "add_fused_lm_head")
+"""Whether this release of TRL gives models an output layer that is fused with the loss."""
 
 
 class SelectiveSFTTrainer(TRLInternals, SelectiveTrainerMixin, SFTTrainer):
@@ -28,7 +32,8 @@ class SelectiveSFTTrainer(TRLInternals, SelectiveTrainerMixin, SFTTrainer):
         tokens = inputs.get("attention_mask")
         seen = inputs["input_ids"].numel() if tokens is None else tokens.sum()
         head = self.model.get_output_embeddings()  # type: ignore[operator, union-attr]
-        forward = self._by_logits if any(p.requires_grad for p in head.parameters()) else self._fused
+        trained = any(p.requires_grad for p in head.parameters())
+        forward = self._by_logits if trained or not FUSES else self._fused
         losses, counted, entropy, correct = forward(model, inputs)
         if self.args.loss_type == "dft":  # type: ignore[attr-defined]
             losses = losses * (-losses).exp().detach()
