@@ -1,5 +1,8 @@
 """Per-step data selection inside any adaptive optimizer."""
 
+from ftw_optim import _private_names as _private_names  # first: it says which of PyTorch's have moved
+
+# isort: split
 from ftw_optim._capture.coverage import Coverage as Coverage
 from ftw_optim._capture.coverage import coverage as coverage
 from ftw_optim._factors.factors import Factors as Factors

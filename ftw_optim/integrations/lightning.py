@@ -22,9 +22,12 @@ from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
+from ftw_optim._private_names import LIGHTNING, check_private_names
 from ftw_optim.integrations._lightning.refusals import refuse_hidden_hooks
 from ftw_optim.integrations._lightning.selecting import Selecting
 from ftw_optim.integrations._trainers.metrics import PREFIX, numbers_of
+
+check_private_names(LIGHTNING)
 
 __all__ = ["Selecting", "SelectiveModuleMixin"]
 

@@ -21,6 +21,7 @@ from accelerate.utils.memory import clear_device_cache  # type: ignore[import-un
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from ftw_optim._private_names import TRANSFORMERS, check_private_names
 from ftw_optim._step.label_head import LabelLogits, label_logits, logits_of
 from ftw_optim._step.losses import shifted_labels
 from ftw_optim._step.optimizer import SelectiveOptimizer
@@ -40,6 +41,8 @@ from ftw_optim.integrations._trainers.sampling import Sampling
 from ftw_optim.integrations._trainers.targets import TargetBatches
 from ftw_optim.integrations._trainers.window import COLUMNS, SOURCES, MicroBatch, Recorder, Window
 from ftw_optim.proposals import ProposedSampler
+
+check_private_names(TRANSFORMERS)
 
 if TYPE_CHECKING:
     _Base = Trainer

@@ -21,6 +21,7 @@ FLOORS = [
     {"_preconditioners"},
     {"_layers", "selection_log", "proposals"},
     {"_matching", "_factors"},
+    {"_private_names"},
 ]
 """From the top: a room may import those of lower floors alone; the package's own names are above them all."""
 INSIDE = {"integrations": ["integrations", "streaming", "_trainers"], "_capture": ["_capture", "replay"]}

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast, final, runtime_checkable
 
+from ftw_optim._private_names import DATASETS, check_private_names
+
 Record = Mapping[str, Any]
 
 
@@ -189,6 +191,8 @@ def reader_of(name: str, source: Source) -> Reader:
     if isinstance(source, str | Path):
         source = cast("Sequence[str]", [source])
     if isinstance(source, StatefulStream):
+        if type(source).__module__.startswith("datasets."):
+            check_private_names(DATASETS)
         if _buffers(getattr(source, "_ex_iterable", None)):
             raise ValueError(
                 f"Expected the source {name!r} without a shuffle buffer, whose samples are lost when it is resumed. "

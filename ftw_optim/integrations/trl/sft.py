@@ -10,9 +10,12 @@ from torch.nn import functional
 from trl.trainer import sft_trainer
 from trl.trainer.sft_trainer import SFTTrainer
 
+from ftw_optim._private_names import TRL, check_private_names
 from ftw_optim._step.losses import IGNORED, shifted_labels
 from ftw_optim.integrations.transformers import SelectiveTrainerMixin
 from ftw_optim.integrations.trl.internals import TRLInternals
+
+check_private_names(TRL)
 
 FUSES = hasattr(sft_trainer, "add_fused_lm_head")
 """Whether this release of TRL gives models an output layer that is fused with the loss."""
