@@ -39,9 +39,15 @@ class Returned:
         return self.value is not None and version_of(self.value) != self.version
 
 
+class _Referable:
+    """Lets weak references to a class with slots be made; the option of dataclass came with Python 3.11."""
+
+    __slots__ = ("__weakref__",)
+
+
 @final
-@dataclass(kw_only=True, eq=False, slots=True, weakref_slot=True)
-class Use:
+@dataclass(kw_only=True, eq=False, slots=True)
+class Use(_Referable):
     """One use of a captured layer: a call, with the gradients that arrive at its outputs."""
 
     owner: Owner
