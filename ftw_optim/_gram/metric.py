@@ -9,7 +9,7 @@ from typing import TypeVar
 Side = TypeVar("Side")
 
 
-class PowerMetric(str, Enum):  # noqa: UP042  (StrEnum came with Python 3.11)
+class PowerMetric(str, Enum):
     """The base class of metrics ``<P^power g, P^power h>``; a member is its name and its power, a multiple of 1/2.
 
     Members are equal to their names as users write them, so that both can be used as keys.
