@@ -127,7 +127,7 @@ def environment(row: Row, folder: Path) -> Path:
     base, wanted = interpreter(row.python), [*row.requirements, *TESTERS]
     if (uv := shutil.which("uv")) is not None:
         subprocess.run([uv, "venv", "-q", "--no-python-downloads", "--python", base, str(folder)], check=True)
-        subprocess.run([uv, "pip", "install", "-q", "--python", str(python), *wanted], check=True)
+        subprocess.run([uv, "pip", "install", "-q", "--compile-bytecode", "--python", str(python), *wanted], check=True)
     else:
         subprocess.run([base, "-m", "venv", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", *wanted], check=True)

@@ -124,3 +124,14 @@ def test_the_releases_are_those_that_the_package_declares(of: PrivateNames) -> N
     assert min(map(Version, bounds)) == Version(of.oldest)
     (pin,) = re.findall(rf"^{of.package}==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)
     assert Version(of.oldest) <= Version(pin) <= Version(of.newest)
+
+
+@pytest.mark.parametrize("of", ALL, ids=lambda of: of.package)
+def test_the_releases_are_those_of_the_kept_results(of: PrivateNames) -> None:
+    """Of ``tests/matrix.py``: its rows "oldest" and "newest"."""
+    lines = (ROOT / "tests" / "matrix_results.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    column = cells[0].index(of.package)
+    found = {row[0]: row[column] for row in cells[2:] if len(row) == len(cells[0])}
+    assert Version(found["oldest"]).public == of.oldest
+    assert Version(found["newest"]).public == of.newest

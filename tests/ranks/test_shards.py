@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -250,6 +251,10 @@ def _of_the_last_layer(name: str, parameter: nn.Parameter) -> bool:
     return name.startswith("last")
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"),
+    reason="FSDP2 of torch 2.8 takes no pass after one that failed, and says so",
+)
 def test_steps_after_a_backward_pass_that_failed_are_right(two_processes: Processes) -> None:
     _same(two_processes.run(after_a_burst), after_a_burst(alone=True))
 
