@@ -99,9 +99,12 @@ ROWS = {
 }
 INTRODUCTION = """# Releases that were tested
 
-By `python tests/matrix.py`, room by room of the tests, those that are not slow. A room without a line has not been run.
-The pins of `constraints.txt` are tested apart, by the README's command, on Python 3.11."""
+By `python tests/matrix.py`, room by room of the tests, those that are not slow. What was run otherwise stands below.
+The
+pins of `constraints.txt` are tested apart, by the README's command, on Python 3.11."""
 INSTALLED = ("row", "Python", *PACKAGES)
+BY_HAND = "## By hand"
+"""The heading of what people write below the tables, which is kept."""
 FOUND = ("row", "room", "passed", "failed", "skipped", "seconds")
 
 
@@ -187,17 +190,21 @@ class Results:
         path: the file.
         installed: the releases of each row.
         found: the numbers of each row's rooms.
+        by_hand: what stands below the tables.
     """
 
     path: Path
     installed: dict[str, list[str]] = field(default_factory=dict)
     found: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    by_hand: str = ""
 
     @classmethod
     def of(cls, path: Path) -> Results:
         """The results in a file, which need not be there yet."""
         results = cls(path)
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        tables, heading, below = (path.read_text(encoding="utf-8") if path.exists() else "").partition(BY_HAND)
+        results.by_hand = heading + below.rstrip()
+        for line in tables.splitlines():
             name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
             if name in ROWS and len(cells) == len(INSTALLED) - 1:
                 results.installed[name] = cells
@@ -214,7 +221,8 @@ class Results:
             for room in row.rooms
             if (name, room) in self.found
         ]
-        text = "\n\n".join([INTRODUCTION, _table(INSTALLED, rows), _table(FOUND, rooms)])
+        parts = [INTRODUCTION, _table(INSTALLED, rows), _table(FOUND, rooms), self.by_hand]
+        text = "\n\n".join(part for part in parts if part)
         self.path.write_text(text + "\n", encoding="utf-8")
 
     def failed(self) -> list[str]:
