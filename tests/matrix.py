@@ -100,8 +100,7 @@ ROWS = {
 INTRODUCTION = """# Releases that were tested
 
 By `python tests/matrix.py`, room by room of the tests, those that are not slow. What was run otherwise stands below.
-The
-pins of `constraints.txt` are tested apart, by the README's command, on Python 3.11."""
+The pins of `constraints.txt` are tested apart, by the README's command, on Python 3.11."""
 INSTALLED = ("row", "Python", *PACKAGES)
 BY_HAND = "## By hand"
 """The heading of what people write below the tables, which is kept."""
