@@ -98,7 +98,7 @@ TRL = PrivateNames(
     oldest="0.24.0",
     newest="1.16.0",
     names={"trl.trainer.sft_trainer.SFTTrainer": ("_metrics", "_prepare_dataset", "_total_train_tokens")},
-    sought=("_is_vision_dataset",),
+    sought=("_is_vision_dataset", "_precompute_ref_logps"),  # the second of the releases whose pairs are known
 )
 LIGHTNING = PrivateNames(
     package="lightning",

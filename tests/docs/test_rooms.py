@@ -143,7 +143,7 @@ def test_every_folder_is_a_room_with_a_docstring() -> None:
 
 
 def test_the_top_of_the_package_fits_on_a_page() -> None:
-    assert len({room(name) for name in MODULES}) <= 15  # with __init__.py, whose room has no name
+    assert len({room(name) for name in MODULES}) <= 16  # with __init__.py, whose room has no name
 
 
 def test_files_of_tests_are_short_and_named_apart() -> None:

@@ -15,11 +15,15 @@ from hypothesis import strategies as st
 from ftw_optim.integrations._trainers.preference_losses import COUPLED, LOSSES, SCORES, shared_length_weights
 from ftw_optim.integrations._trainers.window import MicroBatch
 from tests.support.preference_runs import KINDS
+from tests.support.releases import knows_pairs
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning",
-    "ignore:.*padding_free=True.*",
-)
+pytestmark = [
+    knows_pairs,
+    pytest.mark.filterwarnings(
+        "ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning",
+        "ignore:.*padding_free=True.*",
+    ),
+]
 
 
 def built(path: Path, changes: dict[str, Any], *, name: str = "dpo", **options: Any) -> Any:

@@ -15,12 +15,14 @@ from ftw_optim import GreedyFilter, KeepAll, NonNegativeLeastSquares
 from tests.support.grids import slow
 from tests.support.models import precision
 from tests.support.preference_runs import KINDS, pairs_alone, reference
+from tests.support.releases import knows_pairs
 from tests.support.trainer_runs import ALL, Recording, Stop, check_against_samples_alone, logged, numbered
 
-pytestmark = pytest.mark.filterwarnings(
+pytestmark = [
+    knows_pairs,
     # What TRL sets by default and PEFT asks of a model, under names that Transformers has changed.
-    "ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning",
-)
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning"),
+]
 METRICS = {
     "dpo": [
         "entropy",

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from ftw_optim import GreedyFilter
 from tests.support.preference_runs import KINDS, reference
 from tests.support.processes import Processes
+from tests.support.releases import knows_pairs
 from tests.support.trainer_runs import ALL, Recording, numbered
 
 pytestmark = [
+    knows_pairs,
     pytest.mark.slow,  # two processes import all frameworks
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning"),
 ]

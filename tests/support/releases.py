@@ -31,6 +31,9 @@ resumes_in_first_epoch_alone = pytest.mark.skipif(
 )
 
 
+knows_pairs = pytest.mark.skipif(older("trl", "1.16"), reason="trainers of pairs are others before TRL 1.16")
+
+
 def named_here(settings: dict[str, Any]) -> dict[str, Any]:
     """Training arguments under the names that the installed release has for them."""
     found = dict(settings)

@@ -105,8 +105,8 @@ class SelectiveDPOTrainer(PreferenceTrainerMixin, DPOTrainer):
         )
 
     def _refuse_settings(self, args: TrainingArguments | None) -> None:
-        refuse_preference_settings(args)
         super()._refuse_settings(args)
+        refuse_preference_settings(args)
 
 
 def _mean_tokens(mask: Tensor) -> Tensor:

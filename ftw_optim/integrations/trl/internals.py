@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+import trl
 from datasets import Dataset  # type: ignore[import-untyped]
 from transformers import Trainer
+from trl.trainer.dpo_trainer import DPOTrainer
 
 from ftw_optim._layers.randomness import own_randomness
 
@@ -17,6 +19,19 @@ if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
+
+
+def refuse_old_pairs() -> None:
+    """Refuse releases of TRL whose trainers of pairs are others than those that were tested.
+
+    Raises:
+        NotImplementedError: it is such a release.
+    """
+    if not hasattr(DPOTrainer, "_precompute_ref_logps"):
+        raise NotImplementedError(
+            f"Expected TRL 1.16 or newer for selection among pairs, got {trl.__version__}, whose trainers of "
+            "preferences and rewards are others. Install a newer one; SelectiveSFTTrainer works with this one."
+        )
 
 
 class TRLInternals(_Base):
@@ -45,11 +60,11 @@ class TRLInternals(_Base):
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **options: Any) -> Any:
         """The prepared data; how the first data set, the training data, were prepared is how the target will be."""
-        trl: Any = super()
+        of_trl: Any = super()
         if self._preparation is None:
-            given = signature(trl._prepare_dataset).bind(dataset, *args, **options).arguments
+            given = signature(of_trl._prepare_dataset).bind(dataset, *args, **options).arguments
             self._preparation = {name: value for name, value in given.items() if name != "dataset"}
-        return trl._prepare_dataset(dataset, *args, **options)
+        return of_trl._prepare_dataset(dataset, *args, **options)
 
     def _prepared(self, dataset: Any) -> Any:
         """Target examples, prepared like the training data, with what is computed of these once; a list will do."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from ftw_optim.integrations._trainers.window import MicroBatch
 from ftw_optim.integrations.transformers import SelectiveTrainerMixin
-from ftw_optim.integrations.trl.internals import TRLInternals
+from ftw_optim.integrations.trl.internals import TRLInternals, refuse_old_pairs
 
 
 class PreferenceTrainerMixin(TRLInternals, SelectiveTrainerMixin):
@@ -48,6 +49,10 @@ class PreferenceTrainerMixin(TRLInternals, SelectiveTrainerMixin):
         count = min(batches.size, len(batches.dataset))
         own = self._processes.rows(count)
         return torch.arange(count if own is None else len(own)).repeat(2)
+
+    def _refuse_settings(self, args: TrainingArguments | None) -> None:
+        refuse_old_pairs()
+        super()._refuse_settings(args)
 
     def _trainers_loss(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | None) -> Tensor:
         with self._metrics_kept():
