@@ -14,6 +14,7 @@ from ftw_optim import GreedyFilter, KeepAll, Matching, NonNegativeLeastSquares, 
 from ftw_optim._gram.inner_products import Products
 from ftw_optim._gram.metric import Metric
 from ftw_optim._step.choice import selection_from
+from tests.support.releases import older
 from tests.support.strategies import Problem, problems, random_problem
 
 
@@ -111,4 +112,4 @@ def test_a_small_choice_takes_few_operations_however_many_are_kept() -> None:
             chosen_from(matching, stage=GreedyFilter(keep=keep))
         counts.add(operations.count)
     assert len(counts) == 1
-    assert counts.pop() < 80
+    assert counts.pop() < (80 if older("torch", "2.13") else 60)
