@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any, TypeVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ftw_optim._ranks.process_groups import own_groups
 
 Found = TypeVar("Found")
 
@@ -170,7 +171,7 @@ class Several(Ranks):
         members = dist.get_process_group_ranks(group) if members is None else list(members)
         self.own, self.count, self.met = members.index(dist.get_rank()), len(members), False
         self._first = members[0]
-        self._objects, self._tensors = _own_groups(group, members)
+        self._objects, self._tensors = own_groups(group, members)
         self.members: Sequence[int] = members
         self._group = group
         self._neighbours: dict[int, Ranks] = {}
@@ -249,39 +250,6 @@ class Several(Ranks):
         found = values.new_empty(sum(received))
         dist.all_to_all_single(found, values, list(received), list(sent), group=self._tensors)
         return found
-
-
-_made: list[tuple[Any, Any, Sequence[int], tuple[Any, Any]]] = []
-"""The run, a group of the user's in it, some of its processes, and the two groups that were made for these."""
-
-
-def _own_groups(group: dist.ProcessGroup, members: Sequence[int]) -> tuple[Any, Any]:
-    """Two groups for processes of one: for objects and for tensors.
-
-    They are made once, whatever number of optimizers there is: each has threads of its own, which never rest.
-    """
-    run = dist.group.WORLD
-    _made[:] = [one for one in _made if one[0] is run]
-    for _, known, these, groups in _made:
-        if known is group and these == members:
-            return groups
-    # Objects go over the network of the hosts, whatever the tensors take: a failure must be told while a device waits.
-    options: dict[str, Any] = {"timeout": _timeout(group), "use_local_synchronization": True}
-    groups = (
-        dist.new_group(members, backend="gloo", **options),
-        dist.new_group(members, backend=dist.get_backend(group), **options),
-    )
-    _made.append((run, group, members, groups))
-    return groups
-
-
-def _timeout(group: dist.ProcessGroup) -> timedelta | None:
-    """How long the user lets the processes of the group wait for each other; None where it does not say."""
-    for device in ("cpu", "cuda"):
-        with suppress(Exception):  # a group has no backend for some device, and none promises to tell
-            found: timedelta = group._get_backend(torch.device(device)).options._timeout
-            return found
-    return None
 
 
 def _tried(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +37,7 @@ from ftw_optim.integrations._trainers.realised import RealisedDecrease
 from ftw_optim.integrations._trainers.refusals import check_guides, checked_options, refuse, refuse_settings
 from ftw_optim.integrations._trainers.releases import counts_first_label, loss_shifts_labels
 from ftw_optim.integrations._trainers.sampling import Sampling
+from ftw_optim.integrations._trainers.target_losses import TargetLosses
 from ftw_optim.integrations._trainers.targets import TargetBatches
 from ftw_optim.integrations._trainers.window import COLUMNS, SOURCES, MicroBatch, Recorder, Window
 from ftw_optim.proposals import ProposedSampler
@@ -154,18 +154,25 @@ class SelectiveTrainerMixin(_Base):
         self.guide_until = guide_until
         check_guides(self._options, guide_until=guide_until, guide_share=guide_share)
         self._until_known = False  # of this run
-        self._held_out: TargetBatches | None = None
         self._held_out_every = held_out_every
+        held_out: TargetBatches | None = None
         if held_out_dataset is not None:
-            held_out = self._prepared_targets(held_out_dataset)
-            self._held_out = replace(
-                self.target_batches, dataset=held_out, collate=self._target_collator(held_out_dataset)
-            )
+            collate, held_out_rows = self._target_collator(held_out_dataset), self._prepared_targets(held_out_dataset)
+            held_out = replace(self.target_batches, dataset=held_out_rows, collate=collate)
         self.trained_batches: TargetBatches | None = None
         self._target_examples = self.target_batches.dataset
         if guide_share:
             self.target_batches, self.trained_batches = self.target_batches.parted(guide_share)
-        self._check_target_rows()
+        self._targets = TargetLosses(
+            guides=self.target_batches,
+            trained=self.trained_batches,
+            held_out=held_out,
+            window=lambda batch: self._window(self.model_wrapped, [self._prepare_inputs(batch)]),
+            step=lambda: self.state.global_step,
+            processes=self._processes,
+            device=self.args.device,
+        )
+        self._targets.check_shares(trains=bool(self._options.get("train_on_target")))
         self.selective_optimizer: SelectiveOptimizer | None = None
         self._micro_batches: list[Mapping[str, Any]] = []
         self._metrics_of_selection = Metrics(selection_log, self._processes)  # TRL has a _metrics of its own
@@ -359,50 +366,6 @@ class SelectiveTrainerMixin(_Base):
         """The target example of each row of this process, where one is several rows."""
         return None
 
-    def _check_target_rows(self) -> None:
-        """Check that every process has target rows of its own, where these are trained on.
-
-        Raises:
-            ValueError: there are fewer in a step than processes.
-        """
-        batches = self.trained_batches
-        if batches is None and self._options.get("train_on_target"):
-            batches = self.target_batches
-        if batches is not None and (rows := min(batches.size, len(batches.dataset))) < self._processes.count:
-            raise ValueError(
-                f"Expected a target example for each of {self._processes.count} processes in every step, where they "
-                f"are trained on, got {rows}: raise target_batch_size."
-            )
-
-    def _target_losses(self) -> Tensor:
-        """The losses of this step's target batch, shape ``(m,)``."""
-        return self._losses_of(self.target_batches)
-
-    def _losses_of(self, batches: TargetBatches) -> Tensor:
-        return self._losses_of_batch(batches.at(self.state.global_step), self._processes.rows)
-
-    def _losses_of_batch(self, batch: Any, rows: Callable[[int], Tensor | None]) -> Tensor:
-        window = self._window(self.model_wrapped, [self._prepare_inputs(batch)])
-        if not any(bool(one.counted.any()) for one in window.batches):
-            raise ValueError(
-                f"Expected target examples with labels, but none of the batch of step {self.state.global_step} has any "
-                "(all are -100): look at the labels of target_dataset and held_out_dataset."
-            )
-        own = rows(window.weighting.count)
-        return torch.zeros(0, device=self.args.device) if own is not None and not len(own) else window.losses(own)
-
-    def _held_out_losses(self) -> Tensor:
-        """The losses of all held-out examples."""
-        assert self._held_out is not None
-        processes = self._processes
-        enough = len(self._held_out.dataset) >= processes.count
-        return torch.cat(
-            [
-                self._losses_of_batch(batch, partial(processes.dealt, turn=number) if enough else processes.rows)
-                for number, batch in enumerate(self._held_out.in_order())
-            ]
-        )
-
     def _prepared_targets(self, dataset: Any) -> Any:
         """The target examples, ready to be collated."""
         if hasattr(dataset, "column_names") and hasattr(dataset, "remove_columns") and hasattr(dataset, "__len__"):
@@ -434,21 +397,21 @@ class SelectiveTrainerMixin(_Base):
         assert self.model is not None
         options = dict(self._options)
         if self.trained_batches is not None:
-            options["train_on_target"] = partial(self._losses_of, self.trained_batches)
+            options["train_on_target"] = self._targets.of_trained
         self.selective_optimizer = SelectiveOptimizer(
             optimizer,
             self.model,
             TargetGradient(
-                self._target_losses,
+                self._targets.of_guides,
                 refresh_every=self.target_batches.refresh_every,
-                held_out=None if self._held_out is None else self._held_out_losses,
+                held_out=None if self._targets.held_out is None else self._targets.of_held_out,
                 held_out_every=self._held_out_every,
             ),
             **options,
         )
         RealisedDecrease(
             self.selective_optimizer,
-            self._target_losses,
+            self._targets.of_guides,
             due=lambda: bool(self.realised_every) and (self.state.global_step + 1) % self.realised_every == 0,
             note=self._metrics_of_selection.note_realised,
             processes=self._processes,
@@ -472,10 +435,8 @@ class SelectiveTrainerMixin(_Base):
         known: list[str] = self._signature_columns or []
         try:
             self.data_collator = WithColumns(collator, self._log_columns)
-            if (
-                self._processes.count == 1
-            ):  # else older accelerate puts even a single batch together, which takes tensors
-                dealing.dispatch_batches = False
+            if self._processes.count == 1:
+                dealing.dispatch_batches = False  # older accelerate puts even a single batch together, of tensors alone
             self._signature_columns = [*known, *self._log_columns.values()]  # type: ignore[assignment]
             return super().get_train_dataloader()
         finally:
