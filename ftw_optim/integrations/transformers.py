@@ -29,6 +29,7 @@ from ftw_optim.integrations._trainers.around_step import AroundStep
 from ftw_optim.integrations._trainers.columns import WithColumns
 from ftw_optim.integrations._trainers.log_state import load_log, save_log
 from ftw_optim.integrations._trainers.metrics import PREFIX, Metrics
+from ftw_optim.integrations._trainers.micro_batch import COLUMNS, SOURCES, MicroBatch
 from ftw_optim.integrations._trainers.overrides import of_framework, refuse_overrides
 from ftw_optim.integrations._trainers.own_loss import LossComparison
 from ftw_optim.integrations._trainers.processes import Processes
@@ -39,7 +40,7 @@ from ftw_optim.integrations._trainers.releases import counts_first_label, loss_s
 from ftw_optim.integrations._trainers.sampling import Sampling
 from ftw_optim.integrations._trainers.target_losses import TargetLosses
 from ftw_optim.integrations._trainers.targets import TargetBatches
-from ftw_optim.integrations._trainers.window import COLUMNS, SOURCES, MicroBatch, Recorder, Window
+from ftw_optim.integrations._trainers.window import Recorder, Window
 from ftw_optim.proposals import ProposedSampler
 
 check_private_names(TRANSFORMERS)

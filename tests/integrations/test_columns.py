@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ftw_optim.integrations._trainers.columns import WithColumns
-from ftw_optim.integrations._trainers.window import IDS, SOURCES, MicroBatch
+from ftw_optim.integrations._trainers.micro_batch import IDS, SOURCES, MicroBatch
 
 
 def test_columns_pass_the_collator_by() -> None:

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ftw_optim.integrations._trainers.micro_batch import MicroBatch
 from ftw_optim.integrations._trainers.preference_losses import COUPLED, LOSSES, SCORES, shared_length_weights
-from ftw_optim.integrations._trainers.window import MicroBatch
 from tests.support.preference_runs import KINDS
 from tests.support.releases import knows_pairs
 

@@ -15,7 +15,7 @@ from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from ftw_optim import GreedyFilter
-from ftw_optim.integrations._trainers.window import IDS, SOURCES
+from ftw_optim.integrations._trainers.micro_batch import IDS, SOURCES
 from ftw_optim.integrations.trl.sft import FUSES, SelectiveSFTTrainer
 from tests.support.grids import slow
 from tests.support.releases import OLDER, named_here, resumes_in_first_epoch_alone

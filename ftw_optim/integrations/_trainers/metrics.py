@@ -8,8 +8,9 @@ from typing import final
 from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
+from ftw_optim.integrations._trainers.micro_batch import COLUMNS
 from ftw_optim.integrations._trainers.processes import Processes
-from ftw_optim.integrations._trainers.window import COLUMNS, Recorder, Window
+from ftw_optim.integrations._trainers.window import Recorder, Window
 from ftw_optim.selection_log import Cost
 
 PREFIX = "selection/"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ftw_optim._capture.armed_hooks import passing_without_trace
 from ftw_optim._layers.randomness import own_randomness
-from ftw_optim.integrations._trainers.window import MicroBatch
+from ftw_optim.integrations._trainers.micro_batch import MicroBatch
 
 Loss = Callable[[dict[str, Any], Tensor], Tensor]
 """A function ``(inputs, number of labels) -> loss``, a scalar."""

@@ -12,9 +12,9 @@ from transformers import TrainingArguments
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from ftw_optim._step.losses import IGNORED, shifted_labels
+from ftw_optim.integrations._trainers.micro_batch import MicroBatch
 from ftw_optim.integrations._trainers.preference_losses import preference_losses, shared_length_weights
 from ftw_optim.integrations._trainers.preference_refusals import refuse_preference_settings
-from ftw_optim.integrations._trainers.window import MicroBatch
 from ftw_optim.integrations.trl.preferences import PreferenceTrainerMixin
 from ftw_optim.integrations.trl.token_values import TokenValues
 

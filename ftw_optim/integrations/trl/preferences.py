@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ftw_optim.integrations._trainers.window import MicroBatch
+from ftw_optim.integrations._trainers.micro_batch import MicroBatch
 from ftw_optim.integrations.transformers import SelectiveTrainerMixin
 from ftw_optim.integrations.trl.internals import TRLInternals, refuse_old_pairs
 
