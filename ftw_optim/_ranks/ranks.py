@@ -228,8 +228,8 @@ class Several(Ranks):
             first = min(rank for rank, place in enumerate(places) if place != places[0])
             error = RuntimeError(
                 f"Expected every rank to make the same passes of a model in shards, but rank {self.members[0]} has "
-                f"come to {places[0]}, rank {self.members[first]} to {places[first]}. Give each rank a candidate and a "
-                "target row at least, in as many micro-batches."
+                f"come to {places[0]}, rank {self.members[first]} to {places[first]}. Give each rank target rows in "
+                "as many batches, and call the model as often for a batch of candidates."
             )
             raise _known(error, self.members)
 

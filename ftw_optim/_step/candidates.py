@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, final
 
@@ -21,30 +21,13 @@ from ftw_optim._gram.profiling import profiled
 from ftw_optim._layers.randomness import own_randomness
 from ftw_optim._step.captured_rows import CapturedRows, together
 from ftw_optim._step.closures import CandidateClosure, Plain, checked_losses
+from ftw_optim._step.kept_graphs import Batches, Total
+from ftw_optim._step.seen_pass import SeenPass
 from ftw_optim._step.setup import StepSetup, full_precision
 from ftw_optim._step.target import target_losses
 
 Taker = Callable[[Tensor], Callable[[str, list[Factors]], None]]
 """A function ``losses -> take``; ``take(name, factors)`` is then called for each captured parameter."""
-
-
-@final
-class _Batches:
-    """The batches of one closure.
-
-    Attributes:
-        captures: the captures that have not ended.
-        graphs: the capture and the losses of each batch whose graph is kept.
-    """
-
-    def __init__(self) -> None:
-        self.captures = ExitStack()
-        self.graphs: list[tuple[Capture, Tensor]] = []
-
-    def end(self) -> None:
-        """Let go of the graphs, and end the captures."""
-        self.graphs.clear()
-        self.captures.close()
 
 
 @final
@@ -57,7 +40,8 @@ class CandidatePass:
     def __init__(self, setup: StepSetup, closure: CandidateClosure) -> None:
         self._setup, self.closure = setup, closure
         self._generator = setup.generator("check")
-        self._of_candidates, self._of_target = _Batches(), _Batches()
+        self._of_candidates, self._of_target = Batches(), Batches()
+        self._seen = SeenPass.of(setup.structure)
         self.takes_rows = closure.takes_rows
         """Whether candidates can be run again by their rows, on all ranks."""
 
@@ -76,8 +60,10 @@ class CandidatePass:
         """Whether the graph of target rows is wanted once more, where candidates are run again after all."""
         return bool(self._of_target.graphs) and self.takes_rows
 
-    def losses_again(self, kept: Tensor, weights: Tensor) -> Iterator[Tensor]:
+    def losses_again(self, kept: Tensor, weights: Tensor) -> Iterator[Total]:
         """The weighted losses of candidates that are run once more, a batch at a time, after all captures have ended.
+
+        Of a model in shards other ranks may keep candidates in more batches: their passes are made along.
 
         Args:
             kept: indices of the candidates; none: nothing is run.
@@ -96,9 +82,14 @@ class CandidatePass:
                 break
             with ArmedHooks(self._setup.structure.modules.values()) as armed:
                 armed.take_over()
-                yield (share.to(losses) * losses).sum()
+                yield Total((share.to(losses) * losses).sum())
         if done != len(kept):
             raise ValueError(f"closure(rows=kept) must return the losses of these {len(kept)} rows, got {done}.")
+        while self._goes_on():
+            with ArmedHooks(self._setup.structure.modules.values()) as armed:
+                loss = self._seen.losses().sum()
+                armed.take_over()
+                yield Total(loss, counts=False)
 
     def target_rows(self, closure: Callable[[], Tensor], *, at_least: int) -> CapturedRows:
         """The losses and factors of target rows that take part in the step; to be called before the candidates' pass.
@@ -122,7 +113,7 @@ class CandidatePass:
                 raise ValueError(FEW_TARGET_ROWS)
             return self._differentiated(capture, losses, None, self._of_target)
 
-    def weighted_losses(self, weights: Tensor, *, of_target: bool = False) -> Iterator[Tensor]:
+    def weighted_losses(self, weights: Tensor, *, of_target: bool = False) -> Iterator[Total]:
         """The weighted sum of the losses, a batch at a time, on the graph that was kept.
 
         Between one and the next a backward pass may run checkpointed layers of that batch again.
@@ -132,11 +123,11 @@ class CandidatePass:
             of_target: whether it is of these alone.
         """
         done = 0
-        for capture, losses in (*(() if of_target else self._of_candidates.graphs), *self._of_target.graphs):
-            share = weights[done : done + len(losses)].to(losses)
-            done += len(losses)
+        for capture, losses, counts in (*(() if of_target else self._of_candidates.graphs), *self._of_target.graphs):
+            share = weights[done : done + len(losses)].to(losses) if counts else torch.ones_like(losses)
+            done += len(losses) if counts else 0
             capture.resume()
-            yield (share * losses).sum()
+            yield Total((share * losses).sum(), counts)
             capture.pause()
 
     def candidates(self, rows: Tensor | None = None, taker: Taker | None = None) -> CapturedRows | Plain:
@@ -151,21 +142,50 @@ class CandidatePass:
                 single batch; or ``sample_ids`` is not one tensor for each micro-batch.
         """
         with self._setup.clock.phase("candidates"):
-            capture = self._begun(0)
+            found = self._own(rows, taker)
+            if not isinstance(found, Plain):
+                self._pass_along()
+            return found
+
+    def _own(self, rows: Tensor | None, taker: Taker | None) -> CapturedRows | Plain:
+        """See :meth:`candidates`; of this rank."""
+        capture = self._begun(0)
+        with collecting_later():
+            with torch.enable_grad():
+                value = self.closure(rows)
+            if isinstance(value, Plain):
+                return value
+            if not self._setup.ranks.alone and isinstance(value, Tensor) and value.shape == (0,):
+                self._of_candidates.captures.close()
+                return self._none()
+            if not isinstance(value, Iterator):
+                if self._several_ids:
+                    raise ValueError("Expected one tensor of sample_ids for one batch of candidates, got a list.")
+                return self._differentiated(capture, value, taker, self._of_candidates)
+        self._check_micro_batches()
+        return self._in_turn(value, capture, taker)
+
+    def _goes_on(self) -> bool:
+        """Whether other ranks make a forward pass of a model in shards, after the last one of this rank."""
+        if not (self._setup.in_shards and self._setup.goes_on()):
+            return False
+        if not self._seen.known:
+            raise RuntimeError(
+                "Expected a pass over candidates on this rank before, which could be made again along with another "
+                "rank's, but there was none: give each rank a candidate at its first step, and shard the whole model "
+                "(fully_shard(model)), not its layers alone."
+            )
+        return True
+
+    def _pass_along(self) -> None:
+        """Make the passes that other ranks still make, over rows that count for nothing."""
+        while self._goes_on():
+            capture = Capture(self._setup.plan, agreed=self._setup.agreed)
+            self._of_candidates.captures.enter_context(capture)
             with collecting_later():
                 with torch.enable_grad():
-                    value = self.closure(rows)
-                if isinstance(value, Plain):
-                    return value
-                if not self._setup.ranks.alone and isinstance(value, Tensor) and value.shape == (0,):
-                    self._of_candidates.captures.close()
-                    return self._none()
-                if not isinstance(value, Iterator):
-                    if self._several_ids:
-                        raise ValueError("Expected one tensor of sample_ids for one batch of candidates, got a list.")
-                    return self._differentiated(capture, value, taker, self._of_candidates)
-            self._check_micro_batches()
-            return self._in_turn(value, capture, taker)
+                    losses = self._seen.losses()
+                self._differentiated(capture, losses, None, self._of_candidates, counts=False)
 
     def _none(self) -> CapturedRows:
         """No candidates, on a rank beside others."""
@@ -180,6 +200,7 @@ class CandidatePass:
                 with torch.enable_grad():
                     value = next(iterator, _END)
                 if value is _END:
+                    capture.pause()
                     break
                 if self._several_ids and self._ids(len(batches)) is None:
                     raise self._other_ids(f"at least {len(batches) + 1}")
@@ -197,9 +218,13 @@ class CandidatePass:
         capture = Capture(self._setup.plan, sample_ids=self._ids(batch), agreed=self._setup.agreed)
         return self._of_candidates.captures.enter_context(capture)
 
-    def _differentiated(self, capture: Capture, value: Any, taker: Taker | None, batches: _Batches) -> CapturedRows:
+    def _differentiated(
+        self, capture: Capture, value: Any, taker: Taker | None, batches: Batches, *, counts: bool = True
+    ) -> CapturedRows:
         """Run the backward pass of one batch; its capture ends here unless its graph is kept."""
         losses, setup = checked_losses(value, capture.counts), self._setup
+        if counts and batches is self._of_candidates:
+            self._seen.was_of_candidates()
         setup.meet()
         keep_graph = setup.way.keeps_graph or (batches is self._of_target and setup.way.needs_rows)
         footprints: dict[str, Footprint] = {}
@@ -221,7 +246,7 @@ class CandidatePass:
                 capture.stream(losses, note, scale=setup.scale, checks=setup.checks, generator=self._generator)
         capture.pause()
         if keep_graph:
-            batches.graphs.append((capture, losses))
+            batches.graphs.append((capture, losses, counts))
         else:
             batches.captures.close()
         return CapturedRows(losses=losses.detach(), found=found, footprints=footprints, computed_in=capture.computed_in)

@@ -20,6 +20,7 @@ from ftw_optim._step import combine_shards
 from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.comparison import Comparison
 from ftw_optim._step.gathering import PassFactors
+from ftw_optim._step.kept_graphs import Total
 from ftw_optim._step.setup import StepSetup, full_precision
 from ftw_optim._step.way import WAYS
 
@@ -156,11 +157,11 @@ _FUNCTIONS: dict[str, Callable[[StepSetup, Selection, PassFactors, CandidatePass
 }
 
 
-def _ordinary_backward(setup: StepSetup, totals: Iterable[Tensor], *, keep_graph: bool = False) -> dict[str, Tensor]:
+def _ordinary_backward(setup: StepSetup, totals: Iterable[Total], *, keep_graph: bool = False) -> dict[str, Tensor]:
     """The gradients that ``(scale * total).backward()`` forms for the updated parameters, summed over the totals."""
     updated, several = setup.parameters.updated, not setup.ranks.alone
     with gradients_set_aside(setup.structure.parameters.values()):
-        for total in totals:
+        for total, _ in totals:
             # Named only where others would get a gradient too: a plain backward is what hooks expect, and the only one
             # that reentrant checkpointing takes.
             named = (several or setup.parameters.others_train) and not Graph(total).reentrant

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +20,10 @@ from ftw_optim._matching.selection import Selection
 from ftw_optim._ranks.scattering import Scattered
 from ftw_optim._step.candidates import CandidatePass
 from ftw_optim._step.gathering import PassFactors
+from ftw_optim._step.kept_graphs import Total
 from ftw_optim._step.setup import StepSetup
 
 Gradients = dict[str, Tensor]
-
-
-class Total(NamedTuple):
-    """A sum of losses to differentiate; one that does not count is there because other ranks wait for its passes."""
-
-    loss: Tensor
-    counts: bool = True
 
 
 def _from_factors(
@@ -69,7 +63,7 @@ def _from_graph(
             check.see(name, gradient)
 
     totals = candidate_pass.weighted_losses(weights)
-    found = _backward(setup, map(Total, totals), keep_graph=candidate_pass.keeps_target_graph, see=see)
+    found = _backward(setup, totals, keep_graph=candidate_pass.keeps_target_graph, see=see)
     check.finish()
     return found
 
@@ -79,16 +73,8 @@ def _from_rerun(
 ) -> tuple[Gradients, bool]:
     """A weighted backward over the kept candidates, run once more, on all ranks as often as on that with the most."""
     own = factors.own(selection)
-    nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-
-    def again() -> Iterator[Total]:
-        yield from map(Total, candidate_pass.losses_again(own.kept, own.weights))
-        while setup.goes_on():
-            for loss in candidate_pass.losses_again(*nothing):
-                yield Total(loss, counts=False)
-
-    of_target = candidate_pass.weighted_losses(own.target_weights, of_target=True)
-    return _backward(setup, chain(again(), map(Total, of_target)))
+    totals = candidate_pass.losses_again(own.kept, own.weights)
+    return _backward(setup, chain(totals, candidate_pass.weighted_losses(own.target_weights, of_target=True)))
 
 
 FUNCTIONS: Mapping[str, Callable[[StepSetup, Selection, PassFactors, CandidatePass], tuple[Gradients, bool]]] = {
@@ -125,8 +111,10 @@ def _backward(
     def take(name: str, leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None
         assert gradient is not None
-        gradient = gradient if counts else torch.zeros_like(gradient)
-        see(name, gradient)
+        if counts:
+            see(name, gradient)
+        else:
+            gradient = torch.zeros_like(gradient)
         if sums.takes(name):
             sums.add(name, gradient)
         else:

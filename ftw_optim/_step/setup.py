@@ -23,6 +23,7 @@ from ftw_optim._ranks.ranks import Ranks
 from ftw_optim._ranks.wrapping import without_own_sums
 from ftw_optim._step.clock import Clock
 from ftw_optim._step.parameters import StepParameters
+from ftw_optim._step.seen_pass import SeenPass
 from ftw_optim._step.target import TargetGradient, TargetNow
 from ftw_optim._step.watch import Watch
 from ftw_optim._step.way import Way
@@ -112,6 +113,8 @@ class StepSetup:
             if not self.ranks.alone:
                 block = without_own_sums(self.plan, self.ranks.members, meet=self.meet_for_forward)
                 self.ranks.beginning(lambda: stack.enter_context(block))
+            if self.in_shards:
+                stack.enter_context(SeenPass.of(self.structure).watching(self.structure))
             yield
 
     @property

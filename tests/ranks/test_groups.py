@@ -41,6 +41,7 @@ CASES = {
     "shards, rerun": Case(shard={}, among=1, combine="rerun", counts=(3, 5)),
     "shards, sketch": Case(shard={}, among=1, sketch=64),
     "shards, a rank of NaN": Case(shard={}, among=1, counts=(5, -3)),
+    "shards, a rank without candidates": Case(shard={}, among=1, later=(0, 4)),
     "shards, target rows": Case(shard={}, among=1, train_on_target=True, targets=(2, 3)),
     "shards, Adagrad": Case(shard={}, among=1, optimizer="Adagrad", counts=(1, 4)),
     "shards, two pairs": Case(shard={}, mesh=(4,), among=2, counts=(4, 1, 2, 3), targets=(1, 2, 1, 3)),

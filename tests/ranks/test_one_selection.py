@@ -73,6 +73,21 @@ CASES = {
     "sketch, a rank of NaN": Case(wrap={}, outside=True, sketch=64, counts=(5, -3)),
     "sketch, target rows": Case(wrap={}, outside=True, sketch=64, train_on_target=True, targets=(1, 3)),
     "sketch, target rows, remembered": Case(sketch=64, train_on_target=True, targets=(1, 3), target={"decay": 0.7}),
+    **{
+        f"shards, a rank without candidates, {combine}": Case(shard={}, later=(5, 0), combine=combine)
+        for combine in ("factors", "graph", "rerun")
+    },
+    "shards, a rank without candidates, target rows": Case(
+        shard={}, later=(0, 4), train_on_target=True, targets=(1, 3), combine="graph"
+    ),
+    "shards, a rank without candidates, sketch": Case(
+        shard={}, counts=(3, 3), later=(0, 5), sketch=64, pieces=2, combine="rerun"
+    ),
+    "shards, no rank has candidates": Case(shard={}, later=(0, -1), combine="graph"),
+    **{
+        f"shards, fewer batches, {combine}": Case(shard={}, counts=(1, 4), pieces=2, combine=combine)
+        for combine in ("factors", "graph")
+    },
     "shards, batches again": Case(shard={}, pieces=2, combine="graph", counts=(5, -3), scored="last"),
     "shards, sketch, batches again": Case(shard={}, sketch=64, pieces=2, combine="rerun", counts=(5, 2)),
     "shards, sketch, one rank again": Case(shard={}, sketch=64, pieces=2, combine="rerun", filter=TopKFilter(keep=2)),

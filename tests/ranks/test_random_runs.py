@@ -35,16 +35,22 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
     sketch = draw(st.sampled_from([None, None, 64]))
     train_on_target = draw(st.booleans())
     pieces = draw(st.sampled_from([1, 1, 2])) if among is None and (combine != "rerun" or sketch) else 1
-    least = pieces if shards else 0  # in shards every rank makes the same passes
-    counts = draw(st.lists(st.integers(least, 5) | st.integers(-3, -max(1, least)), min_size=ranks, max_size=ranks))
-    counts = [count or 1 for count in counts] if shards else counts
-    assume(any(counts))
+    # In shards every rank has candidates at its first step, of which it makes a pass along with others later.
+    counts, later = (
+        draw(st.lists(st.integers(least, 5) | st.integers(-3, -1), min_size=ranks, max_size=ranks))
+        for least in (int(shards), 0)
+    )
+    assume(any(counts) and any(later))
     targets = draw(st.lists(st.integers(1, 3), min_size=ranks, max_size=ranks))
     size = among or ranks
     if train_on_target:
         assume(min(sum(targets[start : start + size]) for start in range(0, ranks, size)) >= 2)
     if among is not None and train_on_target:  # target rows of a group without candidates are no process's step
-        assume(min(sum(map(abs, counts[start : start + size])) for start in range(0, ranks, size)))
+        assume(
+            all(
+                sum(map(abs, some[start : start + size])) for some in (counts, later) for start in range(0, ranks, size)
+            )
+        )
     optimizer = draw(st.sampled_from(sorted(OPTIMIZERS.keys() - (WITHOUT_SHARDS if shards else set()))))
     alone: dict[str, Any] = {}
     if among is None:
@@ -54,6 +60,7 @@ def cases(draw: st.DrawFn, ranks: int) -> Case:
         }
     return Case(
         counts=counts,
+        later=later,
         targets=targets,
         wrap={"gradient_as_bucket_view": draw(st.booleans())} if kind == "ddp" else None,
         outside=kind == "ddp",  # a sketch's draws go by the names of parameters

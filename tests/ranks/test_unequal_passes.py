@@ -9,45 +9,50 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.support.processes import Failure, Processes
-from tests.support.rank_runs import Case, made, run, whole
+from tests.support.rank_runs import TARGETS, Case, made, rows_of, run, whole
 
 
 def unequal(what: str) -> Any:
     """A job in which ranks would make different passes."""
-    if what == "micro-batches":
-        model, optimizer, losses = made(shards=True)
-        parts = [torch.arange(2), torch.arange(2, 4)][: 1 + dist.get_rank()]
-        try:
-            optimizer.step(lambda: (losses(part) for part in parts))
-        except RuntimeError as error:
-            text = str(error)
-        optimizer.step(losses)  # what the step left behind does not disturb the next one
-        return text, [whole(p.detach()) for p in model.parameters()]
     if what == "no candidates":
         return run(Case(shard={}, counts=(4, 0), steps=1))
-    _model, optimizer, losses = made(shards=True, self_check=dist.get_rank() == 0)
-    return optimizer.step(losses)
+    model, optimizer, losses = made(shards=True, self_check=dist.get_rank() == 0 or what != "self_check")
+    if what != "target":
+        return optimizer.step(losses)
+    optimizer.step(losses)
+    own = dist.get_rank()
+    optimizer.target = lambda: torch.cat([rows_of(model, TARGETS, rare=True) for _ in range(1 + own)])
+    try:
+        optimizer.step(losses)
+    except RuntimeError as error:
+        text = str(error)
+    optimizer.target = lambda: rows_of(model, TARGETS, rare=True)
+    optimizer.step(losses)  # what the step left behind does not disturb the next one
+    return text, [whole(p.detach()) for p in model.parameters()]
 
 
 def test_ranks_that_would_make_different_passes_do_not_wait_for_each_other(two_processes: Processes) -> None:
-    for one in two_processes.outcomes(unequal, "self_check"):
-        assert isinstance(one, Failure)
-        assert "Expected the self_check to be the same on all ranks" in one.text
-    for one in two_processes.outcomes(unequal, "no candidates"):
-        assert isinstance(one, Failure)
-        assert "rank 0 has come to a forward pass, rank 1 to the end of its closure. Give each" in one.text
+    for what, said in (
+        ("self_check", "Expected the self_check to be the same on all ranks"),
+        ("no candidates", "Expected a pass over candidates on this rank before"),
+    ):
+        for one in two_processes.outcomes(unequal, what):
+            assert isinstance(one, Failure)
+            assert said in one.text
 
 
-def test_a_rank_with_more_micro_batches_is_told_and_the_next_step_is_right(two_processes: Processes) -> None:
-    found = two_processes.run(unequal, "micro-batches")
+def test_a_rank_with_more_passes_of_its_target_is_told_and_the_next_step_is_right(two_processes: Processes) -> None:
+    found = two_processes.run(unequal, "target")
+    expected = two_processes.run(two_steps)[0]
     for text, parameters in found:
-        assert "rank 0 has come to the end of its closure, rank 1 to a forward pass. Give each rank" in text
-        for value, expected in zip(parameters, two_processes.run(one_step)[0], strict=True):
-            torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
+        assert "rank 0 has come to a backward pass, rank 1 to a forward pass. Give each rank" in text
+        for value, other in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=0, atol=1e-12)
 
 
-def one_step() -> list[Tensor]:
-    """A job: a single step."""
+def two_steps() -> list[Tensor]:
+    """A job: two steps."""
     model, optimizer, losses = made(shards=True)
+    optimizer.step(losses)
     optimizer.step(losses)
     return [whole(p.detach()) for p in model.parameters()]

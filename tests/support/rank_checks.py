@@ -21,8 +21,10 @@ def check_one_selection(case: Case, processes: Processes) -> None:
     unused = bool((case.wrap or {}).get("find_unused_parameters"))
     near: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-11} if exact else {"rtol": 1e-4, "atol": 1e-5}
     for rank, found in enumerate(ranks):
-        start = sum(map(abs, case.counts[:rank]))
-        assert found["mine"] == [slice(start, start + abs(case.counts[rank]))] * len(found["mine"])
+        for number, mine in enumerate(found["mine"]):
+            counts = case.counts_at(number)
+            start = sum(map(abs, counts[:rank]))
+            assert mine == slice(start, start + abs(counts[rank]))
     first = ranks[0]
     for found in ranks[1:]:  # to the last bit
         for one, other in zip(first["selections"], found["selections"], strict=True):
@@ -63,11 +65,12 @@ def check_groups(case: Case, processes: Processes) -> None:
     near: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-11} if exact else {"rtol": 1e-4, "atol": 1e-5}
     assert case.among is not None
     for rank, found in enumerate(ranks):
-        starts = [sum(map(abs, case.counts[:start])) for start in (rank, rank + 1)]
         first = rank // case.among * case.among
-        group = [sum(map(abs, case.counts[:start])) for start in (first, first + case.among)]
-        assert found["mine"] == [slice(*starts)] * case.steps
-        for selection, parts in zip(found["selections"], whole["selections"], strict=True):
+        for number, (selection, parts) in enumerate(zip(found["selections"], whole["selections"], strict=True)):
+            counts = list(map(abs, case.counts_at(number)))
+            starts = [sum(counts[:start]) for start in (rank, rank + 1)]
+            group = [sum(counts[:start]) for start in (first, first + case.among)]
+            assert found["mine"][number] == slice(*starts)
             assert selection.group == slice(*group)
             own: Selection = parts[rank // case.among]
             size = float(own.gram.diagonal().max()) if len(own.losses) else 0.0
@@ -76,7 +79,7 @@ def check_groups(case: Case, processes: Processes) -> None:
                 assert (selection.gram - own.gram).abs().max() <= (1e-12 if exact else 1e-5) * (size or 1.0)
             _compare(selection, parts, near)
             of_rank = selection.own()
-            assert len(of_rank.losses) == abs(case.counts[rank])
+            assert len(of_rank.losses) == counts[rank]
             assert of_rank.gram.shape == (len(of_rank.losses),) * 2
             inside = slice(starts[0] - group[0], starts[1] - group[0])
             assert torch.equal(of_rank.gram, selection.gram[inside, inside])
@@ -130,7 +133,7 @@ def one_by_one(case: Case) -> dict[str, Any]:
     inner = OPTIMIZERS[case.optimizer](list(net.parameters()))
     found: dict[str, Any] = {"selections": [], "gradients": []}
     for step, (everyone, targets) in enumerate(data(case)):
-        per_rank = everyone.split([abs(count) for count in case.counts])
+        per_rank = everyone.split([abs(count) for count in case.counts_at(step)])
         target_rows = targets.split(list(case.targets))
         parts: list[Selection] = []
         sums: dict[str, torch.Tensor] = {}

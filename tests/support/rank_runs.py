@@ -41,6 +41,7 @@ class Case:
 
     Attributes:
         counts: number of candidates of each rank at each step; a negative number: that many, of which all are NaN.
+        later: the same of the steps after the first; None: no others.
         targets: number of target rows of each rank.
         wrap: settings of DDP; None: no wrapper.
         shard: settings of ``fully_shard``, for every layer and the whole; None: no shards.
@@ -55,6 +56,7 @@ class Case:
     """
 
     counts: Sequence[int] = (4, 4)
+    later: Sequence[int] | None = None
     targets: Sequence[int] = (3, 3)
     wrap: dict[str, Any] | None = None
     shard: dict[str, Any] | None = None
@@ -76,6 +78,10 @@ class Case:
     among: int | None = None
     steps: int = 3
     seed: int = 0
+
+    def counts_at(self, number: int) -> Sequence[int]:
+        """The counts of a call of ``backward``."""
+        return self.counts if self.later is None or number < self.accumulated else self.later
 
     @property
     def scored_predicate(self) -> Callable[[str, Any], bool] | None:
@@ -110,11 +116,12 @@ def rows_of(model: nn.Module, tokens: Tensor, *, rare: bool = False) -> Tensor:
 def data(case: Case) -> Iterator[tuple[Tensor, Tensor]]:
     """Candidates and target rows of every backward, of all ranks."""
     generator = torch.Generator().manual_seed(case.seed)
-    for _ in range(case.steps * case.accumulated):
-        candidates = torch.randint(0, 22, (sum(map(abs, case.counts)), 6), generator=generator)
+    for number in range(case.steps * case.accumulated):
+        counts = case.counts_at(number)
+        candidates = torch.randint(0, 22, (sum(map(abs, counts)), 6), generator=generator)
         targets = torch.randint(0, 9, (sum(case.targets), 6), generator=generator)
         start = 0
-        for count in case.counts:
+        for count in counts:
             if count < 0:
                 candidates[start : start - count, 0] = 22
             start += abs(count)
@@ -150,7 +157,7 @@ def run(case: Case, *, alone: bool = False) -> dict[str, Any]:
     found: dict[str, Any] = {"selections": [], "gradients": [], "mine": []}
     for number, (candidates, targets) in enumerate(data(case)):
         if not alone:
-            candidates = candidates.split([abs(count) for count in case.counts])[own]
+            candidates = candidates.split([abs(count) for count in case.counts_at(number)])[own]
             targets = targets.split(list(case.targets))[own]
         batch["targets"] = targets
 
