@@ -21,15 +21,18 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[2]
 EXTRAS = {"accelerate", "datasets", "lightning", "pyarrow", "tqdm", "transformers", "trl"}
 IMPORT_ALL = """
-import importlib, json, pkgutil, sys
+import importlib, json, os, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
 import ftw_optim
 
-def stop(name):
-    raise
+def found(folder, prefix):  # without importing a package, which may need another
+    for module in pkgutil.iter_modules([folder], prefix):
+        yield module
+        if module.ispkg:
+            yield from found(os.path.join(folder, module.name.rpartition(".")[2]), f"{module.name}.")
 
 modules, missing = {"ftw_optim": ftw_optim.__file__}, []
-for module in pkgutil.walk_packages(ftw_optim.__path__, "ftw_optim.", onerror=stop):
+for module in found(os.path.dirname(ftw_optim.__file__), "ftw_optim."):
     modules[module.name] = module.module_finder.find_spec(module.name).origin
     try:
         importlib.import_module(module.name)

@@ -88,14 +88,14 @@ def _check(case: Case, processes: Processes) -> None:
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases(2))
 def test_random_runs_of_two_processes(case: Case, two_processes: Processes) -> None:
     _check(case, two_processes)
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=15, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=8, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=cases(4))
 def test_random_runs_of_four_processes(case: Case, four_processes: Processes) -> None:
     _check(case, four_processes)
