@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ftw_optim import GreedyFilter, SelectiveOptimizer
 from tests.support.grids import grid
 from tests.support.models import SmallGPT, drawn, language_model, seeded
+from tests.support.releases import EARLY_PYTHON
+
+pytestmark = EARLY_PYTHON
 
 # Each of the ways, of the updates and of the backends with one of the others; all of them are slow.
 PAIRS = [

@@ -12,10 +12,12 @@ from ftw_optim import GreedyFilter, SelectiveOptimizer
 from tests.support.contract import alike, bare, everyone, plain_step, selective, weights_of
 from tests.support.grids import slow
 from tests.support.optimizers import SOAPS
+from tests.support.releases import EARLY_PYTHON
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This overload of"),  # of add_, which torch_optimizer still calls
     pytest.mark.filterwarnings("ignore:.*follows signs alone"),
+    EARLY_PYTHON,
 ]
 
 

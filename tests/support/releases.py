@@ -20,6 +20,9 @@ OLDER = pytest.mark.filterwarnings(
 )
 """Warnings of older Transformers and PEFT that newer ones do not give."""
 
+EARLY_PYTHON = pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
+"""What torch.compile says of the first release of Python 3.13."""
+
 
 def older(name: str, release: str) -> bool:
     """Whether an older release of a package is installed than this."""
