@@ -70,6 +70,7 @@ ROOMS = (
     "matching",
     "proposals",
     "report",
+    "score",
     "selection_log",
     "ranks",
 )
