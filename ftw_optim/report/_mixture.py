@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ftw_optim.report._data import Digest
 from ftw_optim.report._samples import UNNAMED
+from ftw_optim.selection_log._whole_file import whole_file
 
 DECIMALS = 6
 
@@ -145,8 +146,7 @@ def write_records(found: Digest, out: Path) -> int:
     zero added.
     """
     count = 0
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with whole_file(out) as path, path.open("w", encoding="utf-8") as file:
         for one in found.samples.by_weight():
             line = {
                 "id": one.id,
@@ -158,5 +158,4 @@ def write_records(found: Digest, out: Path) -> int:
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             count += 1
-    unfinished.replace(out)
     return count

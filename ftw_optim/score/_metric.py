@@ -115,6 +115,18 @@ def warmed_up(
     return FixedMetric(optimizer=optimizer, parameters=parameters, reference=sums)
 
 
+def state_file(path: Path) -> Path:
+    """The file of an AdamW's state: itself, or ``optimizer.pt`` in a directory, as a Trainer's checkpoint has it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = path / "optimizer.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected the state of an AdamW, but there is no file {path}.")
+    return path
+
+
 def given_state(model: nn.Module, parameters: Mapping[str, nn.Parameter], path: Path) -> torch.optim.AdamW:
     """An AdamW with the state of a file.
 
@@ -125,9 +137,7 @@ def given_state(model: nn.Module, parameters: Mapping[str, nn.Parameter], path: 
         FileNotFoundError: there is no such file.
         ValueError: it holds no AdamW's state, or one of other parameters.
     """
-    path = path / "optimizer.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected the state of an AdamW, but there is no file {path}.")
+    path = state_file(path)
     found = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(found, Mapping) or not {"state", "param_groups"} <= found.keys():
         raise ValueError(f"Expected what AdamW.state_dict() returned in {path}, got {_keys(found)}.")

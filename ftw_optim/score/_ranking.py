@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ftw_optim.score._store import Rows
+from ftw_optim.selection_log._whole_file import whole_file
 
 RANKED_BY = ("score", "cosine")
 COMPARED = 4096
@@ -122,13 +123,11 @@ def rank_records(
         sketch_error=sketch_error,
         front=max(1, ranked // 10),
     )
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with whole_file(out) as path, path.open("w", encoding="utf-8") as file:
         for one, numbers in zip(records, _numbers(rows, target, ranks, best, sketch_error, of_all), strict=True):
             line = {"id": one["id"], "source": one["source"], **numbers, "loss": one["loss"]}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             _note(found, {**line, "begins": one["begins"]})
-    unfinished.replace(out)
     return found
 
 

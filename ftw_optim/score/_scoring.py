@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ftw_optim.integrations.streaming import pad
 from ftw_optim.integrations.streaming._screening import Sample
 from ftw_optim.score._gradients import GradientRows
-from ftw_optim.score._metric import FixedMetric, warmed_up
+from ftw_optim.score._metric import FixedMetric, state_file, warmed_up
 from ftw_optim.score._model import digest, trained
 from ftw_optim.score._ranking import COMPARED, RANKED_BY, Ranking, rank_records
 from ftw_optim.score._records import Records, count_records, encoder
@@ -239,14 +239,11 @@ def _bar(total: int, what: str, unit: str, *, done: int = 0) -> Any:
 
 
 def _file_digest(path: Path | None) -> str | None:
-    """A number that differs where the contents of a file do; of a directory those of ``optimizer.pt``."""
+    """A number that differs where the contents of a state's file do."""
     if path is None:
         return None
-    path = path / "optimizer.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a file {path}, but there is none.")
     found = hashlib.blake2b(digest_size=8)
-    with path.open("rb") as file:
+    with state_file(path).open("rb") as file:
         while part := file.read(2**20):
             found.update(part)
     return found.hexdigest()

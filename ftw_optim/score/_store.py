@@ -15,6 +15,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ftw_optim.selection_log._whole_file import whole_file
+
 SETTINGS, PLACE, ROWS, RECORDS, METRIC = "settings.json", "place.json", "gradients.bin", "records.jsonl", "metric.pt"
 AT_ONCE = 32 * 2**20
 """Bytes of rows that are in memory at a time while a file of them is read."""
@@ -106,9 +108,8 @@ class Store:
 
     def keep_metric(self, state: Mapping[str, Any]) -> None:
         """Keep a metric for all that is scored here later."""
-        unfinished = self.folder / f"{METRIC}.unfinished"
-        torch.save(state, unfinished)
-        unfinished.replace(self.folder / METRIC)
+        with whole_file(self.folder / METRIC) as path:
+            torch.save(state, path)
 
     @property
     def place(self) -> dict[str, Any] | None:
@@ -159,10 +160,8 @@ class Store:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there as a whole, or as it was before."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
+    """Write a file that is there as a whole, or as it was before; it is on the disk when this returns."""
+    with whole_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    unfinished.replace(path)

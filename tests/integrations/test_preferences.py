@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,14 @@ from tests.support.grids import slow
 from tests.support.models import precision
 from tests.support.preference_runs import KINDS, pairs_alone, reference
 from tests.support.releases import knows_pairs
-from tests.support.trainer_runs import ALL, Recording, Stop, check_against_samples_alone, logged, numbered
+from tests.support.trainer_runs import (
+    ALL,
+    Recording,
+    check_a_killed_run_goes_on,
+    check_against_samples_alone,
+    logged,
+    numbered,
+)
 
 pytestmark = [
     knows_pairs,
@@ -207,7 +213,7 @@ def test_target_pairs_may_take_part(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [slow("dpo"), slow("reward")])
 def test_a_run_of_pairs_that_was_killed_goes_on_as_if_nothing_had_happened(name: str, tmp_path: Path) -> None:
-    kind, recordings = KINDS[name], [Recording(), Recording()]
+    kind = KINDS[name]
 
     def run(folder: str, recording: Recording, **options: Any) -> Any:
         return kind.trained(
@@ -222,19 +228,4 @@ def test_a_run_of_pairs_that_was_killed_goes_on_as_if_nothing_had_happened(name:
             **options,
         )[0]
 
-    whole = run("whole", recordings[0])
-    with pytest.raises(KeyboardInterrupt):
-        run("cut", recordings[1], callbacks=(Stop(5),))
-    resumed = run("cut", recordings[1], start=lambda trainer: trainer.train(resume_from_checkpoint=True))
-    state = resumed.model.state_dict()
-    for entry, value in whole.model.state_dict().items():
-        assert torch.equal(state[entry], value), entry
-    one, other = ([(step["step"], *_chosen(step)) for step in recording.steps] for recording in recordings)
-    assert len(one) >= 6
-    assert one == other
-    torch.testing.assert_close(logged(resumed, "loss", "grad_norm"), logged(whole, "loss", "grad_norm"), rtol=0, atol=0)
-
-
-def _chosen(step: dict[str, Any]) -> Iterator[list[Any]]:
-    selection = step["selection"]
-    return (values.tolist() for values in (selection.kept, selection.weights, selection.losses))
+    check_a_killed_run_goes_on(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from tests.support.trainer_runs import (
     ARGUMENTS,
     HARD,
     Recording,
-    Stop,
     Watch,
+    check_a_killed_run_goes_on,
     check_against_samples_alone,
     examples,
     logged,
@@ -237,8 +237,6 @@ def test_texts_and_columns_for_the_log(tmp_path: Path) -> None:
 @resumes_in_first_epoch_alone
 @pytest.mark.parametrize("settings", [slow({}), slow({**PACKED, "max_length": 11})], ids=["rows", "packed"])
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(settings: dict[str, Any], tmp_path: Path) -> None:
-    recordings = [Recording(), Recording()]
-
     def run(name: str, recording: Recording, **options: Any) -> SFTTrainer:
         return trained(
             SelectiveSFTTrainer,
@@ -252,22 +250,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(settings: dict
             **options,
         )[0]
 
-    whole = run("whole", recordings[0])
-    with pytest.raises(KeyboardInterrupt):
-        run("cut", recordings[1], callbacks=(Stop(5),))
-    resumed = run("cut", recordings[1], start=lambda trainer: trainer.train(resume_from_checkpoint=True))
-    state = resumed.model.state_dict()
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(state[name], value), name
-    one, other = ([(step["step"], *_chosen(step)) for step in recording.steps] for recording in recordings)
-    assert len(one) >= 6
-    assert one == other
-    torch.testing.assert_close(logged(resumed, "loss", "grad_norm"), logged(whole, "loss", "grad_norm"), rtol=0, atol=0)
-
-
-def _chosen(step: dict[str, Any]) -> Iterator[list[Any]]:
-    selection = step["selection"]
-    return (values.tolist() for values in (selection.kept, selection.weights, selection.losses))
+    check_a_killed_run_goes_on(run)
 
 
 # ---------------------------------------------------------------------- refused

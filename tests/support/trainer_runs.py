@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -267,3 +268,28 @@ def trained(
 
 def logged(trainer: Trainer, *names: str) -> list[list[float]]:
     return [[row[name] for name in names] for row in trainer.state.log_history if "loss" in row]
+
+
+def check_a_killed_run_goes_on(run: Callable[..., Any]) -> None:
+    """A run that is killed and resumed ends as one that never was: weights, selections and logs to the bit.
+
+    Args:
+        run: ``run(folder, recording, **options) -> trainer``, whose options are those of :func:`trained`.
+    """
+    recordings = [Recording(), Recording()]
+    whole = run("whole", recordings[0])
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", recordings[1], callbacks=(Stop(5),))
+    resumed = run("cut", recordings[1], start=lambda trainer: trainer.train(resume_from_checkpoint=True))
+    state = resumed.model.state_dict()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(state[name], value), name
+    one, other = ([(step["step"], *_chosen(step)) for step in recording.steps] for recording in recordings)
+    assert len(one) >= 6
+    assert one == other
+    torch.testing.assert_close(logged(resumed, "loss", "grad_norm"), logged(whole, "loss", "grad_norm"), rtol=0, atol=0)
+
+
+def _chosen(step: dict[str, Any]) -> Iterator[list[Any]]:
+    selection = step["selection"]
+    return (values.tolist() for values in (selection.kept, selection.weights, selection.losses))

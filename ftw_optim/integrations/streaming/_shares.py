@@ -84,8 +84,8 @@ class SourceShares:
         if unknown := [source for source in sources if source not in self._given]:
             raise ValueError(f"Expected samples of the sources {', '.join(self._given)}, got one of {unknown[0]!r}.")
         weights = dict.fromkeys(self._given, 0.0)
-        for index, weight in zip(selection.kept.tolist(), selection.weights.tolist(), strict=True):
-            weights[sources[index]] += weight
+        for source, weight in zip(sources, selection.spread_weights().tolist(), strict=True):
+            weights[source] += weight
         total = math.fsum(weights.values())
         latest = self._states[-1]  # where others were to come, it learned most, and holds from now on
         if total > 0.0 and math.isfinite(total):
