@@ -92,6 +92,7 @@ class Arm:
             method are not run, and as many records are in their place.
         propose: which of the records read they are.
         method: how a step selects among them; None: the mean over all rows of the step.
+        by_token: whether that is the mean over their response tokens, so that a row counts by its length.
     """
 
     label: str
@@ -101,6 +102,7 @@ class Arm:
     target_after: float = 0.0
     propose: Callable[[Known], Chooser] = first
     method: Method | None = None
+    by_token: bool = False
 
 
 def _n(sizes: Sizes) -> int:
@@ -192,6 +194,7 @@ def _target(label: str, rows: Callable[[Sizes], int] = _the_rest, **more: Any) -
 ARMS = {
     "adamw-k": _guide("AdamW on k", _k),
     "adamw-n": _guide("AdamW on n"),
+    "adamw-n-tokens": _guide("AdamW on n, by token", by_token=True),
     "ftw": _guide("filter-then-weight", method=FILTER_THEN_WEIGHT),
     "ftw-thirty-twos": _guide("ftw in groups of 32", method=IN_THIRTY_TWOS),
     "ftw-eights": _guide("ftw in groups of 8", method=IN_EIGHTS),
@@ -204,6 +207,7 @@ ARMS = {
     "greats": _guide("GREATS' greedy", method=GREATS),
     "less": _guide("LESS, online", method=LESS),
     "similarity-n": _guide("n similar", propose=similar),
+    "similarity-n-tokens": _guide("n similar, by token", propose=similar, by_token=True),
     "similarity-k": _guide("k similar", _k, propose=similar),
     "embeddings-n": _guide("n similar, embedded", propose=similar_embeddings),
     "similarity+ftw": _guide("n similar, ftw", propose=similar, method=FILTER_THEN_WEIGHT),

@@ -1,7 +1,7 @@
 """Damage to records of the stream that likeness hardly sees: the prompt stays, and the response is spoiled.
 
 Each kind is one that pools really have: answers to another question, answers that stop early or go round in circles,
-and placeholders.
+placeholders, and refusals.
 """
 
 from __future__ import annotations
@@ -19,6 +19,14 @@ Damage = Callable[[str, str, random.Random], str]
 """A function of a response, of that of another record, and of a source of random numbers."""
 
 _PLACEHOLDERS = ("N/A", "...", "TODO", "I don't know.", "None")
+# As long as an ordinary short answer, so that means over tokens do not hide them.
+_REFUSALS = (
+    "I'm sorry, but I am not able to help with this request.",
+    "As a language model, I do not have enough information to answer that question.",
+    "This request cannot be answered. Please ask an expert in the field instead.",
+    "I cannot give an answer to that. Is there anything else I can help you with?",
+    "Something went wrong while your request was being processed. Please try again later.",
+)
 
 
 def _foreign(response: str, other: str, draw: random.Random) -> str:
@@ -40,11 +48,16 @@ def _placeholder(response: str, other: str, draw: random.Random) -> str:
     return draw.choice(_PLACEHOLDERS)
 
 
+def _refusal(response: str, other: str, draw: random.Random) -> str:
+    return draw.choice(_REFUSALS)
+
+
 DAMAGES: Mapping[str, Damage] = {
     "foreign": _foreign,
     "truncated": _truncated,
     "looped": _looped,
     "placeholder": _placeholder,
+    "refusal": _refusal,
 }
 
 

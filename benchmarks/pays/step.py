@@ -112,9 +112,12 @@ class Step:
     def _uniform(self, candidates: list[Example]) -> Tensor:
         rows = [*candidates, *self._targets]
         self._optimizer.zero_grad()
-        self._top(self._entrance.rows(rows)).mean().backward()
+        counts = [len(row.tokens) - row.prompt_length if self._arm.by_token else 1 for row in rows]
+        weights = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+        losses = self._top(self._entrance.rows(rows))
+        (losses @ weights.to(losses)).backward()
         self._optimizer.step()
-        return torch.full((len(candidates),), 1 / len(rows), dtype=torch.float64)
+        return weights[: len(candidates)]
 
     def _selective(self, candidates: list[Example]) -> Tensor:
         optimizer, method = self._optimizer, self._arm.method

@@ -55,13 +55,15 @@ def test_each_kind_does_what_its_name_says() -> None:
     assert {len(text.split()) for text in spoiled["looped"]} == {8}
     assert all(text.startswith("one") for text in spoiled["looped"])
     assert len(set(spoiled["placeholder"])) > 2
+    assert len(set(spoiled["refusal"])) > 2
+    assert min(len(text.split()) for text in spoiled["refusal"]) > 10
     assert all(response not in text for texts in spoiled.values() for text in texts)
 
 
 @pytest.mark.parametrize(
     ("shares", "message"),
     [
-        ({"burnt": 0.1}, "one of foreign, truncated, looped, placeholder, got burnt"),
+        ({"burnt": 0.1}, "one of foreign, truncated, looped, placeholder, refusal, got burnt"),
         ({"foreign": 0.0}, "positive"),
         ({"foreign": 0.6, "looped": 0.4}, "less than one"),
     ],
@@ -123,6 +125,33 @@ def test_random_weights_are_uniform_over_all_that_sum_to_one() -> None:
     torch.testing.assert_close(drawn.mean(dim=0), torch.full((3,), 1 / 3).double(), rtol=0.08, atol=0)
     # Of a Dirichlet distribution with parameters 1.
     torch.testing.assert_close(drawn.var(dim=0), torch.full((3,), 1 / 18).double(), rtol=0.2, atol=0)
+
+
+def test_a_mean_over_tokens_counts_a_row_by_its_response(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = quick_lab("--out", str(tmp_path))
+    run = training.Run(arm="adamw-n-tokens", steps=1, lr=1e-3, seed=0)
+    (read,) = lab.setting.stream(steps=1, read_ahead=12, seed=0)
+    rows = read[: lab.sizes.candidates]
+    counts = torch.tensor([len(row.tokens) - row.prompt_length for row in rows], dtype=torch.float64)
+    assert len(set(counts.tolist())) > 1
+    gradients: list[torch.Tensor] = []
+    step = torch.optim.AdamW.step
+
+    def watching(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        gradients.extend(parameter.grad.clone() for parameter in lab.top.adapters() if parameter.grad is not None)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watching)
+    lab.perform(run, [read], lambda: None)
+    lab.top.reset(0)
+    losses = lab.top(lab.entrance.rows(rows))
+    wanted = torch.autograd.grad((losses * (counts / counts.sum()).float()).sum(), lab.top.adapters())
+    for found, expected in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(found, expected)
+    by_source = Counter()
+    for row, count in zip(rows, counts.tolist(), strict=True):
+        by_source[row.source] += count / float(counts.sum())
+    assert {source: share for source, (_, share) in run.sources.items()} == pytest.approx(by_source)
 
 
 def test_rows_that_guide_are_not_trained_on_and_are_charged_when_they_run(
