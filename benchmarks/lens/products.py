@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from pays.damage import MARK
 from pays.proposals import samples
 from pays.records import Example
 from pays.split import Entrance, Top
@@ -67,6 +68,8 @@ def products_of(
         target=range(len(pool), len(rows)),
         likeness=likeness(rows, target),
         own=[bool(own_source) and example.source.startswith(own_source) for example in pool] + [False] * len(target),
+        tokens=torch.tensor([len(row.tokens) - row.prompt_length for row in rows], dtype=torch.float64),
+        damaged=[row.source.endswith(MARK) for row in rows],
     )
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import torch
 from pays.arms import Sizes
@@ -29,6 +30,8 @@ class Rows:
         target: indices of the target rows that a step may run.
         likeness: shape ``(N,)``, of the rows to the target rows, without a model.
         own: whether a row is of the target's own source; all False where none is named.
+        tokens: shape ``(N,)`` float64, the number of response tokens of each row.
+        damaged: whether a row is; no way is told.
     """
 
     gram: Tensor
@@ -38,11 +41,21 @@ class Rows:
     target: Sequence[int]
     likeness: Tensor
     own: Sequence[bool]
+    tokens: Tensor
+    damaged: Sequence[bool]
 
     def agreement(self, weights: Tensor) -> float:
         """The cosine of the combined gradient with that of the held-out rows; 0 for no gradient."""
         length = float(weights @ self.gram @ weights) * self.energy
         return float(weights @ self.held_out) / length**0.5 if length > 0.0 else 0.0
+
+
+class Agreement(NamedTuple):
+    """What a way comes to over some steps: its mean agreement, the standard error, the damaged rows' mean weight."""
+
+    value: float
+    error: float
+    damaged: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,7 +102,7 @@ class Way:
 
     def rows(self, sizes: Sizes) -> int:
         """How many rows a step runs, those of a target that only guides among them."""
-        asks_target = self.trains_on_target or self.treatment is not unweighed
+        asks_target = self.trains_on_target or self.treatment not in (unweighed, by_token)
         return sizes.candidates * (self.candidates is not None) + sizes.target_rows * asks_target
 
     def weights(self, rows: Rows, drawn: Drawn, sizes: Sizes) -> Tensor:
@@ -112,10 +125,13 @@ def draws(rows: Rows, sizes: Sizes, count: int, *, seed: int) -> list[Drawn]:
     ]
 
 
-def agreement_of(way: Way, rows: Rows, drawn: Sequence[Drawn], sizes: Sizes) -> tuple[float, float]:
-    """The mean agreement over some steps, and its standard error."""
-    found = [rows.agreement(way.weights(rows, one, sizes)) for one in drawn]
-    return mean(found), stdev(found) / len(found) ** 0.5
+def agreement_of(way: Way, rows: Rows, drawn: Sequence[Drawn], sizes: Sizes) -> Agreement:
+    """The mean agreement over some steps, its standard error, and the damaged rows' mean share of the weight."""
+    weights = [way.weights(rows, one, sizes) for one in drawn]
+    found = [rows.agreement(some) for some in weights]
+    damaged = torch.tensor(rows.damaged)
+    shares = [float(some[damaged].sum() / some.sum()) if bool(some.any()) else 0.0 for some in weights]
+    return Agreement(mean(found), stdev(found) / len(found) ** 0.5, mean(shares))
 
 
 def uniform(rows: Rows, chosen: Sequence[int]) -> Tensor:
@@ -198,6 +214,12 @@ def unweighed(rows: Rows, candidates: Sequence[int], target: Sequence[int], keep
     return uniform(rows, candidates)
 
 
+def by_token(rows: Rows, candidates: Sequence[int], target: Sequence[int], keep: int) -> Tensor:
+    """All candidates by the lengths of their responses, as in a mean over tokens; the target is not asked."""
+    tokens = rows.tokens[list(candidates)]
+    return _spread(rows, candidates, tokens / tokens.sum())
+
+
 def top_k(rows: Rows, candidates: Sequence[int], target: Sequence[int], keep: int) -> Tensor:
     """Those with the largest products with the target rows, alike."""
     return selected(rows, candidates, target, TopKFilter(keep=keep), None)
@@ -220,7 +242,9 @@ def weighed_by_each_other(rows: Rows, candidates: Sequence[int], target: Sequenc
 
 WAYS = [
     Way("n of the pool", first_read, unweighed),
+    Way("n of the pool, by token", first_read, by_token),
     Way("n most alike", most_alike, unweighed),
+    Way("n most alike, by token", most_alike, by_token),
     Way("top k of n", first_read, top_k),
     Way("filter-then-weight, k of n", first_read, filtered_and_weighed),
     Way("the same, of the n most alike", most_alike, filtered_and_weighed),

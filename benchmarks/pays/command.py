@@ -95,7 +95,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
         untold = (ORACLES if not options.own_source else frozenset()) | (SOUND if not options.damage else frozenset())
         options.arms = [name for name in ARMS if name not in untold]
     try:
-        options.damage = dict(map(_damage, options.damage))
+        options.damage = dict(map(damage_of, options.damage))
         options.budgets = {spec: _budget(spec, options.steps) for spec in options.arms}
         options.rates = {**dict.fromkeys(BASELINES, 1e-3), **dict(map(_family_rate, options.lr))}
     except ValueError as error:
@@ -117,7 +117,8 @@ def _budget(spec: str, steps: int) -> int:
     return int(given) if given else steps
 
 
-def _damage(given: str) -> tuple[str, float]:
+def damage_of(given: str) -> tuple[str, float]:
+    """A kind of damage and its share, from an option."""
     kind, _, share = given.partition("=")
     if kind not in DAMAGES or not share:
         raise ValueError(f"--damage: expected KIND=SHARE with one of {', '.join(DAMAGES)}, got {given!r}")

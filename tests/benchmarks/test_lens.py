@@ -43,6 +43,8 @@ def rows_of(vectors: Tensor) -> ways.Rows:
         target=range(POOL, POOL + TARGET),
         likeness=torch.arange(POOL + TARGET, 0, -1.0),
         own=[row < 3 for row in range(POOL)] + [False] * TARGET,
+        tokens=torch.arange(1, POOL + TARGET + 1, dtype=torch.float64),
+        damaged=[row % 2 == 0 for row in range(POOL)] + [False] * TARGET,
     )
 
 
@@ -110,6 +112,17 @@ def test_likeness_chooses_among_the_records_read_and_acceptance_leaves_out_what_
     assert float(weights.sum()) == pytest.approx(1.0)
 
 
+def test_a_mean_over_tokens_weighs_by_length_and_the_weight_of_damaged_rows_is_counted(vectors: Tensor) -> None:
+    rows = rows_of(vectors)
+    weights = ways.by_token(rows, [0, 4, 7], [9, 10], 2)
+    assert weights[[0, 4, 7]].tolist() == pytest.approx([1 / 14, 5 / 14, 8 / 14])
+    drawn = [ways.Drawn(read=[0, 1, 2, 3, 5], own=[], target=[9]), ways.Drawn(read=[1, 3, 5, 7, 0], own=[], target=[9])]
+    alike = ways.Way("alike", ways.first_read, ways.unweighed)
+    found = ways.agreement_of(alike, rows, drawn, SIZES)
+    assert found.damaged == pytest.approx((2 / 5 + 1 / 5) / 2)
+    assert found.value == pytest.approx(sum(rows.agreement(alike.weights(rows, one, SIZES)) for one in drawn) / 2)
+
+
 @pytest.mark.parametrize("way", ways.WAYS, ids=lambda way: way.label)
 def test_every_way_weighs_what_it_may_see(vectors: Tensor, way: ways.Way) -> None:
     rows = rows_of(vectors)
@@ -127,11 +140,24 @@ def test_a_short_run_looks_twice_and_says_what_it_saw(capsys: pytest.CaptureFixt
     assert len(tables) == 2
     for table in tables.values():
         assert table.keys() == {way.label for way in ways.WAYS}
-        assert all(-1.0 <= value <= 1.0 for value, _ in table.values())
+        assert all(-1.0 <= one.value <= 1.0 for one in table.values())
     first = next(iter(tables.values()))
     for way in ways.WAYS:
         (line,) = (line for line in printed.splitlines() if line.startswith(way.label.ljust(34)))
         assert f"{first[way.label][0]:.2f} ±" in line
     assert len(re.findall(r"with target rows in the\s+step", printed)) == 2
+    assert "dam." not in printed
     with pytest.raises(SystemExit):
         command.main(["--quick", "--target-batch", "1"])
+
+
+def test_damage_of_the_pool_is_seen_by_the_reader_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    tables = command.main(["--quick", "--threads", "1", "--damage", "placeholder=0.5"])
+    printed = capsys.readouterr().out
+    assert "50 % of the pool placeholder" in printed
+    for table in tables.values():
+        assert 0.0 < table["n of the pool"].damaged < 1.0
+        assert table["n of the pool, by token"].damaged < table["n of the pool"].damaged
+        assert table["m target rows"].damaged == 0.0
+    with pytest.raises(SystemExit):
+        command.main(["--quick", "--damage", "burnt=0.5"])
