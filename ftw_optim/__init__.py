@@ -27,7 +27,8 @@ from ftw_optim._preconditioners.maps import RankOne as RankOne
 from ftw_optim._preconditioners.maps import RotatedDiagonal as RotatedDiagonal
 from ftw_optim._preconditioners.maps import Scalar as Scalar
 from ftw_optim._preconditioners.registry import register_preconditioner as register_preconditioner
-from ftw_optim._step.last_blocks import last_blocks as last_blocks
+from ftw_optim._step.blocks import last_blocks as last_blocks
+from ftw_optim._step.blocks import spread_blocks as spread_blocks
 from ftw_optim._step.losses import count_label_tokens as count_label_tokens
 from ftw_optim._step.losses import token_losses as token_losses
 from ftw_optim._step.optimizer import SelectiveOptimizer as SelectiveOptimizer

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from ftw_optim import (
     AcceptFilter,
     FilterStage,
@@ -22,6 +24,8 @@ from ftw_optim import (
     TopKFilter,
     UniformWeights,
     WeightStage,
+    last_blocks,
+    spread_blocks,
 )
 
 from .peers import GreatsFilter, LessFilter, RandomWeights, SmallLossFilter
@@ -38,6 +42,7 @@ from .proposals import (
     vetted,
     vetted_random,
 )
+from .split import Top
 from .weights import ExpectedFilter, ExpectedWeights, HorizonWeights, TiltedWeights
 
 
@@ -65,6 +70,7 @@ class Method:
         group: candidates that are compared with each other; each such group of a step makes a selection of its own, as
             where every process selects for itself, and their mean is applied. 0: all of them.
         watched: whether the validation rows tell the selection when the target rows are memorised.
+        scored: makes the predicate of the parameters by which candidates are compared; None: all that are trained.
         options: whatever else the optimizer is given.
     """
 
@@ -76,6 +82,7 @@ class Method:
     refresh_every: int = 1
     group: int = 0
     watched: bool = False
+    scored: Callable[[Top], Callable[[str, nn.Parameter], bool]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -142,6 +149,10 @@ IN_FOURS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=4)
 REMEMBERED = Method(filter=_greedy, weight=NonNegativeLeastSquares(), decay=0.75)
 ALL_WEIGHED = Method(filter=_all, weight=NonNegativeLeastSquares(), decay=0.75)
 EUCLIDEAN = Method(filter=_greedy, weight=NonNegativeLeastSquares(), metric="euclidean")
+LAST_BLOCK = Method(filter=_greedy, weight=NonNegativeLeastSquares(), scored=lambda top: last_blocks(top, 1))
+SPREAD_BLOCKS = Method(
+    filter=_greedy, weight=NonNegativeLeastSquares(), scored=lambda top: spread_blocks(top, min(4, top.blocks))
+)
 TOP_K = Method(filter=lambda keep, lr: TopKFilter(keep=keep), weight=UniformWeights())
 # TracIn's score of a step, and GRAD-MATCH's choice and weights (its regularisation of 0.5), both in plain gradients.
 TRACIN = Method(filter=lambda keep, lr: TopKFilter(keep=keep), weight=UniformWeights(), metric="euclidean")
@@ -201,6 +212,8 @@ ARMS = {
     "ftw-fours": _guide("ftw in groups of 4", method=IN_FOURS),
     "ftw-remembered": _guide("ftw, remembered", method=REMEMBERED),
     "ftw-euclidean": _guide("same, euclidean", method=EUCLIDEAN),
+    "ftw-last-block": _guide("same, last block", method=LAST_BLOCK),
+    "ftw-spread-blocks": _guide("same, 4 blocks", method=SPREAD_BLOCKS),
     "topk": _guide("top-k, dot product", method=TOP_K),
     "tracin": _guide("TracIn, top-k", method=TRACIN),
     "gradmatch": _guide("GRAD-MATCH", method=GRAD_MATCH),

@@ -29,6 +29,7 @@ class Top(nn.Module):
     Attributes:
         trained: the blocks' part, a causal language model that starts from hidden states.
         trunk: what comes before, as a model that ends in hidden states; not a submodule.
+        blocks: how many are trained.
     """
 
     def __init__(self, model: nn.Module, *, blocks: int, rank: int) -> None:
@@ -41,6 +42,7 @@ class Top(nn.Module):
         count = len(base.layers)
         if not 0 < blocks <= count:
             raise ValueError(f"Expected 1 to {count} trained blocks, as the model has, got {blocks}.")
+        self.blocks = blocks
         cut = count - blocks
         # The trunk's last hidden states go into the first trained block: no norm in between.
         below = _with_parts(base, slice(0, cut), layers=base.layers[:cut], norm=nn.Identity())

@@ -59,6 +59,7 @@ class Step:
             count = count or self._sizes.target_rows
             guiding = (lambda: self._guides) if guides else (lambda: self._targets)
             options = {**method.options, **({"train_on_target": True} if self._late_from else {})}
+            options |= {} if method.scored is None else {"scored": method.scored(top)}
             options |= {"train_on_target": self._losses(lambda: self._targets)} if guides else {}
             self._optimizer = SelectiveOptimizer(
                 inner,

@@ -7,7 +7,7 @@
 only others have rows. ``optimizer.py`` holds :class:`SelectiveOptimizer`, which has all that lasts from step to step;
 ``wrapper.py`` and ``checkpoint.py`` make it an optimizer that can be saved. What a step is made with stands in
 ``setup.py``, ``way.py``, ``parameters.py``, ``closures.py`` and ``clock.py``; ``options.py`` checks what users set.
-``losses.py``, ``last_blocks.py`` and ``preconditioner_of.py`` hold functions for users.
+``losses.py``, ``blocks.py`` and ``preconditioner_of.py`` hold functions for users.
 
 This package may import every package below it (capture, gram, matching, layers, preconditioners, factors); none of them
 imports this one. Change it for the order of a step, what a closure may return, where the combined gradient comes from,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from ftw_optim._step.last_blocks import last_blocks
+from ftw_optim._step.blocks import last_blocks
 
 
 def load_model(

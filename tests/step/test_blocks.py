@@ -1,11 +1,15 @@
-"""Which parameters ``last_blocks`` accepts."""
+"""Which parameters ``last_blocks`` and ``spread_blocks`` accept."""
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from ftw_optim import last_blocks
+from ftw_optim import last_blocks, spread_blocks
 from tests.support.models import SmallGPT, transformers_model
 
 
@@ -63,8 +67,33 @@ def test_counts_and_models_that_do_not_fit_are_refused() -> None:
     for count in (0, 3):
         with pytest.raises(ValueError, match="count must be from 1 to the 2 blocks of 'blocks'"):
             last_blocks(SmallGPT(), count)
+        with pytest.raises(ValueError, match="count must be from 1 to the 2 blocks of 'blocks'"):
+            spread_blocks(SmallGPT(), count)
     with pytest.raises(ValueError, match="Expected a stack of repeated blocks"):
         last_blocks(nn.Linear(2, 2), 1)
+    with pytest.raises(ValueError, match="Expected a stack of repeated blocks"):
+        spread_blocks(nn.Linear(2, 2), 1)
+
+
+def stack(depth: int) -> nn.Module:
+    return nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(1, 1) for _ in range(depth))})
+
+
+def test_few_blocks_are_spread_over_the_depth() -> None:
+    assert spread_blocks(stack(30), 4).blocks == ("layers.3.", "layers.11.", "layers.18.", "layers.26.")
+    assert spread_blocks(stack(5), 1).blocks == ("layers.2.",)
+
+
+@given(data=st.data(), depth=st.integers(1, 40))
+def test_spread_blocks_are_as_many_as_asked_for_at_even_distances(data: st.DataObject, depth: int) -> None:
+    count = data.draw(st.integers(1, depth))
+    places = [int(block.split(".")[1]) for block in spread_blocks(stack(depth), count).blocks]
+    assert len(set(places)) == count
+    assert places == sorted(places)
+    steps = [later - earlier for earlier, later in itertools.pairwise(places)]
+    assert not steps or max(steps) - min(steps) <= 1
+    # As far from both ends, but for rounding.
+    assert abs(places[0] - (depth - 1 - places[-1])) <= 1
 
 
 def test_blocks_of_two_classes_of_one_kind_are_one_stack() -> None:
