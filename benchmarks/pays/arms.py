@@ -70,6 +70,8 @@ class Method:
         group: candidates that are compared with each other; each such group of a step makes a selection of its own, as
             where every process selects for itself, and their mean is applied. 0: all of them.
         watched: whether the validation rows tell the selection when the target rows are memorised.
+        by_token: whether a candidate's loss is the sum over its response tokens, as in the mean over all tokens of the
+            step; its mean otherwise.
         scored: makes the predicate of the parameters by which candidates are compared; None: all that are trained.
         options: whatever else the optimizer is given.
     """
@@ -82,6 +84,7 @@ class Method:
     refresh_every: int = 1
     group: int = 0
     watched: bool = False
+    by_token: bool = False
     scored: Callable[[Top], Callable[[str, nn.Parameter], bool]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -143,6 +146,7 @@ def _all(keep: int, lr: float) -> FilterStage:
 UNIFORM = Method(filter=_all, weight=UniformWeights())
 """No selection, but its scores, which a proposal learns from."""
 FILTER_THEN_WEIGHT = Method(filter=_greedy, weight=NonNegativeLeastSquares())
+BY_TOKEN = Method(filter=_greedy, weight=NonNegativeLeastSquares(), by_token=True)
 IN_THIRTY_TWOS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=32)
 IN_EIGHTS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=8)
 IN_FOURS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=4)
@@ -207,6 +211,7 @@ ARMS = {
     "adamw-n": _guide("AdamW on n"),
     "adamw-n-tokens": _guide("AdamW on n, by token", by_token=True),
     "ftw": _guide("filter-then-weight", method=FILTER_THEN_WEIGHT),
+    "ftw-tokens": _guide("same, by token", method=BY_TOKEN),
     "ftw-thirty-twos": _guide("ftw in groups of 32", method=IN_THIRTY_TWOS),
     "ftw-eights": _guide("ftw in groups of 8", method=IN_EIGHTS),
     "ftw-fours": _guide("ftw in groups of 4", method=IN_FOURS),
@@ -224,6 +229,7 @@ ARMS = {
     "similarity-k": _guide("k similar", _k, propose=similar),
     "embeddings-n": _guide("n similar, embedded", propose=similar_embeddings),
     "similarity+ftw": _guide("n similar, ftw", propose=similar, method=FILTER_THEN_WEIGHT),
+    "similarity+ftw-tokens": _guide("n similar, ftw, tok", propose=similar, method=BY_TOKEN),
     "similarity+ftw-remembered": _guide("n similar, ftw rem.", propose=similar, method=REMEMBERED),
     "similarity+weights": _guide("n similar, weights", propose=similar, method=ALL_WEIGHED),
     "similarity+accept": _guide("n similar, accepted", propose=similar, method=LATE_ACCEPTED),

@@ -113,8 +113,8 @@ class Step:
     def _uniform(self, candidates: list[Example]) -> Tensor:
         rows = [*candidates, *self._targets]
         self._optimizer.zero_grad()
-        counts = [len(row.tokens) - row.prompt_length if self._arm.by_token else 1 for row in rows]
-        weights = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+        weights = _counts(rows, by_token=self._arm.by_token)
+        weights /= weights.sum()
         losses = self._top(self._entrance.rows(rows))
         (losses @ weights.to(losses)).backward()
         self._optimizer.step()
@@ -124,31 +124,39 @@ class Step:
         optimizer, method = self._optimizer, self._arm.method
         groups = self._groups(method)
         optimizer.filter = method.filter(max(1, self._sizes.keep // groups), self._schedule.get_last_lr()[0])
+        counts = _counts(candidates, by_token=method.by_token)
+        counts /= counts.mean()
         if groups > 1:
-            return self._in_groups(candidates, groups)
+            return self._in_groups(candidates, counts, groups)
         for stage in (optimizer.filter, optimizer.weight):
             if isinstance(stage, Expecting):
                 stage.scores = self._chooser.expected()
         rows = self._entrance.rows(candidates)
-        optimizer.step(lambda: self._top(rows))
+        optimizer.step(lambda: self._top(rows) * counts.to(rows["inputs_embeds"]))
         selection = optimizer.selection
         if self._chooser.observe is not None:
             self._chooser.observe(candidates, selection)
         self._run.cosines.append(float(selection.cosine))
-        return selection.spread_weights()
+        return selection.spread_weights() * counts
 
-    def _in_groups(self, candidates: list[Example], groups: int) -> Tensor:
+    def _in_groups(self, candidates: list[Example], counts: Tensor, groups: int) -> Tensor:
         """A step on the mean of selections, each among neighbours of its own; the target is that of all of them."""
         optimizer, weights = self._optimizer, []
         optimizer.zero_grad()
         for start in range(groups):
-            some = candidates[start * len(candidates) // groups : (start + 1) * len(candidates) // groups]
-            rows = self._entrance.rows(some)
-            optimizer.backward(lambda rows=rows: self._top(rows), grad_scale=1 / groups)
-            weights.append(optimizer.selection.spread_weights() / groups)
+            group = slice(start * len(candidates) // groups, (start + 1) * len(candidates) // groups)
+            rows = self._entrance.rows(candidates[group])
+            factors = counts[group].to(rows["inputs_embeds"])
+            optimizer.backward(lambda rows=rows, factors=factors: self._top(rows) * factors, grad_scale=1 / groups)
+            weights.append(optimizer.selection.spread_weights() * counts[group] / groups)
             self._run.cosines.append(float(optimizer.selection.cosine))
         optimizer.step()
         return torch.cat(weights)
+
+
+def _counts(rows: Sequence[Example], *, by_token: bool) -> Tensor:
+    """How much each row counts, float64: its response tokens, or all rows alike."""
+    return torch.tensor([len(row.tokens) - row.prompt_length if by_token else 1 for row in rows], dtype=torch.float64)
 
 
 def rate(step: int, steps: int) -> float:

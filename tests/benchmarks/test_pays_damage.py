@@ -20,7 +20,7 @@ from pays.damage import DAMAGES, MARK, damaged
 from pays.peers import RandomWeights, SmallLossFilter
 from pays.proposals import Known, similar_and_sound
 
-from ftw_optim import Matching, UniformWeights
+from ftw_optim import Matching, SelectiveOptimizer, UniformWeights
 
 RECORDS = [{"prompt": f"Say {n}.", "response": f"It is {n} of many words", "source": f"s{n % 2}"} for n in range(400)]
 
@@ -152,6 +152,30 @@ def test_a_mean_over_tokens_counts_a_row_by_its_response(tmp_path: Path, monkeyp
     for row, count in zip(rows, counts.tolist(), strict=True):
         by_source[row.source] += count / float(counts.sum())
     assert {source: share for source, (_, share) in run.sources.items()} == pytest.approx(by_source)
+
+
+def test_a_selection_by_token_is_given_what_a_mean_over_tokens_is_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = quick_lab("--out", str(tmp_path))
+    run = training.Run(arm="ftw-tokens", steps=1, lr=1e-3, seed=0)
+    (read,) = lab.setting.stream(steps=1, read_ahead=12, seed=0)
+    rows = read[: lab.sizes.candidates]
+    given: list[torch.Tensor] = []
+    step = SelectiveOptimizer.step
+
+    def watching(self: SelectiveOptimizer, closure: Any) -> Any:
+        given.append(closure().detach())
+        return step(self, closure)
+
+    monkeypatch.setattr(SelectiveOptimizer, "step", watching)
+    lab.perform(run, [read], lambda: None)
+    lab.top.reset(0)
+    counts = torch.tensor([float(len(row.tokens) - row.prompt_length) for row in rows])
+    losses = lab.top(lab.entrance.rows(rows)).detach()
+    (found,) = given
+    torch.testing.assert_close(found.mean(), (losses * counts).sum() / counts.sum())
+    torch.testing.assert_close(found, losses * counts / counts.mean())
 
 
 def test_rows_that_guide_are_not_trained_on_and_are_charged_when_they_run(
