@@ -1,0 +1,87 @@
+"""The table of several settings: what each arm comes to in each of them, and beside one arm."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from .arms import ARMS
+from .report import paired_difference
+from .runs import Run
+
+LEGEND = """\
+Of each arm: final test loss, the mean over seeds (in brackets: how many), and the mean paired difference to {beside},
+over the seeds that both have; * where the 95 % interval of its bootstrap over rows and seeds is on one side of zero."""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None, *, description: str | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of results of pays.py")
+    parser.add_argument(
+        "--beside", default="adamw-n", metavar="ARM", help="that others are compared with (%(default)s)"
+    )
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="in this order; default: all that were run")
+    options = parser.parse_args(arguments)
+    for name in [options.beside, *(options.arms or [])]:
+        if name not in ARMS:
+            parser.error(f"{name!r} is not one of {', '.join(ARMS)}")
+    for folder in options.folders:
+        if not any(folder.glob("runs/*.json")):
+            parser.error(f"{folder} has no results of pays.py in its folder runs")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None, *, description: str | None = None) -> str:
+    """Prints the table."""
+    options = parse_arguments(arguments, description=description)
+    found = {folder.name: runs_in(folder) for folder in options.folders}
+    wanted = options.arms or [name for name in ARMS if any(name in runs for runs in found.values())]
+    text = table(found, wanted, beside=options.beside)
+    print(text)
+    return text
+
+
+def runs_in(folder: Path) -> dict[str, dict[int, Run]]:
+    """The runs of a folder by arm and seed; of an arm with several budgets, those with the largest."""
+    runs = [Run(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("runs/*.json"))]
+    largest: dict[str, int] = {}
+    for run in runs:
+        largest[_arm(run)] = max(run.steps, largest.get(_arm(run), 0))
+    found: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        if run.steps == largest[_arm(run)]:
+            found.setdefault(_arm(run), {})[run.seed] = run
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[int, Run]]], arms: Sequence[str], *, beside: str) -> str:
+    """The table, a line for each arm, and its legend."""
+    width = max(18, *(len(name) + 2 for name in found))
+    lines = [f"{'':<20}" + "".join(f"{name:>{width}}" for name in found)]
+    for name in arms:
+        cells = [_cell(runs.get(name, {}), {} if name == beside else runs.get(beside, {})) for runs in found.values()]
+        lines.append(f"{ARMS[name].label:<20}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join([*(line.rstrip() for line in lines), "", LEGEND.format(beside=ARMS[beside].label)])
+
+
+def _cell(runs: Mapping[int, Run], others: Mapping[int, Run]) -> str:
+    if not runs:
+        return ""
+    finals = [sum(run.test[-1]) / len(run.test[-1]) for run in runs.values()]
+    text = f"{sum(finals) / len(finals):.3f} ({len(finals)})"
+    shared = sorted(runs.keys() & others.keys())
+    if not shared:
+        return f"{text}{'':7}"
+    mean, low, high = paired_difference(
+        torch.tensor([runs[seed].test[-1] for seed in shared]), torch.tensor([others[seed].test[-1] for seed in shared])
+    )
+    return f"{text} {mean:+.2f}{'*' if low > 0.0 or high < 0.0 else ' '}"
+
+
+def _arm(run: Run) -> str:
+    return run.arm.split(":")[0]

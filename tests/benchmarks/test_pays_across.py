@@ -1,0 +1,51 @@
+"""The table of several settings: which runs it takes, and its differences against means written out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# The benchmarks are scripts: their folder is on the path only when one of them is run.
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from pays.across import main
+from pays.runs import Run
+from pays.store import Store
+
+
+def saved(folder: Path, arm: str, losses: list[float], *, seed: int = 0, steps: int = 4) -> None:
+    Store(folder, {}).save(Run(arm=arm, steps=steps, lr=1e-3, seed=seed, at=[steps], test=[losses]))
+
+
+def test_arms_are_compared_in_each_setting_over_the_seeds_that_both_have(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for seed in (0, 1):
+        saved(one, "adamw-n", [2.0, 3.0, 4.0], seed=seed)
+    saved(one, "ftw", [1.5, 2.4, 3.6], seed=1)
+    saved(one, "ftw", [9.0, 9.0, 9.0], seed=1, steps=2)  # a smaller budget
+    saved(one, "topk", [1.0, 3.0, 5.0], seed=0)
+    saved(two, "ftw", [1.0, 1.0, 1.0])
+    lines = main([str(one), str(two)]).splitlines()
+    assert lines[0].split() == ["one", "two"]
+    assert [line.split() for line in lines[1:4]] == [
+        ["AdamW", "on", "n", "3.000", "(2)"],
+        ["filter-then-weight", "2.500", "(1)", "-0.50*", "1.000", "(1)"],
+        ["top-k,", "dot", "product", "3.000", "(1)", "+0.00"],
+    ]
+    assert "difference to AdamW on n" in lines[-2]
+    (line,) = (
+        line for line in main([str(one), "--arms", "topk", "--beside", "ftw"]).splitlines() if line.startswith("top-k")
+    )
+    assert line.split()[-2:] == ["3.000", "(1)"]  # no seed that both have
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        ([str(tmp_path)], "has no results of pays.py"),
+        ([str(tmp_path), "--beside", "adam"], "'adam' is not one of adamw-k"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
