@@ -14,10 +14,10 @@ from pays.records import Record
 from .corpus import TARGET_AREA, build_corpus
 from .picture import write_picture
 
-ARMS = ["adamw-n", "ftw", "random+vetted", "target+random", "half+random+vetted"]
+ARMS = ["adamw-n", "adamw-n-tokens", "ftw", "random+vetted", "target+random"]
 STEPS = 30
-DAMAGE = "placeholder=0.5"
-"""Share of this installation's docstrings in the stream that have a placeholder in their place."""
+DAMAGE = "refusal=0.5"
+"""Share of this installation's docstrings in the stream that have a refusal in their place."""
 TARGET_RECORDS, TEST_RECORDS = 64, 256
 
 

@@ -209,7 +209,7 @@ def _target(label: str, rows: Callable[[Sizes], int] = _the_rest, **more: Any) -
 ARMS = {
     "adamw-k": _guide("AdamW on k", _k),
     "adamw-n": _guide("AdamW on n"),
-    "adamw-n-tokens": _guide("AdamW on n, by token", by_token=True),
+    "adamw-n-tokens": _guide("AdamW, by token", by_token=True),
     "ftw": _guide("filter-then-weight", method=FILTER_THEN_WEIGHT),
     "ftw-tokens": _guide("same, by token", method=BY_TOKEN),
     "ftw-thirty-twos": _guide("ftw in groups of 32", method=IN_THIRTY_TWOS),

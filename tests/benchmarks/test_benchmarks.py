@@ -246,9 +246,9 @@ def test_the_default_job_is_towards_an_area_of_this_machine(
         "AdamW on n",
         "filter-then-weight",
         "n random, vetted",
+        "AdamW, by token",
         "target + random",
-        "target + vetted",
-        "50 % of the stream placeholder",
+        "50 % of the stream refusal",
     ):
         assert label in printed
     assert (tmp_path / "finetune.png").stat().st_size > 10_000
