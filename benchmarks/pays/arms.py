@@ -185,6 +185,7 @@ RANDOM_WEIGHTS = Method(filter=_all, weight=RandomWeights(), options={"train_on_
 
 
 LATE_UNIFORM = Method(filter=_all, weight=UniformWeights(), decay=0.75)
+LATE_UNIFORM_TOKENS = Method(filter=_all, weight=UniformWeights(), decay=0.75, by_token=True)
 LATE_ACCEPTED = Method(filter=lambda keep, lr: AcceptFilter(), weight=UniformWeights(), decay=0.75)
 LATE_EXPECTED = Method(filter=_all, weight=ExpectedWeights(), decay=0.75)
 LATE_ABOVE = Method(filter=lambda keep, lr: ExpectedFilter(share=0.3), weight=UniformWeights(), decay=0.75)
@@ -240,7 +241,10 @@ ARMS = {
     "similarity+tilt": _guide("n similar, tilted", propose=similar, method=TILTED),
     "learned+accept": _guide("n learned, accepted", propose=learned, method=LATE_ACCEPTED),
     "vetted-n": _guide("n vetted", propose=vetted, method=LATE_UNIFORM),
+    "vetted-n-tokens": _guide("n vetted, by token", propose=vetted, method=LATE_UNIFORM_TOKENS),
+    "vetted+ftw-tokens": _guide("n vetted, ftw, tok", propose=vetted, method=BY_TOKEN),
     "random+vetted": _guide("n random, vetted", propose=vetted_random, method=LATE_UNIFORM),
+    "random+vetted-tokens": _guide("n random, vet., tok", propose=vetted_random, method=LATE_UNIFORM_TOKENS),
     "learned-n": _guide("n learned", propose=learned, method=UNIFORM),
     "learned+ftw": _guide("n learned, ftw", propose=learned, method=FILTER_THEN_WEIGHT),
     "scores-n": _guide("n learned, no prior", propose=learned_from_scores, method=UNIFORM),

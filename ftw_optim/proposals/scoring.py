@@ -26,6 +26,7 @@ class ScoreRegression:
         target_samples, dim, embedding, use_source, ridge, forgetting, prior: see
             :class:`~ftw_optim.proposals.LearnedProposal`.
         seed: seed of the features.
+        by_likeness: whether the likeness to the target rows is a column of the regression.
 
     Attributes:
         features: describes records.
@@ -46,6 +47,7 @@ class ScoreRegression:
         forgetting: float,
         prior: float,
         seed: int,
+        by_likeness: bool = True,
     ) -> None:
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}.")
@@ -56,12 +58,13 @@ class ScoreRegression:
         if not 0.0 <= prior < math.inf:
             raise ValueError(f"prior must be finite and not negative, got {prior}; 0 guesses nothing.")
         self.ridge, self.forgetting, self.prior = ridge, forgetting, prior
+        self._by_likeness = by_likeness and target_samples is not None
         self.features = Features(target_samples, dim=dim, seed=seed, embedding=embedding, use_source=use_source)
         self.learned = Regression(self.no_columns().shape[1], forgetting=forgetting)
 
     def columns(self, features: Tensor) -> Tensor:
-        """The columns of the regression, float64: a constant, the likeness if there are targets, the other features."""
-        first = 3 if self.features.has_targets else 4
+        """The columns of the regression, float64: a constant, the likeness where it is one, the other features."""
+        first = 3 if self._by_likeness else 4
         return torch.cat([torch.ones(len(features), 1), features[:, first:]], dim=1).double()
 
     def no_columns(self) -> Tensor:
@@ -78,7 +81,7 @@ class ScoreRegression:
             columns: of the records on offer.
             noise: standard normal numbers for the draw, shape ``(width,)`` float64; None: the expected ones.
         """
-        alone = 3 + self.features.has_targets  # columns that are scaled for themselves
+        alone = 3 + self._by_likeness  # columns that are scaled for themselves
         variance, mean = torch.var_mean(columns, 0, correction=0)
         groups = [slice(i, i + 1) for i in range(1, alone)]
         groups += [slice(alone, alone + self.features.dim), slice(alone + self.features.dim, len(mean))]
@@ -89,7 +92,7 @@ class ScoreRegression:
                 scale[group] = spread**0.5
         mean[0] = 0.0
         guess = torch.zeros_like(mean)
-        guess[1] = self.prior if self.features.has_targets else 0.0
+        guess[1] = self.prior if self._by_likeness else 0.0
         precision = torch.full_like(mean, self.ridge)
         precision[0] *= _CONSTANT
         return self.learned.draw(mean, scale, guess, precision, torch.zeros_like(mean) if noise is None else noise)

@@ -15,18 +15,17 @@ from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_e
 from ftw_optim.proposals.scoring import ScoreRegression
 
 REMEMBERED = 96
-"""Observed records that the kinds are told from."""
-LEAST = 16
+"""Observed records that the kinds are told from, half of them of each where there are two."""
+LEAST = 24
 """Observed records before two kinds are told apart."""
-FEW = 4
-"""Scores of each kind before one is left out."""
-APART = 3.0
-"""Distance of the means of two kinds, in standard deviations within them. What a normal distribution shows, divided at
-its best point, is 2.65."""
-CERTAIN, DOUBTED = 2.0, 1.0
-"""Standard errors between the kinds' mean scores at which the worse one is left out, and at which no longer."""
-WORSE = 0.5
-"""Mean score of the worse kind, as a share of that of the better one, from which on it is left out."""
+APART = 2.75
+"""How certain and how large a difference must be before the worse kind is left out, see :func:`two_kinds`: the distance
+of the kinds' mean expected scores in standard deviations within them, times the worse kind's shortfall as a share of
+the better one's mean."""
+NEARER = 0.35
+"""Place of the border on the way from the worse kind's mean to the better one's: what is in doubt is proposed."""
+RECENT, FEW = (24, 48), 8
+"""Scores of records found to be of the worse and the better kind that say whether this still holds, and the least."""
 
 
 @final
@@ -35,9 +34,9 @@ class VettedProposal(Proposal):
 
     Likeness finds records that *look* like the target and cannot see whether they are any good: a prompt of the right
     kind may have an empty, cut-off or wrong answer. A regression of scores on the record's features, as in
-    :class:`LearnedProposal`, sees that after a few steps. What it expects beyond what likeness explains may show two
-    kinds of records; where it does, and the lower kind's own scores are certainly lower, records of that kind are left
-    out until the scores no longer say so. Where there are no two kinds, nothing is left out and this is
+    :class:`LearnedProposal` but without likeness, sees that within a few steps. Where what it expects shows two kinds
+    of records, far apart, records of the worse one are left out, until those of it that are tried all the same score
+    no lower than the others. Where there are no two kinds, nothing is left out and this is
     :class:`SimilarityProposal`: among good records scores are too noisy to choose by.
 
     Scores are only honest of a target that is not trained on meanwhile, see :class:`~ftw_optim.TargetGradient`.
@@ -45,7 +44,7 @@ class VettedProposal(Proposal):
     Args:
         target_samples: the target rows; None: no likeness.
         order: ``"likeness"``: the most alike first. ``"uniform"``: at random.
-        dim, embedding, use_source, ridge, forgetting, prior: of the regression, see :class:`LearnedProposal`.
+        dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse;
             where it is no whole number, rounded up or down at random.
         seed: seed of the draws and of the features.
@@ -67,7 +66,6 @@ class VettedProposal(Proposal):
         use_source: bool = False,
         ridge: float = 8.0,
         forgetting: float = 0.98,
-        prior: float = 0.1,
         explore: float = 0.125,
         seed: int = 0,
     ) -> None:
@@ -84,14 +82,19 @@ class VettedProposal(Proposal):
             use_source=use_source,
             ridge=ridge,
             forgetting=forgetting,
-            prior=prior,
+            prior=0.0,
             seed=seed,
+            by_likeness=False,  # else it would find the kind of the target, which likeness has found
         )
         self._calls = 0
+        self._forget_kinds()
+
+    def _forget_kinds(self) -> None:
         self.vetoes = False
-        self._least = 0.0
-        self._seen = self._regression.no_columns()
-        self._lower = self._upper = torch.empty(0, dtype=torch.float64)
+        self._border = 0.0
+        # Records of one kind, or of the better one and the worse one; and the latest scores of these two.
+        self._better, self._worse = self._regression.no_columns(), self._regression.no_columns()
+        self._better_scores = self._worse_scores = torch.empty(0, dtype=torch.float64)
 
     def features(self, samples: Sequence[Sample]) -> Tensor:
         """The features of samples, to keep and to pass to the other calls; a row depends on its sample alone."""
@@ -100,23 +103,24 @@ class VettedProposal(Proposal):
     def propose(self, samples: Sequence[Sample], count: int, *, features: Tensor | None = None) -> Tensor:
         """See :class:`Proposal`; with ``features`` the samples themselves are not looked at.
 
-        Of the kind that is left out, those come last that exploring asks for; more only where there are no others.
+        Of the kind that is left out, those come last that exploring asks for. Where there are too few others, those
+        with the highest expected scores are taken as well.
         """
         check_count(count)
         known = self._regression.features.given(samples, features)
         count = min(count, len(known))
         guess = likeness_of(known) if self.order == "likeness" else torch.zeros(len(known), dtype=torch.float64)
+        expected = torch.zeros(len(known), dtype=torch.float64)
         worse = torch.zeros(len(known), dtype=torch.bool)
         if self.vetoes and len(known):
-            worse = self._beyond_likeness(self._regression.columns(known)) <= self._least
+            expected = self._expected(self._regression.columns(known))
+            worse = expected <= self._border
         draw = salt("vetted", self.seed, self._calls)
         self._calls += 1
-        few = min(explored(count, self.explore, draw), int(worse.sum())) if bool(worse.any()) else 0
-        few = max(few, count - int((~worse).sum()))
-        chosen = []
-        for places, number in (((~worse).nonzero()[:, 0], count - few), (worse.nonzero()[:, 0], few)):
-            best = best_and_uniform(
-                guess[places],
+
+        def best(places: Tensor, values: Tensor, number: int) -> Tensor:
+            found = best_and_uniform(
+                values[places],
                 keys_of(known)[places],
                 sources_of(known)[places],
                 number,
@@ -124,8 +128,14 @@ class VettedProposal(Proposal):
                 explore_by="record",
                 salt=draw,
             )
-            chosen.append(places[best])
-        return torch.cat(chosen)
+            return places[found]
+
+        tried = best(worse.nonzero()[:, 0], guess, min(explored(count, self.explore, draw), int(worse.sum())))
+        chosen = best((~worse).nonzero()[:, 0], guess, count - len(tried))
+        left = worse.clone()
+        left[tried] = False
+        more = best(left.nonzero()[:, 0], expected, count - len(chosen) - len(tried))
+        return torch.cat([chosen, more, tried])
 
     def observe(self, samples: Sequence[Sample], selection: Selection, *, features: Tensor | None = None) -> None:
         """See :class:`Proposal`; as for :class:`LearnedProposal`, a guide that is blind or stale teaches nothing."""
@@ -133,54 +143,48 @@ class VettedProposal(Proposal):
         if told is None:
             return
         columns, scores = told
-        if len(self._seen) >= LEAST:
-            # Said before these scores are learned: a regression would find two kinds in any noise that it has seen.
-            worse = self._beyond_likeness(columns) <= self._least
-            self._lower = torch.cat([self._lower, scores[worse]])[-(REMEMBERED // 2) :]
-            self._upper = torch.cat([self._upper, scores[~worse]])[-(REMEMBERED // 2) :]
         self._regression.learned.observe(columns, scores)
-        self._remember(columns)
-        if len(self._seen) >= LEAST:
-            self._judge()
-
-    def _remember(self, columns: Tensor) -> None:
-        """Keep the latest records; while a kind is left out, as many of each kind as when it was found.
-
-        Of the kind left out few come after that, and both must stay in sight.
-        """
-        before = len(self._seen)
-        self._seen = torch.cat([self._seen, columns])
-        if len(self._seen) <= REMEMBERED:
-            return
-        keep = torch.arange(len(self._seen) - REMEMBERED, len(self._seen))
         if self.vetoes:
-            worse = self._beyond_likeness(self._seen) <= self._least
-            share = float(worse[:before].double().mean())
-            room = round(min(max(share, 1 / 6), 5 / 6) * REMEMBERED)
-            lower, upper = worse.nonzero()[:, 0], (~worse).nonzero()[:, 0]
-            keep = torch.cat([lower[-room:], upper[room - REMEMBERED :]]).sort().values
-        self._seen = self._seen[keep]
-
-    def _judge(self) -> None:
-        """Decide whether there are two kinds, of which one is to be left out."""
-        self._least, apart = two_kinds(self._beyond_likeness(self._seen))
-        lower, upper = self._lower, self._upper
-        if min(len(lower), len(upper)) < FEW:
-            return
-        gap = float(upper.mean() - lower.mean())
-        error = float((lower.var() / len(lower) + upper.var() / len(upper)).sqrt())
-        if self.vetoes:
-            self.vetoes = gap > DOUBTED * error
+            self._judge(columns, scores)
         else:
-            worse = float(lower.mean()) < WORSE * float(upper.mean())
-            self.vetoes = apart > APART and gap > CERTAIN * error and worse
+            self._better = torch.cat([self._better, columns])[-REMEMBERED:]
+            if len(self._better) >= LEAST:
+                self._look_for_kinds()
 
-    def _beyond_likeness(self, columns: Tensor) -> Tensor:
-        """The expected scores of records but for what the regression takes from their likeness."""
-        coefficients = self._regression.coefficients(self._seen)
-        if self._regression.features.has_targets:
-            coefficients[1] = 0.0
-        return columns @ coefficients
+    def _look_for_kinds(self) -> None:
+        """Decide whether there are two kinds, of which one is to be left out."""
+        expected = self._expected(self._better)
+        point, apart = two_kinds(expected)
+        worse = expected <= point
+        lower, upper = float(expected[worse].mean()), float(expected[~worse].mean())
+        if upper > 0.0 and apart * (1.0 - lower / upper) > APART:
+            self.vetoes = True
+            self._better, self._worse = self._better[~worse], self._better[worse]
+            self._draw_border()
+
+    def _judge(self, columns: Tensor, scores: Tensor) -> None:
+        """Take in new records of each kind, and decide whether the worse one is to be left out any longer.
+
+        Of the kind left out few come, so both are remembered apart, and once told apart they are not told apart anew:
+        among the records that come then, the widest gap is another one.
+        """
+        worse = self._expected(columns) <= self._border
+        self._better = torch.cat([self._better, columns[~worse]])[-REMEMBERED // 2 :]
+        self._worse = torch.cat([self._worse, columns[worse]])[-REMEMBERED // 2 :]
+        self._worse_scores = torch.cat([self._worse_scores, scores[worse]])[-RECENT[0] :]
+        self._better_scores = torch.cat([self._better_scores, scores[~worse]])[-RECENT[1] :]
+        self._draw_border()
+        known = min(len(self._worse_scores), len(self._better_scores)) >= FEW
+        if known and float(self._worse_scores.mean()) >= float(self._better_scores.mean()):
+            self._forget_kinds()
+
+    def _draw_border(self) -> None:
+        lower, upper = float(self._expected(self._worse).mean()), float(self._expected(self._better).mean())
+        self._border = lower + NEARER * (upper - lower)
+
+    def _expected(self, columns: Tensor) -> Tensor:
+        """The expected scores of records."""
+        return columns @ self._regression.coefficients(torch.cat([self._better, self._worse]))
 
     def state_dict(self) -> dict[str, Any]:
         """The number of calls, what was learned, and the settings that must be equal on resume."""
@@ -196,10 +200,8 @@ class VettedProposal(Proposal):
             "learned": self._regression.learned.state_dict(),
             "kinds": {
                 "vetoes": self.vetoes,
-                "least": self._least,
-                "seen": self._seen,
-                "lower": self._lower,
-                "upper": self._upper,
+                "border": self._border,
+                **{name: getattr(self, f"_{name}") for name in _REMEMBERED_PARTS},
             },
         }
 
@@ -207,16 +209,24 @@ class VettedProposal(Proposal):
         """See :class:`Proposal`."""
         check_state(state_dict, self.state_dict())
         kinds = state_dict["kinds"]
-        seen, lower, upper = (
-            torch.as_tensor(kinds[key], dtype=torch.float64, device="cpu") for key in ("seen", "lower", "upper")
-        )
-        if seen.ndim != 2 or seen.shape[1] != self._seen.shape[1]:
-            raise ValueError(
-                f"Expected {self._seen.shape[1]} columns of each remembered record, got shape {tuple(seen.shape)}."
-            )
+        parts = {
+            name: torch.as_tensor(kinds[name], dtype=torch.float64, device="cpu").clone() for name in _REMEMBERED_PARTS
+        }
+        width = self._better.shape[1]
+        for name in ("better", "worse"):
+            if not parts[name].numel():
+                parts[name] = self._regression.no_columns()  # JSON has no shape of an empty table
+            if parts[name].ndim != 2 or parts[name].shape[1] != width:
+                raise ValueError(
+                    f"Expected {width} columns of each remembered record, got shape {tuple(parts[name].shape)}."
+                )
         self._regression.learned.load_state_dict(state_dict["learned"])
-        self._calls, self.vetoes, self._least = state_dict["calls"], bool(kinds["vetoes"]), float(kinds["least"])
-        self._seen, self._lower, self._upper = seen.clone(), lower.clone(), upper.clone()
+        self._calls, self.vetoes, self._border = state_dict["calls"], bool(kinds["vetoes"]), float(kinds["border"])
+        for name, part in parts.items():
+            setattr(self, f"_{name}", part)
+
+
+_REMEMBERED_PARTS = ("better", "worse", "better_scores", "worse_scores")
 
 
 def two_kinds(values: Tensor) -> tuple[float, float]:

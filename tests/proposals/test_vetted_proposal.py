@@ -125,7 +125,7 @@ def test_the_state_in_the_midst_of_a_veto_goes_on_as_it_would_have() -> None:
     with pytest.raises(ValueError, match="settings"):
         VettedProposal(_TARGET, dim=64, explore=0.2).load_state_dict(one.state_dict())
     broken = one.state_dict()
-    broken["kinds"] = {**broken["kinds"], "seen": torch.zeros(3, 2, dtype=torch.float64)}
+    broken["kinds"] = {**broken["kinds"], "worse": torch.zeros(3, 2, dtype=torch.float64)}
     with pytest.raises(ValueError, match="columns of each remembered record"):
         other.load_state_dict(broken)
 
@@ -133,14 +133,17 @@ def test_the_state_in_the_midst_of_a_veto_goes_on_as_it_would_have() -> None:
 def test_both_kinds_stay_in_memory() -> None:
     proposal = VettedProposal(_TARGET, dim=64)
     steps(proposal, 60)
-    assert len(proposal._seen) == REMEMBERED
-    worse = proposal._beyond_likeness(proposal._seen) <= proposal._least
-    assert 1 / 7 < float(worse.double().mean()) < 6 / 7
+    assert len(proposal._worse) + len(proposal._better) == REMEMBERED
+    lower, upper = (proposal._expected(kind) for kind in (proposal._worse, proposal._better))
+    assert float(lower.mean()) < proposal._border < float(upper.mean())
+    # As each was found by the numbers of its time.
+    assert float((lower <= proposal._border).double().mean()) > 0.9
+    assert float((upper > proposal._border).double().mean()) > 0.9
 
 
 def test_nothing_is_told_of_few_records() -> None:
     proposal = VettedProposal(_TARGET, dim=64)
-    steps(proposal, LEAST // _CHOSEN, noise=0.01)
+    steps(proposal, LEAST // _CHOSEN - 1, noise=0.01)
     assert not proposal.vetoes
 
 
