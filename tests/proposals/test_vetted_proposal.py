@@ -78,6 +78,14 @@ def test_a_worse_kind_is_left_out_but_for_what_is_explored(order: Any, seed: int
     assert share_spoilt(found[20:]) < 0.125 + 0.08
 
 
+@pytest.mark.parametrize("damaged", [0.25, 0.5])
+@pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
+def test_two_kinds_are_told_apart_within_a_few_steps(damaged: float, seed: int) -> None:
+    proposal = VettedProposal(_TARGET, dim=64, seed=seed)
+    steps(proposal, LEAST // _CHOSEN + 1, damaged=damaged, seed=seed)
+    assert proposal.vetoes
+
+
 @pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
 def test_among_records_of_one_kind_it_is_likeness_alone(seed: int) -> None:
     """Scores that differ by noise and by likeness alone say nothing more."""
