@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
@@ -16,16 +17,18 @@ from ftw_optim.proposals.scoring import ScoreRegression
 
 REMEMBERED = 96
 """Observed records that the kinds are told from, half of them of each where there are two."""
-LEAST = 24
-"""Observed records before two kinds are told apart."""
+LEAST, FEW = 12, 6
+"""Observed records before two kinds are looked for, and scores of each kind before anything is made of them."""
 APART = 2.75
-"""How certain and how large a difference must be before the worse kind is left out, see :func:`two_kinds`: the distance
-of the kinds' mean expected scores in standard deviations within them, times the worse kind's shortfall as a share of
-the better one's mean."""
+"""How far apart and how unequal two kinds must be: the distance of their mean expected scores in standard deviations
+within them (see :func:`two_kinds`), times the worse kind's shortfall as a share of the better one's mean."""
+CERTAIN = 2.5
+"""Standard errors between the kinds' mean scores, of records that were told apart before their scores were learned: a
+regression finds two kinds in any noise that it has seen."""
 NEARER = 0.35
 """Place of the border on the way from the worse kind's mean to the better one's: what is in doubt is proposed."""
-RECENT, FEW = (24, 48), 8
-"""Scores of records found to be of the worse and the better kind that say whether this still holds, and the least."""
+RECENT = 48
+"""Latest scores of each kind that say whether it is worse."""
 
 
 @final
@@ -35,9 +38,9 @@ class VettedProposal(Proposal):
     Likeness finds records that *look* like the target and cannot see whether they are any good: a prompt of the right
     kind may have an empty, cut-off or wrong answer. A regression of scores on the record's features, as in
     :class:`LearnedProposal` but without likeness, sees that within a few steps. Where what it expects shows two kinds
-    of records, far apart, records of the worse one are left out, until those of it that are tried all the same score
-    no lower than the others. Where there are no two kinds, nothing is left out and this is
-    :class:`SimilarityProposal`: among good records scores are too noisy to choose by.
+    of records, far apart, and the scores that come then bear it out, records of the worse kind are left out, until
+    those of it that are tried all the same score no lower than the others. Where there are no two kinds, nothing is
+    left out and this is :class:`SimilarityProposal`: among good records scores are too noisy to choose by.
 
     Scores are only honest of a target that is not trained on meanwhile, see :class:`~ftw_optim.TargetGradient`.
 
@@ -45,8 +48,9 @@ class VettedProposal(Proposal):
         target_samples: the target rows; None: no likeness.
         order: ``"likeness"``: the most alike first. ``"uniform"``: at random.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
-        explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse;
-            where it is no whole number, rounded up or down at random.
+        explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse,
+            but no more than it has of the records read; where it is no whole number, rounded up or down at random. With
+            0 nothing that was left out comes back.
         seed: seed of the draws and of the features.
 
     Attributes:
@@ -130,7 +134,8 @@ class VettedProposal(Proposal):
             )
             return places[found]
 
-        tried = best(worse.nonzero()[:, 0], guess, min(explored(count, self.explore, draw), int(worse.sum())))
+        share = min(self.explore, float(worse.double().mean())) if len(known) else 0.0
+        tried = best(worse.nonzero()[:, 0], guess, min(explored(count, share, draw), int(worse.sum())))
         chosen = best((~worse).nonzero()[:, 0], guess, count - len(tried))
         left = worse.clone()
         left[tried] = False
@@ -143,9 +148,14 @@ class VettedProposal(Proposal):
         if told is None:
             return
         columns, scores = told
+        if self.vetoes or len(self._better) >= LEAST:
+            # Before these scores are learned.
+            worse = self._expected(columns) <= self._border
+            self._worse_scores = torch.cat([self._worse_scores, scores[worse]])[-RECENT:]
+            self._better_scores = torch.cat([self._better_scores, scores[~worse]])[-RECENT:]
         self._regression.learned.observe(columns, scores)
         if self.vetoes:
-            self._judge(columns, scores)
+            self._keep_apart(columns)
         else:
             self._better = torch.cat([self._better, columns])[-REMEMBERED:]
             if len(self._better) >= LEAST:
@@ -154,15 +164,18 @@ class VettedProposal(Proposal):
     def _look_for_kinds(self) -> None:
         """Decide whether there are two kinds, of which one is to be left out."""
         expected = self._expected(self._better)
-        point, apart = two_kinds(expected)
-        worse = expected <= point
+        self._border, apart = two_kinds(expected)
+        worse = expected <= self._border
+        if not bool(worse.any()) or bool(worse.all()):
+            return
         lower, upper = float(expected[worse].mean()), float(expected[~worse].mean())
-        if upper > 0.0 and apart * (1.0 - lower / upper) > APART:
+        shortfall = min(1.0, 1.0 - lower / upper) if upper > 0.0 else 0.0
+        if apart * shortfall > APART and self._gap() > CERTAIN:
             self.vetoes = True
             self._better, self._worse = self._better[~worse], self._better[worse]
             self._draw_border()
 
-    def _judge(self, columns: Tensor, scores: Tensor) -> None:
+    def _keep_apart(self, columns: Tensor) -> None:
         """Take in new records of each kind, and decide whether the worse one is to be left out any longer.
 
         Of the kind left out few come, so both are remembered apart, and once told apart they are not told apart anew:
@@ -171,16 +184,23 @@ class VettedProposal(Proposal):
         worse = self._expected(columns) <= self._border
         self._better = torch.cat([self._better, columns[~worse]])[-REMEMBERED // 2 :]
         self._worse = torch.cat([self._worse, columns[worse]])[-REMEMBERED // 2 :]
-        self._worse_scores = torch.cat([self._worse_scores, scores[worse]])[-RECENT[0] :]
-        self._better_scores = torch.cat([self._better_scores, scores[~worse]])[-RECENT[1] :]
-        self._draw_border()
-        known = min(len(self._worse_scores), len(self._better_scores)) >= FEW
-        if known and float(self._worse_scores.mean()) >= float(self._better_scores.mean()):
+        lower, upper = self._draw_border()
+        if lower >= upper or self._gap() <= 0.0:
             self._forget_kinds()
 
-    def _draw_border(self) -> None:
+    def _gap(self) -> float:
+        """The distance of the kinds' mean scores in standard errors; NaN where too few are known."""
+        lower, upper = self._worse_scores, self._better_scores
+        if min(len(lower), len(upper)) < FEW:
+            return math.nan
+        error = (lower.var() / len(lower) + upper.var() / len(upper)).sqrt()
+        return float((upper.mean() - lower.mean()) / error.clamp(min=torch.finfo(error.dtype).tiny))
+
+    def _draw_border(self) -> tuple[float, float]:
+        """Place the border between the kinds' mean expected scores, which are returned."""
         lower, upper = float(self._expected(self._worse).mean()), float(self._expected(self._better).mean())
         self._border = lower + NEARER * (upper - lower)
+        return lower, upper
 
     def _expected(self, columns: Tensor) -> Tensor:
         """The expected scores of records."""
@@ -207,8 +227,14 @@ class VettedProposal(Proposal):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """See :class:`Proposal`."""
-        check_state(state_dict, self.state_dict())
+        mine = self.state_dict()
+        check_state(state_dict, mine)
         kinds = state_dict["kinds"]
+        if kinds.keys() != mine["kinds"].keys():
+            raise ValueError(
+                f"Expected what is known of kinds as {', '.join(mine['kinds'])}, got {', '.join(kinds)}: the state of "
+                "another release. Begin anew."
+            )
         parts = {
             name: torch.as_tensor(kinds[name], dtype=torch.float64, device="cpu").clone() for name in _REMEMBERED_PARTS
         }
@@ -220,8 +246,9 @@ class VettedProposal(Proposal):
                 raise ValueError(
                     f"Expected {width} columns of each remembered record, got shape {tuple(parts[name].shape)}."
                 )
+        calls, vetoes, border = int(state_dict["calls"]), bool(kinds["vetoes"]), float(kinds["border"])
         self._regression.learned.load_state_dict(state_dict["learned"])
-        self._calls, self.vetoes, self._border = state_dict["calls"], bool(kinds["vetoes"]), float(kinds["border"])
+        self._calls, self.vetoes, self._border = calls, vetoes, border
         for name, part in parts.items():
             setattr(self, f"_{name}", part)
 
@@ -251,5 +278,8 @@ def two_kinds(values: Tensor) -> tuple[float, float]:
     at = int(between.argmax())
     within = ((ordered - ordered.mean()).square().sum() - between[at]) / n
     last = least - 1 + at
-    apart = (high[at] - low[at]) / within.clamp(min=torch.finfo(within.dtype).tiny).sqrt()
+    gap = high[at] - low[at]
+    if float(gap) <= 1e-9 * float(ordered.abs().max()):  # rounding
+        return float(ordered[last]), 0.0
+    apart = gap / within.clamp(min=(1e-9 * gap) ** 2).sqrt()
     return float((ordered[last] + ordered[last + 1]) / 2), float(apart)
