@@ -26,6 +26,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
         "--beside", default="adamw-n", metavar="ARM", help="that others are compared with (%(default)s)"
     )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="in this order; default: all that were run")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of these alone; default: all")
     options = parser.parse_args(arguments)
     for name in [options.beside, *(options.arms or [])]:
         if name not in ARMS:
@@ -39,22 +40,22 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
 def main(arguments: Sequence[str] | None = None, *, description: str | None = None) -> str:
     """Prints the table."""
     options = parse_arguments(arguments, description=description)
-    found = {folder.name: runs_in(folder) for folder in options.folders}
+    found = {folder.name: runs_in(folder, options.seeds) for folder in options.folders}
     wanted = options.arms or [name for name in ARMS if any(name in runs for runs in found.values())]
     text = table(found, wanted, beside=options.beside)
     print(text)
     return text
 
 
-def runs_in(folder: Path) -> dict[str, dict[int, Run]]:
-    """The runs of a folder by arm and seed; of an arm with several budgets, those with the largest."""
+def runs_in(folder: Path, seeds: Sequence[int] | None = None) -> dict[str, dict[int, Run]]:
+    """The runs of a folder by arm and seed, of all seeds or of some; of an arm's budgets, those with the largest."""
     runs = [Run(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("runs/*.json"))]
     largest: dict[str, int] = {}
     for run in runs:
         largest[_arm(run)] = max(run.steps, largest.get(_arm(run), 0))
     found: dict[str, dict[int, Run]] = {}
     for run in runs:
-        if run.steps == largest[_arm(run)]:
+        if run.steps == largest[_arm(run)] and (seeds is None or run.seed in seeds):
             found.setdefault(_arm(run), {})[run.seed] = run
     return found
 
