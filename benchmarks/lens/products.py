@@ -68,7 +68,7 @@ def products_of(
         target=range(len(pool), len(rows)),
         likeness=likeness(rows, target),
         own=[bool(own_source) and example.source.startswith(own_source) for example in pool] + [False] * len(target),
-        tokens=torch.tensor([len(row.tokens) - row.prompt_length for row in rows], dtype=torch.float64),
+        tokens=torch.tensor([row.response_length for row in rows], dtype=torch.float64),
         damaged=[row.source.endswith(MARK) for row in rows],
     )
 

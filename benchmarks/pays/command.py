@@ -7,6 +7,7 @@ import hashlib
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     data.add_argument("--own-source", default="", metavar="PREFIX", help="of the pool's sources related to the target")
     data.add_argument("--dirt", help="records that replace some of the pool's")
     data.add_argument("--dirt-share", type=float, default=0.0, help="of the stream (%(default)s)")
-    data.add_argument(
-        "--damage", nargs="+", default=[], metavar="KIND=SHARE", help=f"of the stream's records: {', '.join(DAMAGES)}"
-    )
+    add_damage(data, "of the stream's records")
     data.add_argument("--target-rows", type=int, default=16, help="used, a quarter for validation (%(default)s)")
     data.add_argument("--test-rows", type=int, default=128, help="(%(default)s)")
     data.add_argument("--pool-rows", type=int, default=64, help="of the pool, held out (%(default)s)")
@@ -94,8 +93,8 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     if options.arms is None:
         untold = (ORACLES if not options.own_source else frozenset()) | (SOUND if not options.damage else frozenset())
         options.arms = [name for name in ARMS if name not in untold]
+    options.damage = dict(options.damage)
     try:
-        options.damage = dict(map(damage_of, options.damage))
         options.budgets = {spec: _budget(spec, options.steps) for spec in options.arms}
         options.rates = {**dict.fromkeys(BASELINES, 1e-3), **dict(map(_family_rate, options.lr))}
     except ValueError as error:
@@ -117,12 +116,24 @@ def _budget(spec: str, steps: int) -> int:
     return int(given) if given else steps
 
 
-def damage_of(given: str) -> tuple[str, float]:
-    """A kind of damage and its share, from an option."""
+def add_damage(parser: argparse._ActionsContainer, what: str) -> None:
+    """The option ``--damage``: pairs of a kind and its share."""
+    parser.add_argument(
+        "--damage",
+        nargs="+",
+        type=_damage,
+        default=[],
+        metavar="KIND=SHARE",
+        help=f"{what}: {', '.join(DAMAGES)}",
+    )
+
+
+def _damage(given: str) -> tuple[str, float]:
     kind, _, share = given.partition("=")
-    if kind not in DAMAGES or not share:
-        raise ValueError(f"--damage: expected KIND=SHARE with one of {', '.join(DAMAGES)}, got {given!r}")
-    return kind, float(share)
+    if kind in DAMAGES:
+        with suppress(ValueError):
+            return kind, float(share)
+    raise argparse.ArgumentTypeError(f"expected KIND=SHARE with one of {', '.join(DAMAGES)}, got {given!r}")
 
 
 def _family_rate(given: str) -> tuple[str, float]:

@@ -27,6 +27,11 @@ class Example(NamedTuple):
     prompt_length: int
     source: str
 
+    @property
+    def response_length(self) -> int:
+        """The number of tokens that carry a loss."""
+        return len(self.tokens) - self.prompt_length
+
 
 Encoder = Callable[[Record], Example | None]
 

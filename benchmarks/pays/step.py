@@ -156,7 +156,7 @@ class Step:
 
 def _counts(rows: Sequence[Example], *, by_token: bool) -> Tensor:
     """How much each row counts, float64: its response tokens, or all rows alike."""
-    return torch.tensor([len(row.tokens) - row.prompt_length if by_token else 1 for row in rows], dtype=torch.float64)
+    return torch.tensor([row.response_length if by_token else 1 for row in rows], dtype=torch.float64)
 
 
 def rate(step: int, steps: int) -> float:

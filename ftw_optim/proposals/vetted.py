@@ -198,7 +198,8 @@ class VettedProposal(Proposal):
 
     def _draw_border(self) -> tuple[float, float]:
         """Place the border between the kinds' mean expected scores, which are returned."""
-        lower, upper = float(self._expected(self._worse).mean()), float(self._expected(self._better).mean())
+        expected = self._expected(torch.cat([self._worse, self._better]))
+        lower, upper = float(expected[: len(self._worse)].mean()), float(expected[len(self._worse) :].mean())
         self._border = lower + NEARER * (upper - lower)
         return lower, upper
 
