@@ -27,6 +27,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="in this order; default: all that were run")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of these alone; default: all")
+    parser.add_argument("--intervals", action="store_true", help="print them, not only on which side of zero they are")
     options = parser.parse_args(arguments)
     for name in [options.beside, *(options.arms or [])]:
         if name not in ARMS:
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
     options = parse_arguments(arguments, description=description)
     found = {folder.name: runs_in(folder, options.seeds) for folder in options.folders}
     wanted = options.arms or [name for name in ARMS if any(name in runs for runs in found.values())]
-    text = table(found, wanted, beside=options.beside)
+    text = table(found, wanted, beside=options.beside, intervals=options.intervals)
     print(text)
     return text
 
@@ -60,17 +61,22 @@ def runs_in(folder: Path, seeds: Sequence[int] | None = None) -> dict[str, dict[
     return found
 
 
-def table(found: Mapping[str, Mapping[str, Mapping[int, Run]]], arms: Sequence[str], *, beside: str) -> str:
+def table(
+    found: Mapping[str, Mapping[str, Mapping[int, Run]]], arms: Sequence[str], *, beside: str, intervals: bool
+) -> str:
     """The table, a line for each arm, and its legend."""
-    width = max(18, *(len(name) + 2 for name in found))
+    width = max(36 if intervals else 18, *(len(name) + 2 for name in found))
     lines = [f"{'':<20}" + "".join(f"{name:>{width}}" for name in found)]
     for name in arms:
-        cells = [_cell(runs.get(name, {}), {} if name == beside else runs.get(beside, {})) for runs in found.values()]
+        cells = [
+            _cell(runs.get(name, {}), {} if name == beside else runs.get(beside, {}), intervals=intervals)
+            for runs in found.values()
+        ]
         lines.append(f"{ARMS[name].label:<20}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join([*(line.rstrip() for line in lines), "", LEGEND.format(beside=ARMS[beside].label)])
 
 
-def _cell(runs: Mapping[int, Run], others: Mapping[int, Run]) -> str:
+def _cell(runs: Mapping[int, Run], others: Mapping[int, Run], *, intervals: bool) -> str:
     if not runs:
         return ""
     finals = [sum(run.test[-1]) / len(run.test[-1]) for run in runs.values()]
@@ -81,6 +87,8 @@ def _cell(runs: Mapping[int, Run], others: Mapping[int, Run]) -> str:
     mean, low, high = paired_difference(
         torch.tensor([runs[seed].test[-1] for seed in shared]), torch.tensor([others[seed].test[-1] for seed in shared])
     )
+    if intervals:
+        return f"{text} {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
     return f"{text} {mean:+.2f}{'*' if low > 0.0 or high < 0.0 else ' '}"
 
 

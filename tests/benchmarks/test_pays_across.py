@@ -39,6 +39,10 @@ def test_arms_are_compared_in_each_setting_over_the_seeds_that_both_have(tmp_pat
         line for line in main([str(one), "--arms", "topk", "--beside", "ftw"]).splitlines() if line.startswith("top-k")
     )
     assert line.split()[-2:] == ["3.000", "(1)"]  # no seed that both have
+    (line,) = (line for line in main([str(one), "--intervals"]).splitlines() if line.startswith("filter"))
+    mean, low, high = (float(part.strip("[],")) for part in line.split()[-3:])
+    assert mean == -0.5
+    assert -0.6 <= low < mean < high <= -0.4
     lines = main([str(one), "--seeds", "0"]).splitlines()
     assert [line.split()[-3:] for line in lines[1:3]] == [["n", "3.000", "(1)"], ["3.000", "(1)", "+0.00"]]
 
