@@ -10,7 +10,7 @@ beside its filter, weights, metric and target goes to ``Method.options``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -153,6 +153,7 @@ IN_FOURS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=4)
 REMEMBERED = Method(filter=_greedy, weight=NonNegativeLeastSquares(), decay=0.75)
 ALL_WEIGHED = Method(filter=_all, weight=NonNegativeLeastSquares(), decay=0.75)
 EUCLIDEAN = Method(filter=_greedy, weight=NonNegativeLeastSquares(), metric="euclidean")
+EUCLIDEAN_BY_TOKEN = replace(EUCLIDEAN, by_token=True)
 LAST_BLOCK = Method(filter=_greedy, weight=NonNegativeLeastSquares(), scored=lambda top: last_blocks(top, 1))
 SPREAD_BLOCKS = Method(
     filter=_greedy, weight=NonNegativeLeastSquares(), scored=lambda top: spread_blocks(top, min(4, top.blocks))
@@ -163,6 +164,7 @@ TRACIN = Method(filter=lambda keep, lr: TopKFilter(keep=keep), weight=UniformWei
 GRAD_MATCH = Method(filter=_greedy, weight=NonNegativeLeastSquares(ridge=0.5), metric="euclidean")
 GREATS = Method(filter=lambda keep, lr: GreatsFilter(keep=keep, lr=lr), weight=UniformWeights())
 LESS = Method(filter=lambda keep, lr: LessFilter(keep=keep), weight=UniformWeights())
+TOP_K_BY_TOKEN, GREATS_BY_TOKEN, LESS_BY_TOKEN = (replace(method, by_token=True) for method in (TOP_K, GREATS, LESS))
 
 UNIFORM_WITH_TARGET = Method(filter=_all, weight=UniformWeights(), options={"train_on_target": True})
 WATCHED_WITH_TARGET = Method(filter=_all, weight=UniformWeights(), watched=True, options={"train_on_target": True})
@@ -178,9 +180,8 @@ HONEST = {"guide_share": 0.5, "refresh_every": 2, "decay": 0.5}
 """Half of the target rows only guide: four of them at every second step, which half of the guides before outweigh."""
 HONEST_UNIFORM = Method(filter=_all, weight=UniformWeights(), **HONEST)
 HONEST_ACCEPTED = Method(filter=lambda keep, lr: AcceptFilter(), weight=UniformWeights(), **HONEST)
-SMALL_LOSS = Method(
-    filter=lambda keep, lr: SmallLossFilter(keep=0.5), weight=UniformWeights(), options={"train_on_target": True}
-)
+SMALL_LOSS_GUIDED = Method(filter=lambda keep, lr: SmallLossFilter(keep=0.5), weight=UniformWeights())
+SMALL_LOSS = replace(SMALL_LOSS_GUIDED, options={"train_on_target": True})
 RANDOM_WEIGHTS = Method(filter=_all, weight=RandomWeights(), options={"train_on_target": True})
 
 
@@ -225,8 +226,13 @@ ARMS = {
     "gradmatch": _guide("GRAD-MATCH", method=GRAD_MATCH),
     "greats": _guide("GREATS' greedy", method=GREATS),
     "less": _guide("LESS, online", method=LESS),
+    "topk-tokens": _guide("top-k, by token", method=TOP_K_BY_TOKEN),
+    "greats-tokens": _guide("GREATS, by token", method=GREATS_BY_TOKEN),
+    "less-tokens": _guide("LESS, by token", method=LESS_BY_TOKEN),
+    "ftw-euclidean-tokens": _guide("euclidean, by token", method=EUCLIDEAN_BY_TOKEN),
     "similarity-n": _guide("n similar", propose=similar),
     "similarity-n-tokens": _guide("n similar, by token", propose=similar, by_token=True),
+    "sound-n-tokens": _guide("sound, by token", propose=similar_and_sound, by_token=True),
     "similarity-k": _guide("k similar", _k, propose=similar),
     "embeddings-n": _guide("n similar, embedded", propose=similar_embeddings),
     "similarity+ftw": _guide("n similar, ftw", propose=similar, method=FILTER_THEN_WEIGHT),
@@ -234,6 +240,7 @@ ARMS = {
     "similarity+ftw-remembered": _guide("n similar, ftw rem.", propose=similar, method=REMEMBERED),
     "similarity+weights": _guide("n similar, weights", propose=similar, method=ALL_WEIGHED),
     "similarity+accept": _guide("n similar, accepted", propose=similar, method=LATE_ACCEPTED),
+    "similarity+small": _guide("n similar, small l.", propose=similar, method=SMALL_LOSS_GUIDED),
     "accept": _guide("n, accepted", method=LATE_ACCEPTED),
     "horizon": _guide("n, horizon", method=HORIZON),
     "similarity+horizon": _guide("n similar, horizon", propose=similar, method=HORIZON),
@@ -250,6 +257,8 @@ ARMS = {
     "target-n": _target("n target rows", _none, trained_target_rows=_n),
     "target+random": _target("target + random"),
     "target+similarity": _target("target + similar", propose=similar),
+    "target+random-tokens": _target("target + rand., tok", by_token=True),
+    "target+similarity-tokens": _target("target + sim., tok", propose=similar, by_token=True),
     "target+own": _target("target + own source", propose=own_source),
     "target+sound": _target("similar and sound", propose=similar_and_sound),
     "target+learned": _target("target + learned", propose=learned, method=UNIFORM_WITH_TARGET),
@@ -282,5 +291,5 @@ ARMS = {
 BASELINES = {"guide": "adamw-n", "target": "target+random"}
 ORACLES = frozenset({"target+own"})
 """Arms that need to be told the target's own source."""
-SOUND = frozenset({"target+sound"})
+SOUND = frozenset({"target+sound", "sound-n-tokens"})
 """Arms that need to be told which records are damaged."""

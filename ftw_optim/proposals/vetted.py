@@ -48,8 +48,9 @@ class VettedProposal(Proposal):
         target_samples: the target rows; None: no likeness.
         order: ``"likeness"``: the most alike first. ``"uniform"``: at random.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
-        explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse,
-            but no more than it has of the records read; where it is no whole number, rounded up or down at random. With
+        explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse:
+            all of it while that is barely known, and less the surer it is, as these records are trained on too. No
+            more than the kind has of the records read; where it is no whole number, rounded up or down at random. With
             0 nothing that was left out comes back.
         seed: seed of the draws and of the features.
 
@@ -134,7 +135,7 @@ class VettedProposal(Proposal):
             )
             return places[found]
 
-        share = min(self.explore, float(worse.double().mean())) if len(known) else 0.0
+        share = min(self._explored_now(), float(worse.double().mean())) if len(known) else 0.0
         tried = best(worse.nonzero()[:, 0], guess, min(explored(count, share, draw), int(worse.sum())))
         chosen = best((~worse).nonzero()[:, 0], guess, count - len(tried))
         left = worse.clone()
@@ -195,6 +196,11 @@ class VettedProposal(Proposal):
             return math.nan
         error = (lower.var() / len(lower) + upper.var() / len(upper)).sqrt()
         return float((upper.mean() - lower.mean()) / error.clamp(min=torch.finfo(error.dtype).tiny))
+
+    def _explored_now(self) -> float:
+        """The share to explore: in inverse proportion to the gap beyond what a veto needs."""
+        gap = self._gap()
+        return self.explore * CERTAIN / gap if gap > CERTAIN else self.explore
 
     def _draw_border(self) -> tuple[float, float]:
         """Place the border between the kinds' mean expected scores, which are returned."""

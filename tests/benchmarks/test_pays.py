@@ -426,7 +426,7 @@ def test_every_family_has_its_baseline_and_oracles_wait_to_be_told() -> None:
     assert {name: ARMS[arm].family for name, arm in BASELINES.items()} == {"guide": "guide", "target": "target"}
     assert len({arm.label for arm in ARMS.values()}) == len(ARMS)
     untold = command.parse_arguments(["--pool", "p", "--target", "t", "--test", "e", "--out", "o"]).arms
-    assert set(ARMS) - set(untold) == {"target+own", "target+sound"}
+    assert set(ARMS) - set(untold) == {"target+own", "target+sound", "sound-n-tokens"}
 
 
 # --- the pretrained model

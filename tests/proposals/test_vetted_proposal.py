@@ -101,6 +101,17 @@ def test_kinds_that_score_alike_are_hardly_ever_left_out(mean: float, seed: int)
     assert vetoed <= 15
 
 
+def test_the_surer_a_veto_is_the_less_is_tried_of_what_it_leaves_out() -> None:
+    def tried(noise: float) -> float:
+        proposal = VettedProposal(_TARGET, dim=64)
+        steps(proposal, 20, noise=noise)
+        assert proposal.vetoes
+        return share_spoilt(steps(proposal, 40, noise=noise, seed=6))
+
+    assert tried(0.02) < tried(0.2) < 0.125
+    assert 0.0 < tried(0.05)
+
+
 def test_no_more_is_tried_of_the_worse_kind_than_chance_would_take() -> None:
     proposal = VettedProposal(_TARGET, dim=64, order="uniform", explore=1.0)
     steps(proposal, 30)
