@@ -14,7 +14,9 @@ from pays.records import Record
 from .corpus import TARGET_AREA, build_corpus
 from .picture import write_picture
 
-ARMS = ["adamw-n", "adamw-n-tokens", "ftw", "random+vetted", "target+random"]
+BASELINES = {"guide": "adamw-n-tokens", "target": "target+random-tokens"}
+"""A mean over tokens is what Transformers' Trainer takes."""
+ARMS = ["adamw-n-tokens", "adamw-n", "ftw-tokens", "random+vetted-tokens", "target+random-tokens", "target-n-tokens"]
 STEPS = 30
 DAMAGE = "refusal=0.5"
 """Share of this installation's docstrings in the stream that have a refusal in their place."""
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
     """Runs the comparison, or what is missing of it, prints the table, and writes the picture."""
     options, others = parse_arguments(arguments, description=description)
     given = ["--out", str(options.out), "--arms", *ARMS, "--seeds", "1", "--lr", "guide=2e-3", "target=2e-3"]
+    given += ["--baseline", *map("=".join, BASELINES.items())]
     given += ["--steps", str(STEPS), "--threads", str(torch.get_num_threads())]
     if options.quick:
         given.append("--quick")

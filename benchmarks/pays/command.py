@@ -76,6 +76,13 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     method.add_argument("--target-batch", type=int, default=4, metavar="M", help="target rows of a step (%(default)s)")
     method.add_argument("--read-ahead", type=int, default=128, help="records a proposal reads (%(default)s)")
     method.add_argument("--lr", nargs="+", default=[], metavar="FAMILY=LR", help="default: 1e-3 for each family")
+    method.add_argument(
+        "--baseline",
+        nargs="+",
+        default=[],
+        metavar="FAMILY=ARM",
+        help="that its family is compared with; default: " + " ".join(map("=".join, BASELINES.items())),
+    )
     run = parser.add_argument_group("runs")
     run.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
     run.add_argument("--seed", type=int, default=0, help="the first one (%(default)s)")
@@ -97,6 +104,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     try:
         options.budgets = {spec: _budget(spec, options.steps) for spec in options.arms}
         options.rates = {**dict.fromkeys(BASELINES, 1e-3), **dict(map(_family_rate, options.lr))}
+        options.baselines = {**BASELINES, **dict(map(_family_baseline, options.baseline))}
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -143,6 +151,16 @@ def _family_rate(given: str) -> tuple[str, float]:
     return family, float(value)
 
 
+def _family_baseline(given: str) -> tuple[str, str]:
+    family, _, arm = given.partition("=")
+    if family not in BASELINES or arm not in ARMS or ARMS[arm].family != family:
+        raise ValueError(
+            f"--baseline: expected {' or '.join(f'{name}=ARM' for name in BASELINES)} with an arm of the family, got "
+            f"{given!r}"
+        )
+    return family, arm
+
+
 def main(arguments: Sequence[str] | None = None, *, description: str | None = None) -> list[Figures]:
     """Runs the comparison, or what is missing of it, prints the table and writes it."""
     options = parse_arguments(arguments, description=description)
@@ -165,10 +183,11 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
         print(tuning_table(done))
         return []
     by_arm = {spec: [run for run in done if run.arm == spec] for spec in options.budgets}
-    figures = figures_of(by_arm, zero_shot, calibration, own_source=options.own_source)
+    beside: dict[str, Any] = {"own_source": options.own_source, "baselines": options.baselines}
+    figures = figures_of(by_arm, zero_shot, calibration, **beside)
     machine = ", ".join(f"{key} {value}" for key, value in store.once("hardware", dict).items())
     machine = textwrap.fill(machine, 120)
-    text = f"{machine}\n{described(options, lab)}\n\n{table(figures, zero_shot, own_source=options.own_source)}"
+    text = f"{machine}\n{described(options, lab)}\n\n{table(figures, zero_shot, **beside)}"
     print(f"\n{text}")
     (store.directory / "table.txt").write_text(text + "\n", encoding="utf-8")
     write(store.directory / "table.json", as_json(figures))

@@ -100,16 +100,17 @@ def figures_of(
     calibration: Mapping[str, float],
     *,
     own_source: str = "",
+    baselines: Mapping[str, str] = BASELINES,
 ) -> list[Figures]:
     """The figures of every arm; ``runs`` are those of each arm by seed, ``own_source`` a prefix of sources.
 
-    Differences are over the seeds that both the arm and its baseline have.
+    Differences are to the arm's family's baseline, over the seeds that both have.
     """
     start = _mean(zero_shot["test"])
     found = []
     for name, of_arm in runs.items():
         family = ARMS[name.split(":")[0]].family
-        baseline = runs.get(BASELINES[family], ())
+        baseline = runs.get(baselines[family], ())
         final = {run.seed: run.test[-1] for run in baseline}
         shared = [run for run in of_arm if run.seed in final]
         difference: tuple[float, ...] = ()
@@ -121,7 +122,7 @@ def figures_of(
             others = [final[run.seed] for run in shared]
             level = _mean(list(map(_mean, others)))
             to_baseline = first_reached(at, curve, level), first_reached(seconds, curve, level)
-            if name != BASELINES[family]:
+            if name != baselines[family]:
                 difference = paired_difference(torch.tensor([run.test[-1] for run in shared]), torch.tensor(others))
         stopped = [_stopped(run, zero_shot) for run in of_arm]
         found.append(
@@ -173,7 +174,13 @@ def _stopped(run: Run, zero_shot: Mapping[str, Sequence[float]]) -> tuple[float,
     return loss, step
 
 
-def table(figures: Sequence[Figures], zero_shot: Mapping[str, Sequence[float]], *, own_source: str = "") -> str:
+def table(
+    figures: Sequence[Figures],
+    zero_shot: Mapping[str, Sequence[float]],
+    *,
+    own_source: str = "",
+    baselines: Mapping[str, str] = BASELINES,
+) -> str:
     """The table and its legend, in lines of at most 120 characters."""
     spoiled = any(one.damaged[0] for one in figures)
     lines = [
@@ -189,7 +196,8 @@ def table(figures: Sequence[Figures], zero_shot: Mapping[str, Sequence[float]], 
     ]
     for family in BASELINES:
         of_family = [one for one in figures if ARMS[one.arm.split(":")[0]].family == family]
-        lines += ["", f"{_FAMILIES[family]}:"] * bool(of_family)
+        title = f"{_FAMILIES[family]} (baseline: {ARMS[baselines[family]].label}):"
+        lines += ["", title] * bool(of_family)
         for one in of_family:
             mean, low, high = one.difference or (math.nan,) * 3
             lines.append(
@@ -250,8 +258,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 _FAMILIES = {
-    "guide": "target rows guide only (baseline: AdamW on n)",
-    "target": "target rows in the step (baseline: target + random)",
+    "guide": "target rows guide only",
+    "target": "target rows in the step",
 }
 
 LEGEND = """\

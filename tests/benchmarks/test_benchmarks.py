@@ -244,10 +244,11 @@ def test_the_default_job_is_towards_an_area_of_this_machine(
     for label in (
         "zero-shot",
         "AdamW on n",
-        "filter-then-weight",
-        "n random, vetted",
-        "AdamW, by token",
-        "target + random",
+        "ftw, by token",
+        "random, vetted, tok",
+        "(baseline: AdamW, by token)",
+        "(baseline: target + rand., tok)",
+        "n target, by token",
         "50 % of the stream refusal",
     ):
         assert label in printed

@@ -294,6 +294,10 @@ def test_figures_are_beside_the_baseline_of_the_family() -> None:
     assert base.difference == alone.difference == ()
     assert base.to_baseline == (4.0, 28.0), "its whole budget"
     assert alone.to_baseline == (float("inf"), float("inf")), "its family's baseline was not run"
+    named = {"baselines": {**BASELINES, "guide": "ftw"}}
+    beside, itself, _ = report.figures_of(runs, ZERO_SHOT, CALIBRATION, **named)
+    assert (beside.difference, itself.difference) == (pytest.approx((1.0, 1.0, 1.0)), ())
+    assert "(baseline: filter-then-weight)" in report.table([beside, itself], ZERO_SHOT, **named)
     untrained = made_run("ftw", test=[7.0, 7.0, 7.0, 7.0], validation=[6.0, 6.0, 6.0, 6.0])
     (stayed,) = report.figures_of({"ftw": [untrained]}, ZERO_SHOT, CALIBRATION)
     assert stayed.stopped == (6.0, 0.0), "not to train is a choice as well"
@@ -410,9 +414,10 @@ def test_rates_are_tried_with_the_first_seed(tmp_path: Path, capsys: pytest.Capt
         (["--out", "x"], "--pool, --target and --test are needed"),
         (["--quick", "--out", "x", "--arms", "adam"], "'adam' is not one of adamw-k"),
         (["--quick", "--out", "x", "--lr", "all=1"], "expected guide=LR or target=LR"),
+        (["--quick", "--out", "x", "--baseline", "guide=target-n"], "with an arm of the family, got 'guide=target-n'"),
         slow(["--quick", "--out", "x", "--evaluations", "3"], "multiple of four"),
     ],
-    ids=["data", "arm", "rate", "evaluations"],
+    ids=["data", "arm", "rate", "baseline", "evaluations"],
 )
 def test_a_command_that_cannot_be_meant_says_why(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
