@@ -210,7 +210,7 @@ def _target(label: str, rows: Callable[[Sizes], int] = _the_rest, **more: Any) -
 
 ARMS = {
     "adamw-k": _guide("AdamW on k", _k),
-    "adamw-n": _guide("AdamW on n"),
+    "adamw-n": _guide("AdamW, by record"),
     "adamw-n-tokens": _guide("AdamW, by token", by_token=True),
     "ftw": _guide("filter-then-weight", method=FILTER_THEN_WEIGHT),
     "ftw-tokens": _guide("ftw, by token", method=BY_TOKEN),

@@ -243,7 +243,7 @@ def test_the_default_job_is_towards_an_area_of_this_machine(
     printed = capsys.readouterr().out
     for label in (
         "zero-shot",
-        "AdamW on n",
+        "AdamW, by record",
         "ftw, by token",
         "random, vetted, tok",
         "(baseline: AdamW, by token)",
@@ -276,7 +276,7 @@ def test_records_and_options_of_ones_own(
     target, test = (write_lines(tmp_path / f"{name}.jsonl", RECORDS[40:]) for name in ("target", "test"))
     files = ["--pool", str(pool), "--target", str(target), "--test", str(test), "--out", str(tmp_path / "out")]
     finetune.main([*files, *SMALL, "--arms", "adamw-n", "--seeds", "2"])
-    assert "AdamW on n" in capsys.readouterr().out
+    assert "AdamW, by record" in capsys.readouterr().out
     (figures,) = json.loads((tmp_path / "out" / "table.json").read_text())
     assert (figures["arm"], figures["seeds"]) == ("adamw-n", 2)
     assert not (tmp_path / "out" / "records").exists()
