@@ -14,6 +14,7 @@ DOCUMENTS = {
     "README.md": (1, 0),
     "CONTRIBUTING.md": (3, 0),
     "benchmarks/README.md": (0, 0),
+    "benchmarks/pays/README.md": (0, 0),
     "ftw_optim/README.md": (9, 2),
     "ftw_optim/integrations/README.md": (2, 0),
     "ftw_optim/score/README.md": (0, 0),
