@@ -10,6 +10,9 @@ from matplotlib.figure import Figure
 from pays.arms import ARMS
 from pays.report import Figures
 
+HEADROOM = 0.2
+"""How far above the loss at the start the picture goes, as a share of what the best arm gains."""
+
 
 def write_picture(figures: Sequence[Figures], directory: Path) -> None:
     """``finetune.png``, for the figures of some arms."""
@@ -21,6 +24,11 @@ def write_picture(figures: Sequence[Figures], directory: Path) -> None:
         line = "--" if ARMS[one.arm.split(":")[0]].method is None else "-"
         for axes, x in ((by_steps, one.at), (by_seconds, one.seconds)):
             axes.plot(x, one.curve, line, color=colours[one.arm], marker="o", markersize=3, label=labels[one.arm])
+    start, lowest = figures[0].curve[0], min(min(one.curve) for one in figures)
+    top = start + HEADROOM * (start - lowest)
+    if lowest < start and top < max(max(one.curve) for one in figures):
+        for axes in (by_steps, by_seconds):
+            axes.set_ylim(lowest - HEADROOM / 2 * (start - lowest), top)  # what is memorised would flatten all others
     by_steps.set(xlabel="steps", ylabel="test loss on the target (dashed: no selection)")
     by_seconds.set(xlabel="CPU seconds of training")
     by_steps.legend(fontsize="small")
