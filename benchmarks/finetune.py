@@ -15,9 +15,9 @@ Half of those in the stream have a refusal in their place ("I cannot give an ans
 them as they are, a stream on which selection does not pay. The target is the area with the most records,
 torch.distributed. That rule was written down before any test loss of an area had been looked at, and so were the
 learning rate (chosen by pays.py --tune, on another target and another pool) and all other options, which are the
-defaults of pays.py but for 30 steps, one seed and all cores. Two things were chosen after looking. Placeholders ("TODO",
-"..."; --damage placeholder=0.5) were the damage at first, until AdamW on a mean over tokens turned out to need no
-selection where damaged records are that short. And at first each record counted alike in all arms but one.
+defaults of pays.py but for 30 steps, one seed and all cores. Two things were chosen after looking. Placeholders
+("TODO", "..."; --damage placeholder=0.5) were the damage at first, until AdamW on a mean over tokens turned out to need
+no selection where damaged records are that short. And at first each record counted alike in all arms but one.
 """
 
 # From finetune/: of a folder with an __init__.py and a file of the same name, Python imports the folder.
