@@ -30,11 +30,11 @@ def test_arms_are_compared_in_each_setting_over_the_seeds_that_both_have(tmp_pat
     lines = main([str(one), str(two)]).splitlines()
     assert lines[0].split() == ["one", "two"]
     assert [line.split() for line in lines[1:4]] == [
-        ["AdamW", "on", "n", "3.000", "(2)"],
+        ["AdamW,", "by", "record", "3.000", "(2)"],
         ["filter-then-weight", "2.500", "(1)", "-0.50*", "1.000", "(1)"],
         ["top-k,", "dot", "product", "3.000", "(1)", "+0.00"],
     ]
-    assert "difference to AdamW on n" in lines[-2]
+    assert "difference to AdamW, by record" in lines[-2]
     (line,) = (
         line for line in main([str(one), "--arms", "topk", "--beside", "ftw"]).splitlines() if line.startswith("top-k")
     )
@@ -44,7 +44,7 @@ def test_arms_are_compared_in_each_setting_over_the_seeds_that_both_have(tmp_pat
     assert mean == -0.5
     assert -0.6 <= low < mean < high <= -0.4
     lines = main([str(one), "--seeds", "0"]).splitlines()
-    assert [line.split()[-3:] for line in lines[1:3]] == [["n", "3.000", "(1)"], ["3.000", "(1)", "+0.00"]]
+    assert [line.split()[-3:] for line in lines[1:3]] == [["record", "3.000", "(1)"], ["3.000", "(1)", "+0.00"]]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
