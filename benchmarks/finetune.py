@@ -12,7 +12,7 @@ and a picture. What is there is not run again.
 
 Without data of your own, the text is what every machine has: docstrings of this Python installation, signature first.
 Half of those in the stream have a refusal in their place ("I cannot give an answer to that ..."); --undamaged leaves
-them as they are, a stream on which selection does not pay. The target is the area with the most records,
+them as they are, a stream where there is little to gain. The target is the area with the most records,
 torch.distributed. That rule was written down before any test loss of an area had been looked at, and so were the
 learning rate (chosen by pays.py --tune, on another target and another pool) and all other options, which are the
 defaults of pays.py but for 30 steps, one seed and all cores. Two things were chosen after looking. Placeholders

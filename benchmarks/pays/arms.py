@@ -146,7 +146,7 @@ def _all(keep: int, lr: float) -> FilterStage:
 UNIFORM = Method(filter=_all, weight=UniformWeights())
 """No selection, but its scores, which a proposal learns from."""
 FILTER_THEN_WEIGHT = Method(filter=_greedy, weight=NonNegativeLeastSquares())
-BY_TOKEN = Method(filter=_greedy, weight=NonNegativeLeastSquares(), by_token=True)
+BY_TOKEN = replace(FILTER_THEN_WEIGHT, by_token=True)
 IN_THIRTY_TWOS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=32)
 IN_EIGHTS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=8)
 IN_FOURS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=4)
@@ -186,7 +186,7 @@ RANDOM_WEIGHTS = Method(filter=_all, weight=RandomWeights(), options={"train_on_
 
 
 LATE_UNIFORM = Method(filter=_all, weight=UniformWeights(), decay=0.75)
-LATE_UNIFORM_TOKENS = Method(filter=_all, weight=UniformWeights(), decay=0.75, by_token=True)
+LATE_UNIFORM_TOKENS = replace(LATE_UNIFORM, by_token=True)
 LATE_ACCEPTED = Method(filter=lambda keep, lr: AcceptFilter(), weight=UniformWeights(), decay=0.75)
 LATE_EXPECTED = Method(filter=_all, weight=ExpectedWeights(), decay=0.75)
 LATE_ABOVE = Method(filter=lambda keep, lr: ExpectedFilter(share=0.3), weight=UniformWeights(), decay=0.75)
