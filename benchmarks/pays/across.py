@@ -13,8 +13,9 @@ from .arms import ARMS
 from .report import paired_difference
 from .runs import Run
 
+TEST_LOSS, EXACT = "final test loss", "share of test rows whose response is decoded exactly"
 LEGEND = """\
-Of each arm: final test loss, the mean over seeds (in brackets: how many), and the mean paired difference to {beside},
+Of each arm: {measure}, the mean over seeds (in brackets: how many), and the mean paired difference to {beside},
 over the seeds that both have; * where the 95 % interval of its bootstrap over rows and seeds is on one side of zero."""
 
 
@@ -27,6 +28,9 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     )
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="in this order; default: all that were run")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of these alone; default: all")
+    parser.add_argument(
+        "--exact", action="store_true", help="share of test rows whose response is decoded exactly, not their loss"
+    )
     parser.add_argument("--intervals", action="store_true", help="print them, not only on which side of zero they are")
     options = parser.parse_args(arguments)
     for name in [options.beside, *(options.arms or [])]:
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
     options = parse_arguments(arguments, description=description)
     found = {folder.name: runs_in(folder, options.seeds) for folder in options.folders}
     wanted = options.arms or [name for name in ARMS if any(name in runs for runs in found.values())]
-    text = table(found, wanted, beside=options.beside, intervals=options.intervals)
+    text = table(found, wanted, beside=options.beside, intervals=options.intervals, exact=options.exact)
     print(text)
     return text
 
@@ -62,30 +66,46 @@ def runs_in(folder: Path, seeds: Sequence[int] | None = None) -> dict[str, dict[
 
 
 def table(
-    found: Mapping[str, Mapping[str, Mapping[int, Run]]], arms: Sequence[str], *, beside: str, intervals: bool
+    found: Mapping[str, Mapping[str, Mapping[int, Run]]],
+    arms: Sequence[str],
+    *,
+    beside: str,
+    intervals: bool,
+    exact: bool = False,
 ) -> str:
-    """The table, a line for each arm, and its legend."""
+    """The table, a line for each arm, and its legend; ``exact``: of what greedy decoding gives, where that was seen."""
+    values = {
+        name: {arm: _final(runs, exact=exact) for arm, runs in of_arms.items()} for name, of_arms in found.items()
+    }
     width = max(36 if intervals else 18, *(len(name) + 2 for name in found))
     lines = [f"{'':<20}" + "".join(f"{name:>{width}}" for name in found)]
     for name in arms:
         cells = [
             _cell(runs.get(name, {}), {} if name == beside else runs.get(beside, {}), intervals=intervals)
-            for runs in found.values()
+            for runs in values.values()
         ]
         lines.append(f"{ARMS[name].label:<20}" + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join([*(line.rstrip() for line in lines), "", LEGEND.format(beside=ARMS[beside].label)])
+    measure = EXACT if exact else TEST_LOSS
+    legend = LEGEND.format(beside=ARMS[beside].label, measure=measure)
+    return "\n".join([*(line.rstrip() for line in lines), "", legend])
 
 
-def _cell(runs: Mapping[int, Run], others: Mapping[int, Run], *, intervals: bool) -> str:
+def _final(runs: Mapping[int, Run], *, exact: bool) -> dict[int, list[float]]:
+    """What is compared of each test row, by seed."""
+    found = {seed: run.exact if exact else run.test[-1] for seed, run in runs.items()}
+    return {seed: values for seed, values in found.items() if values}
+
+
+def _cell(runs: Mapping[int, list[float]], others: Mapping[int, list[float]], *, intervals: bool) -> str:
     if not runs:
         return ""
-    finals = [sum(run.test[-1]) / len(run.test[-1]) for run in runs.values()]
+    finals = [sum(values) / len(values) for values in runs.values()]
     text = f"{sum(finals) / len(finals):.3f} ({len(finals)})"
     shared = sorted(runs.keys() & others.keys())
     if not shared:
         return f"{text}{'':7}"
     mean, low, high = paired_difference(
-        torch.tensor([runs[seed].test[-1] for seed in shared]), torch.tensor([others[seed].test[-1] for seed in shared])
+        torch.tensor([runs[seed] for seed in shared]), torch.tensor([others[seed] for seed in shared])
     )
     if intervals:
         return f"{text} {mean:+.3f} [{low:+.3f}, {high:+.3f}]"

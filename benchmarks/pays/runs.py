@@ -13,6 +13,8 @@ class Run:
         steps: the budget; the learning rate has decayed to zero at its end.
         at: the steps after which it was evaluated.
         test: loss of each test row then.
+        exact: of each test row, 1 where greedy decoding gave its response at the last evaluation, else 0; empty in runs
+            made before this was looked at.
         validation: mean loss of the validation rows then.
         pool: loss of each held-out pool row at the end.
         seconds: seconds of the steps until then, the trunk's excluded.
@@ -31,6 +33,7 @@ class Run:
     seed: int
     at: list[int] = field(default_factory=list)
     test: list[list[float]] = field(default_factory=list)
+    exact: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
     pool: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)

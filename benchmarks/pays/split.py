@@ -75,9 +75,16 @@ class Top(nn.Module):
         """Each row's mean token loss, shape ``(n,)``; the output layer runs on label positions."""
         return token_losses(self.trained, rows)
 
-    @torch.no_grad()
     def evaluate(self, rows: Rows) -> Tensor:
         """The losses of :meth:`forward`, without a graph; the output layer runs on label positions here too."""
+        return self.evaluate_with_hits(rows)[0]
+
+    @torch.no_grad()
+    def evaluate_with_hits(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The losses, and whether each label of a row is the model's first choice after the labels before it.
+
+        So the second, bool ``(n,)``, says of which rows greedy decoding gives the response to its last token.
+        """
         language_model = self.trained.get_base_model()
         hidden = language_model.model(
             inputs_embeds=rows["inputs_embeds"], attention_mask=rows["attention_mask"], use_cache=False
@@ -87,7 +94,9 @@ class Top(nn.Module):
         logits = language_model.get_output_embeddings()(hidden[counted])
         losses = torch.zeros_like(targets, dtype=logits.dtype)
         losses[counted] = functional.cross_entropy(logits, targets[counted], reduction="none")
-        return losses.sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+        hits = torch.ones_like(counted)
+        hits[counted] = logits.argmax(dim=-1) == targets[counted]
+        return losses.sum(dim=1) / counted.sum(dim=1).clamp(min=1), hits.all(dim=1)
 
 
 class Entrance:

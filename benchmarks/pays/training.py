@@ -46,6 +46,10 @@ class Lab:
 
     def losses(self, split: str) -> list[float]:
         """The present loss of each row of a split, in its order."""
+        return self.losses_and_hits(split)[0]
+
+    def losses_and_hits(self, split: str) -> tuple[list[float], list[float]]:
+        """The present loss of each row of a split, in its order; and 1 where greedy decoding gives its response."""
         if split not in self._batches:
             examples: Sequence[Example] = getattr(self.setting, split)
             order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
@@ -57,8 +61,9 @@ class Lab:
                 batches.append(self.entrance.rows(rows))
             self._batches[split] = batches, order
         batches, order = self._batches[split]
-        found = torch.cat([self.top.evaluate(rows) for rows in batches]).tolist()
-        return [loss for _, loss in sorted(zip(order, found, strict=True))]
+        place = torch.tensor(order).argsort()
+        losses, hits = zip(*(self.top.evaluate_with_hits(rows) for rows in batches), strict=True)
+        return torch.cat(losses)[place].tolist(), torch.cat(hits)[place].double().tolist()
 
     def pace(self) -> float:
         """Seconds of a forward and backward pass of the trained part on a few fixed rows."""
@@ -109,7 +114,8 @@ class Lab:
                 of_source[1] += weight / total
             if number in evaluated_at:
                 run.at.append(number)
-                run.test.append(self.losses("test"))
+                losses, run.exact = self.losses_and_hits("test")
+                run.test.append(losses)
                 run.validation.append(sum(self.losses("validation")) / len(self.setting.validation))
                 run.seconds.append(seconds)
                 run.run_tokens.append(tokens)

@@ -91,6 +91,25 @@ def test_the_last_blocks_on_kept_states_are_the_whole_model(kind: str, blocks: i
     assert all(row.exact and not row.again for row in coverage(top))
 
 
+def test_a_hit_is_a_response_that_greedy_decoding_gives_to_its_last_token() -> None:
+    model = llama_or_qwen("llama")
+    top = Top(model, blocks=2, rank=2)
+    examples, expected = [], []
+    for example, wrong in zip(EXAMPLES, (None, -1, None, -2), strict=True):  # which token of the response is another
+        tokens = example.tokens[: example.prompt_length]
+        for _ in range(4):
+            tokens = [*tokens, int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax())]
+        if wrong is not None:
+            tokens[wrong] = (tokens[wrong] + 1) % 60
+        examples.append(example._replace(tokens=tokens))
+        expected.append(wrong is None)
+    entrance = Entrance(top)
+    entrance.fill(examples)
+    losses, hits = top.evaluate_with_hits(entrance.rows(examples))
+    assert hits.tolist() == expected
+    assert_close(losses, top.evaluate(entrance.rows(examples)))
+
+
 def test_a_reset_takes_back_all_that_was_trained() -> None:
     top = Top(llama_or_qwen("llama"), blocks=2, rank=2)
     entrance = Entrance(top)

@@ -15,8 +15,8 @@ from pays.runs import Run
 from pays.store import Store
 
 
-def saved(folder: Path, arm: str, losses: list[float], *, seed: int = 0, steps: int = 4) -> None:
-    Store(folder, {}).save(Run(arm=arm, steps=steps, lr=1e-3, seed=seed, at=[steps], test=[losses]))
+def saved(folder: Path, arm: str, losses: list[float], *, seed: int = 0, steps: int = 4, **more: list[float]) -> None:
+    Store(folder, {}).save(Run(arm=arm, steps=steps, lr=1e-3, seed=seed, at=[steps], test=[losses], **more))
 
 
 def test_arms_are_compared_in_each_setting_over_the_seeds_that_both_have(tmp_path: Path) -> None:
@@ -45,6 +45,16 @@ def test_arms_are_compared_in_each_setting_over_the_seeds_that_both_have(tmp_pat
     assert -0.6 <= low < mean < high <= -0.4
     lines = main([str(one), "--seeds", "0"]).splitlines()
     assert [line.split()[-3:] for line in lines[1:3]] == [["record", "3.000", "(1)"], ["3.000", "(1)", "+0.00"]]
+
+
+def test_what_is_decoded_exactly_is_compared_where_it_was_looked_at(tmp_path: Path) -> None:
+    saved(tmp_path / "one", "adamw-n", [2.0, 3.0, 4.0, 5.0], exact=[0.0, 0.0, 1.0, 0.0])
+    saved(tmp_path / "one", "ftw", [2.0, 3.0, 4.0, 5.0], exact=[1.0, 1.0, 1.0, 0.0])
+    saved(tmp_path / "one", "topk", [2.0, 3.0, 4.0, 5.0])  # made before that was looked at
+    lines = main([str(tmp_path / "one"), "--exact"]).splitlines()
+    assert [line.split()[-3:] for line in lines[1:3]] == [["record", "0.250", "(1)"], ["0.750", "(1)", "+0.50"]]
+    assert lines[3] == "top-k, dot product"
+    assert "share of test rows whose response is decoded exactly" in lines[-2]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
