@@ -233,6 +233,7 @@ ARMS = {
     "similarity-n": _guide("n similar", propose=similar),
     "similarity-n-tokens": _guide("n similar, by token", propose=similar, by_token=True),
     "sound-n-tokens": _guide("sound, by token", propose=similar_and_sound, by_token=True),
+    "own-n-tokens": _guide("own source, token", propose=own_source, by_token=True),
     "similarity-k": _guide("k similar", _k, propose=similar),
     "embeddings-n": _guide("n similar, embedded", propose=similar_embeddings),
     "similarity+ftw": _guide("n similar, ftw", propose=similar, method=FILTER_THEN_WEIGHT),
