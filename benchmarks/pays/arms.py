@@ -39,6 +39,7 @@ from .proposals import (
     similar,
     similar_and_sound,
     similar_embeddings,
+    tested,
     vetted,
     vetted_random,
 )
@@ -73,6 +74,7 @@ class Method:
         by_token: whether a candidate's loss is the sum over its response tokens, as in the mean over all tokens of the
             step; its mean otherwise.
         scored: makes the predicate of the parameters by which candidates are compared; None: all that are trained.
+        unless_trusted: whether all candidates are taken as they are while the proposal says that it can be trusted.
         options: whatever else the optimizer is given.
     """
 
@@ -85,6 +87,7 @@ class Method:
     group: int = 0
     watched: bool = False
     by_token: bool = False
+    unless_trusted: bool = False
     scored: Callable[[Top], Callable[[str, nn.Parameter], bool]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -147,6 +150,7 @@ UNIFORM = Method(filter=_all, weight=UniformWeights())
 """No selection, but its scores, which a proposal learns from."""
 FILTER_THEN_WEIGHT = Method(filter=_greedy, weight=NonNegativeLeastSquares())
 BY_TOKEN = replace(FILTER_THEN_WEIGHT, by_token=True)
+UNLESS_TRUSTED = replace(BY_TOKEN, unless_trusted=True)
 IN_THIRTY_TWOS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=32)
 IN_EIGHTS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=8)
 IN_FOURS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=4)
@@ -252,6 +256,7 @@ ARMS = {
     "vetted-n-tokens": _guide("n vetted, by token", propose=vetted, method=LATE_UNIFORM_TOKENS),
     "random+vetted": _guide("n random, vetted", propose=vetted_random, method=LATE_UNIFORM),
     "random+vetted-tokens": _guide("random, vetted, tok", propose=vetted_random, method=LATE_UNIFORM_TOKENS),
+    "tested-n-tokens": _guide("n tested, by token", propose=tested, method=UNLESS_TRUSTED),
     "learned-n": _guide("n learned", propose=learned, method=UNIFORM),
     "learned+ftw": _guide("n learned, ftw", propose=learned, method=FILTER_THEN_WEIGHT),
     "scores-n": _guide("n learned, no prior", propose=learned_from_scores, method=UNIFORM),
@@ -292,7 +297,7 @@ ARMS = {
 }
 
 BASELINES = {"guide": "adamw-n", "target": "target+random"}
-ORACLES = frozenset({"target+own"})
+ORACLES = frozenset({"own-n-tokens", "target+own"})
 """Arms that need to be told the target's own source."""
 SOUND = frozenset({"target+sound", "sound-n-tokens"})
 """Arms that need to be told which records are damaged."""

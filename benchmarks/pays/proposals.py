@@ -39,12 +39,14 @@ class Chooser:
     Attributes:
         choose: the candidates of a step, out of the records read for it and their number.
         expected: the scores that it expects of the records it chose last.
+        trusted: whether its choice is good enough to be left as it is.
         observe: told the candidates of a step and the selection among them; None: it learns nothing.
     """
 
     choose: Callable[[Sequence[Example], int], list[Example]]
     observe: Callable[[Sequence[Example], Selection], None] | None = None
     expected: Callable[[], Tensor] | None = None
+    trusted: Callable[[], bool] | None = None
 
 
 def first(known: Known) -> Chooser:
@@ -95,6 +97,11 @@ def vetted_random(known: Known) -> Chooser:
     return _proposed_by(VettedProposal(samples(known.guide), order="uniform", seed=known.seed))
 
 
+def tested(known: Known) -> Chooser:
+    """The same in the order of likeness as far as scores bear it out, else at random."""
+    return _proposed_by(VettedProposal(samples(known.guide), order="tested", seed=known.seed))
+
+
 def learned(known: Known) -> Chooser:
     """Records like those with the best scores so far, at first like the target rows."""
     return _proposed_by(LearnedProposal(samples(known.guide), seed=known.seed))
@@ -110,6 +117,7 @@ def _proposed_by(proposal: Proposal) -> Chooser:
         choose=lambda read, count: [read[place] for place in proposal.propose(samples(read), count).tolist()],
         observe=lambda candidates, selection: proposal.observe(samples(candidates), selection),
         expected=(lambda: proposal.expected) if isinstance(proposal, LearnedProposal) else None,
+        trusted=proposal.trusts_likeness if isinstance(proposal, VettedProposal) else None,
     )
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from ftw_optim import SelectiveOptimizer, TargetGradient
+from ftw_optim import FilterStage, SelectiveOptimizer, TargetGradient, WeightStage
+from ftw_optim.proposals import FilterUnless, WeightUnless
 
 from .arms import Arm, Method, Sizes
 from .proposals import Known
@@ -72,14 +73,22 @@ class Step:
                     held_out_every=HELD_OUT_EVERY,
                     until=self._late_from or None,
                 ),
-                filter=method.filter(self._sizes.keep, run.lr),
-                weight=copy.copy(method.weight),
+                filter=self._filter(method, self._sizes.keep, run.lr),
+                weight=self._weight(method),
                 metric=method.metric,
                 seed=run.seed,
                 **options,
             )
         self._target_batches = endless_batches(known.guide[guides:], count, seed=run.seed) if count else None
         self._guide_batches = endless_batches(known.guide[:guides], count, seed=run.seed) if guides else None
+
+    def _filter(self, method: Method, keep: int, lr: float) -> FilterStage:
+        found = method.filter(keep, lr)
+        return FilterUnless(condition=self._chooser.trusted, filter=found) if method.unless_trusted else found
+
+    def _weight(self, method: Method) -> WeightStage:
+        found = copy.copy(method.weight)
+        return WeightUnless(condition=self._chooser.trusted, weight=found) if method.unless_trusted else found
 
     def _groups(self, method: Method) -> int:
         """The number of selections of a step."""
@@ -123,7 +132,7 @@ class Step:
     def _selective(self, candidates: list[Example]) -> Tensor:
         optimizer, method = self._optimizer, self._arm.method
         groups = self._groups(method)
-        optimizer.filter = method.filter(max(1, self._sizes.keep // groups), self._schedule.get_last_lr()[0])
+        optimizer.filter = self._filter(method, max(1, self._sizes.keep // groups), self._schedule.get_last_lr()[0])
         counts = _counts(candidates, by_token=method.by_token)
         counts /= counts.mean()
         if groups > 1:

@@ -11,5 +11,7 @@ from ftw_optim.proposals.interface import Proposal as Proposal
 from ftw_optim.proposals.learned import LearnedProposal as LearnedProposal
 from ftw_optim.proposals.sampler import ProposedSampler as ProposedSampler
 from ftw_optim.proposals.similarity import SimilarityProposal as SimilarityProposal
+from ftw_optim.proposals.stages import FilterUnless as FilterUnless
+from ftw_optim.proposals.stages import WeightUnless as WeightUnless
 from ftw_optim.proposals.uniform import UniformProposal as UniformProposal
 from ftw_optim.proposals.vetted import VettedProposal as VettedProposal

@@ -117,7 +117,8 @@ class LearnedProposal(Proposal):
         """
         told = self._regression.told(samples, selection, features)
         if told is not None:
-            self._regression.learned.observe(*told)
+            known, scores = told
+            self._regression.learned.observe(self._regression.columns(known), scores)
 
     def _coefficients(self, columns: Tensor) -> Tensor:
         """Coefficients for the records on offer, with as much noise as was asked for."""

@@ -109,7 +109,7 @@ class ScoreRegression:
     def told(
         self, samples: Sequence[Sample], selection: Selection, features: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
-        """Columns and scores ``(n,)`` float64 of those of a step's candidates that have one; None where there is none.
+        """Features and scores ``(n,)`` float64 of those of a step's candidates that have one; None where there is none.
 
         Candidates without a score, such as rejected ones, tell nothing; neither do those of a selection whose guide is
         blind or stale, see :class:`Selection`.
@@ -130,4 +130,4 @@ class ScoreRegression:
         if not bool(valid.any()):
             return None
         # A sketch may estimate more than a cosine can be.
-        return self.columns(known[valid]), scores[valid].clamp(-1.0, 1.0)
+        return known[valid], scores[valid].clamp(-1.0, 1.0)

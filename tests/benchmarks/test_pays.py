@@ -390,15 +390,15 @@ def test_a_killed_comparison_goes_on_with_the_arm_that_was_lost(
     arms = ["adamw-k", "adamw-n", "topk"]
     whole = quick(tmp_path / "whole", arms)
     with monkeypatch.context() as patched:
-        evaluate = training.Lab.losses
+        evaluate = training.Lab.losses_and_hits
         calls = iter(range(1000))
 
-        def killed(lab: training.Lab, split: str) -> list[float]:
+        def killed(lab: training.Lab, split: str) -> tuple[list[float], list[float]]:
             if next(calls) == 3 + 9 + 4:  # zero-shot, the first arm, and in the midst of the second
                 raise KeyboardInterrupt
             return evaluate(lab, split)
 
-        patched.setattr(training.Lab, "losses", killed)
+        patched.setattr(training.Lab, "losses_and_hits", killed)
         with pytest.raises(KeyboardInterrupt):
             quick(tmp_path / "killed", arms)
     kept = files(tmp_path / "killed")
@@ -450,7 +450,7 @@ def test_every_family_has_its_baseline_and_oracles_wait_to_be_told() -> None:
     assert {name: ARMS[arm].family for name, arm in BASELINES.items()} == {"guide": "guide", "target": "target"}
     assert len({arm.label for arm in ARMS.values()}) == len(ARMS)
     untold = command.parse_arguments(["--pool", "p", "--target", "t", "--test", "e", "--out", "o"]).arms
-    assert set(ARMS) - set(untold) == {"target+own", "target+sound", "sound-n-tokens"}
+    assert set(ARMS) - set(untold) == {"own-n-tokens", "target+own", "target+sound", "sound-n-tokens"}
 
 
 # --- the pretrained model

@@ -15,7 +15,7 @@ from torch import Tensor
 from ftw_optim.integrations.streaming._proposing import packed, unpacked
 from ftw_optim.proposals import SimilarityProposal, VettedProposal
 from ftw_optim.proposals.features import likeness_of
-from ftw_optim.proposals.vetted import LEAST, REMEMBERED, two_kinds
+from ftw_optim.proposals.kinds import LEAST, REMEMBERED, two_kinds
 from tests.support.grids import slow
 from tests.support.selections import of_scores
 
@@ -178,12 +178,13 @@ def test_the_state_in_the_midst_of_a_veto_goes_on_as_it_would_have() -> None:
 def test_both_kinds_stay_in_memory() -> None:
     proposal = VettedProposal(_TARGET, dim=64)
     steps(proposal, 60)
-    assert len(proposal._worse) + len(proposal._better) == REMEMBERED
-    lower, upper = (proposal._expected(kind) for kind in (proposal._worse, proposal._better))
-    assert float(lower.mean()) < proposal._border < float(upper.mean())
+    kinds = proposal._kinds
+    assert len(kinds._worse) + len(kinds._better) == REMEMBERED
+    lower, upper = (kinds.expected(kind) for kind in (kinds._worse, kinds._better))
+    assert float(lower.mean()) < kinds._border < float(upper.mean())
     # As each was found by the numbers of its time.
-    assert float((lower <= proposal._border).double().mean()) > 0.9
-    assert float((upper > proposal._border).double().mean()) > 0.9
+    assert float((lower <= kinds._border).double().mean()) > 0.9
+    assert float((upper > kinds._border).double().mean()) > 0.9
 
 
 def test_nothing_is_told_of_few_records() -> None:

@@ -1,0 +1,192 @@
+"""Two kinds of records, of which the scores show one to be worse: when they are told apart, and until when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from ftw_optim.proposals.scoring import ScoreRegression
+
+REMEMBERED = 96
+"""Observed records that the kinds are told from, half of them of each where there are two."""
+LEAST, FEW = 12, 6
+"""Observed records before two kinds are looked for, and scores of each kind before anything is made of them."""
+APART = 2.75
+"""How far apart and how unequal two kinds must be: the distance of their mean expected scores in standard deviations
+within them (see :func:`two_kinds`), times the worse kind's shortfall as a share of the better one's mean."""
+CERTAIN = 2.5
+"""Standard errors between the kinds' mean scores, of records that were told apart before their scores were learned: a
+regression finds two kinds in any noise that it has seen."""
+NEARER = 0.35
+"""Place of the border on the way from the worse kind's mean to the better one's: what is in doubt is proposed."""
+RECENT = 48
+"""Latest scores of each kind that say whether it is worse."""
+
+
+_REMEMBERED_PARTS = ("better", "worse", "better_scores", "worse_scores")
+
+
+@final
+class Kinds:
+    """What is known of two kinds of records; nothing is left out until they are far apart.
+
+    Args:
+        regression: of scores on the columns of records, which it teaches.
+
+    Attributes:
+        veto: whether the worse kind is left out now.
+    """
+
+    def __init__(self, regression: ScoreRegression) -> None:
+        self._regression = regression
+        self._forget()
+
+    def _forget(self) -> None:
+        self.veto = False
+        self._border = 0.0
+        # Records of one kind, or of the better one and the worse one; and the latest scores of these two.
+        self._better, self._worse = self._regression.no_columns(), self._regression.no_columns()
+        self._better_scores = self._worse_scores = torch.empty(0, dtype=torch.float64)
+
+    def expected(self, columns: Tensor) -> Tensor:
+        """The expected scores of records."""
+        return columns @ self._regression.coefficients(torch.cat([self._better, self._worse]))
+
+    def judged(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The expected scores of records, and whether each is of the kind that is left out; zeros without a veto."""
+        if not (self.veto and len(columns)):
+            nothing = torch.zeros(len(columns), dtype=torch.float64)
+            return nothing, nothing.bool()
+        expected = self.expected(columns)
+        return expected, expected <= self._border
+
+    def observe(self, columns: Tensor, scores: Tensor) -> None:
+        """Learn from the records of a step, of shape ``(n, width)``, and their scores."""
+        if self.veto or len(self._better) >= LEAST:
+            # Before these scores are learned.
+            worse = self.expected(columns) <= self._border
+            self._worse_scores = torch.cat([self._worse_scores, scores[worse]])[-RECENT:]
+            self._better_scores = torch.cat([self._better_scores, scores[~worse]])[-RECENT:]
+        self._regression.learned.observe(columns, scores)
+        if self.veto:
+            self._keep_apart(columns)
+        else:
+            self._better = torch.cat([self._better, columns])[-REMEMBERED:]
+            if len(self._better) >= LEAST:
+                self._look()
+
+    def doubt(self) -> float:
+        """Between 0 and 1: in inverse proportion to the gap between the kinds beyond what a veto needs."""
+        gap = self._gap()
+        return CERTAIN / gap if gap > CERTAIN else 1.0
+
+    def _look(self) -> None:
+        """Decide whether there are two kinds, of which one is to be left out."""
+        expected = self.expected(self._better)
+        self._border, apart = two_kinds(expected)
+        worse = expected <= self._border
+        if not bool(worse.any()) or bool(worse.all()):
+            return
+        lower, upper = float(expected[worse].mean()), float(expected[~worse].mean())
+        shortfall = min(1.0, 1.0 - lower / upper) if upper > 0.0 else 0.0
+        if apart * shortfall > APART and self._gap() > CERTAIN:
+            self.veto = True
+            self._better, self._worse = self._better[~worse], self._better[worse]
+            self._draw_border()
+
+    def _keep_apart(self, columns: Tensor) -> None:
+        """Take in new records of each kind, and decide whether the worse one is to be left out any longer.
+
+        Of the kind left out few come, so both are remembered apart, and once told apart they are not told apart anew:
+        among the records that come then, the widest gap is another one.
+        """
+        worse = self.expected(columns) <= self._border
+        self._better = torch.cat([self._better, columns[~worse]])[-REMEMBERED // 2 :]
+        self._worse = torch.cat([self._worse, columns[worse]])[-REMEMBERED // 2 :]
+        lower, upper = self._draw_border()
+        if lower >= upper or self._gap() <= 0.0:
+            self._forget()
+
+    def _gap(self) -> float:
+        """The distance of the kinds' mean scores in standard errors; NaN where too few are known."""
+        lower, upper = self._worse_scores, self._better_scores
+        if min(len(lower), len(upper)) < FEW:
+            return math.nan
+        error = (lower.var() / len(lower) + upper.var() / len(upper)).sqrt()
+        return float((upper.mean() - lower.mean()) / error.clamp(min=torch.finfo(error.dtype).tiny))
+
+    def _draw_border(self) -> tuple[float, float]:
+        """Place the border between the kinds' mean expected scores, which are returned."""
+        expected = self.expected(torch.cat([self._worse, self._better]))
+        lower, upper = float(expected[: len(self._worse)].mean()), float(expected[len(self._worse) :].mean())
+        self._border = lower + NEARER * (upper - lower)
+        return lower, upper
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered, without the regression."""
+        return {
+            "vetoes": self.veto,
+            "border": self._border,
+            **{name: getattr(self, f"_{name}") for name in _REMEMBERED_PARTS},
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from that.
+
+        Raises:
+            ValueError: it is of another form; nothing is loaded.
+        """
+        mine = self.state_dict()
+        if state_dict.keys() != mine.keys():
+            raise ValueError(
+                f"Expected what is known of kinds as {', '.join(mine)}, got {', '.join(state_dict)}: the state of "
+                "another release. Begin anew."
+            )
+        parts = {
+            name: torch.as_tensor(state_dict[name], dtype=torch.float64, device="cpu").clone()
+            for name in _REMEMBERED_PARTS
+        }
+        width = self._better.shape[1]
+        for name in ("better", "worse"):
+            if not parts[name].numel():
+                parts[name] = self._regression.no_columns()  # JSON has no shape of an empty table
+            if parts[name].ndim != 2 or parts[name].shape[1] != width:
+                raise ValueError(
+                    f"Expected {width} columns of each remembered record, got shape {tuple(parts[name].shape)}."
+                )
+        self.veto, self._border = bool(state_dict["vetoes"]), float(state_dict["border"])
+        for name, part in parts.items():
+            setattr(self, f"_{name}", part)
+
+
+def two_kinds(values: Tensor) -> tuple[float, float]:
+    """The point that divides some numbers into two kinds best, and how far apart these are.
+
+    The best point leaves the least variance within the two (Otsu's method); each has a tenth of the numbers or more.
+
+    Args:
+        values: shape ``(n,)`` float64, two or more.
+
+    Returns:
+        A number below the higher kind and not below the lower one; and the distance of their means, in standard
+        deviations within them.
+    """
+    ordered = values.sort().values
+    n = len(ordered)
+    least = max(1, n // 10)
+    below = torch.arange(least, n - least + 1, dtype=torch.float64)
+    sums = ordered.cumsum(0)[least - 1 : n - least]
+    low, high = sums / below, (ordered.sum() - sums) / (n - below)
+    between = below * (n - below) / n * (high - low).square()
+    at = int(between.argmax())
+    within = ((ordered - ordered.mean()).square().sum() - between[at]) / n
+    last = least - 1 + at
+    gap = high[at] - low[at]
+    if float(gap) <= 1e-9 * float(ordered.abs().max()):  # rounding
+        return float(ordered[last]), 0.0
+    apart = gap / within.clamp(min=(1e-9 * gap) ** 2).sqrt()
+    return float((ordered[last] + ordered[last + 1]) / 2), float(apart)

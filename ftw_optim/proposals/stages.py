@@ -1,0 +1,65 @@
+"""Stages that choose and weigh where likeness is no guide, and leave the choice to it where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import final
+
+from torch import Tensor
+
+from ftw_optim._matching.filters import FilterStage, GreedyFilter, KeepAll
+from ftw_optim._matching.problem import Matching
+from ftw_optim._matching.solution import WeightSolution
+from ftw_optim._matching.weights import NonNegativeLeastSquares, Normalization, UniformWeights, WeightStage
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class FilterUnless(FilterStage):
+    """Keeps every candidate while a condition holds, and filters them while it does not.
+
+    Args:
+        condition: called at each step, without arguments; such as :meth:`VettedProposal.trusts_likeness`.
+        filter: the filter while it does not hold.
+    """
+
+    condition: Callable[[], bool]
+    filter: FilterStage = field(default_factory=GreedyFilter)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:  # type: ignore[override]  # those of a stage that is only known here
+        """See :class:`FilterStage`."""
+        return self.filter.metrics
+
+    def __call__(self, matching: Matching, *more: Matching) -> Tensor:
+        """See :class:`FilterStage`."""
+        return KeepAll()(matching) if self.condition() else self.filter(matching, *more)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class WeightUnless(WeightStage):
+    """Uniform weights while a condition holds, and fitted ones while it does not.
+
+    Args:
+        condition: called at each step, without arguments; the one of the filter.
+        weight: the weight stage while it does not hold.
+    """
+
+    condition: Callable[[], bool]
+    weight: WeightStage = field(default_factory=NonNegativeLeastSquares)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:  # type: ignore[override]  # those of a stage that is only known here
+        """See :class:`WeightStage`."""
+        return self.weight.metrics
+
+    @property
+    def normalize(self) -> Normalization:  # type: ignore[override]
+        """See :class:`WeightStage`; uniform weights of all candidates stay what they are under any."""
+        return self.weight.normalize
+
+    def __call__(self, matching: Matching, *more: Matching) -> WeightSolution:
+        """See :class:`WeightStage`."""
+        return UniformWeights()(matching) if self.condition() else self.weight(matching, *more)

@@ -1,0 +1,206 @@
+"""Whether likeness is borne out by scores: against weighted least squares, and what is proposed by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ftw_optim import GreedyFilter, KeepAll, Matching, NonNegativeLeastSquares, SelectiveOptimizer, UniformWeights
+from ftw_optim.integrations.streaming._proposing import packed, unpacked
+from ftw_optim.proposals import FilterUnless, VettedProposal, WeightUnless
+from ftw_optim.proposals.features import likeness_of
+from ftw_optim.proposals.trust import LikenessTrust
+from tests.support.grids import slow
+from tests.support.selections import of_scores
+
+_TARGET = [{"input_ids": list(range(20))}]
+_OFFERED, _CHOSEN = 64, 8
+
+numbers = st.floats(-1, 1, allow_nan=False, width=32)
+a_step = st.lists(st.tuples(numbers, numbers), min_size=2, max_size=8)
+
+
+def trust_of(steps: Sequence[Sequence[tuple[float, float]]]) -> LikenessTrust:
+    trust = LikenessTrust()
+    for step in steps:
+        pairs = torch.tensor(step, dtype=torch.float64)
+        trust.observe(pairs[:, 0], pairs[:, 1])
+    return trust
+
+
+def by_least_squares(steps: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """The same from a regression with a constant for each step, each row by its weight."""
+    rows, wanted, weights = [], [], []
+    for number, step in enumerate(steps):
+        for likeness, score in step:
+            rows.append([likeness, *(float(number == other) for other in range(len(steps)))])
+            wanted.append(score)
+            weights.append(0.9 ** (len(steps) - 1 - number))
+    x, y, w = (torch.tensor(values, dtype=torch.float64) for values in (rows, wanted, weights))
+    scaled = x * w.sqrt()[:, None]
+    found = torch.linalg.lstsq(scaled, y * w.sqrt(), driver="gelsd").solution
+    left = float((w * (y - x @ found).square()).sum())
+    freedom = float(w.sum()) - sum(0.9**number for number in range(len(steps)))
+    variance = (4.0 * 0.1**2 + left) / (4.0 + freedom)
+    spread = float(torch.linalg.inv(scaled.T @ scaled)[0, 0])
+    return float(torch.special.ndtr(found[0] / math.sqrt(variance * spread)))
+
+
+@settings(max_examples=100)
+@given(st.lists(a_step, min_size=1, max_size=4))
+def test_it_is_the_probability_that_a_pooled_slope_is_positive(steps: list[list[tuple[float, float]]]) -> None:
+    likeness = torch.cat([torch.tensor(step)[:, 0] - torch.tensor(step)[:, 0].mean() for step in steps])
+    if float(likeness.norm()) < 1e-2:
+        return
+    assert trust_of(steps).probability() == pytest.approx(by_least_squares(steps), abs=1e-6)
+
+
+@settings(max_examples=100)
+@given(st.lists(a_step, max_size=4), numbers)
+def test_scores_turned_round_turn_it_round_and_a_shift_of_a_step_does_nothing(
+    steps: list[list[tuple[float, float]]], shift: float
+) -> None:
+    found = trust_of(steps).probability()
+    assert 0.0 <= found <= 1.0
+    turned = trust_of([[(likeness, -score) for likeness, score in step] for step in steps])
+    assert turned.probability() == pytest.approx(1.0 - found, abs=1e-9)
+    shifted = trust_of(
+        [[(likeness, score + number * shift) for likeness, score in step] for number, step in enumerate(steps)]
+    )
+    assert shifted.probability() == pytest.approx(found, abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [[], [[(0.3, 0.2)]], [[(0.3, 0.2), (0.3, -0.4)]]], ids=["none", "one", "alike"])
+def test_where_nothing_is_known_it_is_one_half(steps: list[list[tuple[float, float]]]) -> None:
+    assert trust_of(steps).probability() == 0.5
+
+
+def offered(generator: torch.Generator) -> list[dict[str, Any]]:
+    """Records that share between none and all of their tokens with the target."""
+    records = []
+    for _ in range(_OFFERED):
+        like = float(torch.rand(1, generator=generator))
+        alike = torch.rand(12, generator=generator) < like
+        tokens = torch.randint(0, 20, (12,), generator=generator) + 20 * (~alike).long()
+        records.append({"input_ids": tokens.tolist(), "like": like})
+    return records
+
+
+def mean_likeness(proposal: VettedProposal, count: int, *, slope: float, seed: int) -> list[float]:
+    """Of what is proposed in some steps, where scores rise with likeness by a slope."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        records = offered(generator)
+        chosen = [records[place] for place in proposal.propose(records, _CHOSEN).tolist()]
+        like = torch.tensor([one["like"] for one in chosen], dtype=torch.float64)
+        noise = 0.05 * torch.randn(_CHOSEN, generator=generator, dtype=torch.float64)
+        proposal.observe(chosen, of_scores(0.1 + slope * (like - 0.5) + noise))
+        found.append(float(like.mean()))
+    return found
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
+def test_likeness_is_followed_as_far_as_scores_bear_it_out(seed: int) -> None:
+    helps, harms, tells_nothing = (VettedProposal(_TARGET, order="tested", dim=32, seed=seed) for _ in range(3))
+    rising = mean_likeness(helps, 20, slope=0.3, seed=seed)
+    assert mean(rising[5:]) > 0.8
+    assert helps.trusts_likeness()
+    falling = mean_likeness(harms, 20, slope=-0.3, seed=seed)
+    assert mean(falling[5:]) < 0.6
+    assert not harms.trusts_likeness()
+    neither = mean_likeness(tells_nothing, 20, slope=0.0, seed=seed)
+    assert mean(falling[5:]) - 0.1 < mean(neither[5:]) < mean(rising[5:]) - 0.1
+    assert mean(mean_likeness(harms, 30, slope=0.3, seed=seed)[20:]) > 0.8  # what was not trusted may be, later
+
+
+def test_before_anything_is_known_records_come_at_random() -> None:
+    proposal, uniform = (VettedProposal(_TARGET, order=order, dim=8) for order in ("tested", "uniform"))  # type: ignore[arg-type]
+    records = offered(torch.Generator().manual_seed(1))
+    like = likeness_of(proposal.features(records))
+    assert proposal.trust == 0.5
+    assert float(like[proposal.propose(records, 32)].mean()) < float(like.sort().values[-32:].mean()) - 0.1
+    assert not torch.equal(like.argsort(descending=True)[:32], uniform.propose(records, 32))
+
+
+def test_the_state_goes_on_as_it_would_have() -> None:
+    one, other = (VettedProposal(_TARGET, order="tested", dim=16) for _ in range(2))
+    mean_likeness(one, 3, slope=0.1, seed=0)
+    assert 0.5 < one.trust < 1.0
+    other.load_state_dict(unpacked(packed(one.state_dict())))
+    assert other.trust == one.trust
+    assert mean_likeness(one, 4, slope=0.1, seed=3) == mean_likeness(other, 4, slope=0.1, seed=3)
+    state, before = one.state_dict(), packed(other.state_dict())
+    with pytest.raises(ValueError, match="Expected the sums rows, spread, cross, energy, got rows"):
+        other.load_state_dict({**state, "trust": {"rows": 1.0}})
+    assert packed(other.state_dict()) == before
+
+
+# --- the stages that go with it
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_stages_choose_unless_the_condition_holds(condition: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(6, 9, generator=generator, dtype=torch.float64)
+    target = factors[0] + 0.1 * factors[1]
+    matching = Matching(
+        gram=factors @ factors.T,
+        cross_gram=factors @ target,
+        target_energy=float(target @ target),
+        losses=torch.ones(6),
+        generator=generator,
+    )
+    keep, fit = GreedyFilter(keep=2), NonNegativeLeastSquares(normalize="norm")
+    filtering, weighing = (
+        FilterUnless(condition=lambda: condition, filter=keep),
+        WeightUnless(condition=lambda: condition, weight=fit),
+    )
+    kept = filtering(matching)
+    assert torch.equal(kept, (KeepAll() if condition else keep)(matching))
+    found, expected = ((stage)(matching.restrict(kept)) for stage in (weighing, UniformWeights() if condition else fit))
+    assert torch.equal(found.weights, expected.weights)
+    assert weighing.normalize == "norm"
+
+
+def test_a_run_leaves_the_choice_to_likeness_once_that_is_trusted() -> None:
+    """With an optimizer, its scores, and a target whose tokens the useful records share."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 40)).double()
+    proposal = VettedProposal(_TARGET, order="tested", dim=16)
+    target = torch.randint(0, 20, (4, 9))
+
+    def losses(batch: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[:, :-1]).mT, batch[:, 1:], reduction="none").mean(1)
+
+    optimizer = SelectiveOptimizer(
+        torch.optim.AdamW(model.parameters(), lr=1e-2),
+        model,
+        target=lambda: losses(target),
+        filter=FilterUnless(condition=proposal.trusts_likeness, filter=GreedyFilter(keep=2)),
+        weight=WeightUnless(condition=proposal.trusts_likeness),
+    )
+    generator = torch.Generator().manual_seed(0)
+    kept = []
+    for _ in range(12):
+        records = offered(generator)
+        chosen = [records[place] for place in proposal.propose(records, _CHOSEN).tolist()]
+        batch = torch.tensor([one["input_ids"] for one in chosen])
+        trusted = proposal.trusts_likeness()
+        optimizer.step(lambda batch=batch: losses(batch))
+        kept.append(len(optimizer.selection.kept))
+        assert kept[-1] == _CHOSEN if trusted else kept[-1] <= 2
+        proposal.observe(chosen, optimizer.selection)
+    assert kept[0] <= 2
+    assert kept[-1] == _CHOSEN
