@@ -66,8 +66,10 @@ class SelectiveTrainerMixin(_Base):
         selective: options of :class:`SelectiveOptimizer`: ``filter``, ``weight``, ``metric``, ``train_on_target``,
             ``combine``, ``scored``, ``gram``, ``memory_limit``, ``self_check``, ``seed`` (by default that of the
             training arguments). With a ``proposal`` the training data are sampled by it, see
-            :class:`~ftw_optim.proposals.ProposedSampler`, which has ``read_ahead`` and ``passed_over``: ``"learned"``,
-            ``"similarity"``, ``"uniform"``, or one of :mod:`ftw_optim.proposals`. It is in the checkpoints.
+            :class:`~ftw_optim.proposals.ProposedSampler`, which has ``read_ahead`` and ``passed_over``: ``"tested"``,
+            ``"vetted"``, ``"similarity"``, ``"learned"``, ``"uniform"``, or one of :mod:`ftw_optim.proposals`. It is in
+            the checkpoints. ``"tested"`` takes its candidates as they are while scores bear out that likeness helps;
+            filter and weights choose among them while they do not.
         sample_weighting: how a candidate's loss is formed. ``"token_sum"``: ``n`` times the sum over its labels,
             divided by the number of labels in the window, so that equal weights make the trainer's own step and long
             answers count more; ``"token_mean"``: the mean over its labels. Target losses are formed alike.
@@ -133,6 +135,7 @@ class SelectiveTrainerMixin(_Base):
     ) -> None:
         self._options = checked_options(selective, sample_weighting, realised_every)
         self._sampling = Sampling(Proposing.of(self._options))
+        self._options |= self._sampling.stages(self._options)
         self._refuse_settings(
             next((one for one in (*args, *kwargs.values()) if isinstance(one, TrainingArguments)), None)
         )

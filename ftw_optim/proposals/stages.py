@@ -22,15 +22,21 @@ class FilterUnless(FilterStage):
     Args:
         condition: called at each step, without arguments; such as :meth:`VettedProposal.trusts_likeness`.
         filter: the filter while it does not hold.
+
+    Raises:
+        TypeError: one of them cannot be called.
     """
 
     condition: Callable[[], bool]
     filter: FilterStage = field(default_factory=GreedyFilter)
 
+    def __post_init__(self) -> None:
+        _check_callable(condition=self.condition, filter=self.filter)
+
     @property
     def metrics(self) -> tuple[str, ...]:  # type: ignore[override]  # those of a stage that is only known here
         """See :class:`FilterStage`."""
-        return self.filter.metrics
+        return getattr(self.filter, "metrics", ())
 
     def __call__(self, matching: Matching, *more: Matching) -> Tensor:
         """See :class:`FilterStage`."""
@@ -45,21 +51,36 @@ class WeightUnless(WeightStage):
     Args:
         condition: called at each step, without arguments; the one of the filter.
         weight: the weight stage while it does not hold.
+
+    Raises:
+        TypeError: one of them cannot be called.
     """
 
     condition: Callable[[], bool]
     weight: WeightStage = field(default_factory=NonNegativeLeastSquares)
 
+    def __post_init__(self) -> None:
+        _check_callable(condition=self.condition, weight=self.weight)
+
     @property
     def metrics(self) -> tuple[str, ...]:  # type: ignore[override]  # those of a stage that is only known here
         """See :class:`WeightStage`."""
-        return self.weight.metrics
+        return getattr(self.weight, "metrics", ())
 
     @property
     def normalize(self) -> Normalization:  # type: ignore[override]
         """See :class:`WeightStage`; uniform weights of all candidates stay what they are under any."""
-        return self.weight.normalize
+        return getattr(self.weight, "normalize", "sum")
 
     def __call__(self, matching: Matching, *more: Matching) -> WeightSolution:
         """See :class:`WeightStage`."""
         return UniformWeights()(matching) if self.condition() else self.weight(matching, *more)
+
+
+def _check_callable(**given: object) -> None:
+    for name, one in given.items():
+        if not callable(one):
+            raise TypeError(
+                f"{name} must be callable, got {type(one).__name__}: pass for example "
+                "condition=proposal.trusts_likeness, filter=GreedyFilter(), weight=NonNegativeLeastSquares()."
+            )

@@ -232,6 +232,31 @@ def test_similar_rows_come_first_where_all_are_on_offer(tmp_path: Path) -> None:
     assert sorted(number for step in recording.steps for number in step["ids"]) == list(range(35))
 
 
+def test_a_tested_proposal_leaves_the_choice_to_the_filter_until_likeness_is_trusted(tmp_path: Path) -> None:
+    """And again after a resume, as the proposal's trust is in the checkpoint; with the stages that were asked for."""
+    options = {"selective": {"proposal": "tested", "read_ahead": 14}, "num_train_epochs": 6}
+    recordings = [Recording(), Recording()]
+    whole = trainer_of(tmp_path / "whole", recordings[0], **options)
+    trusts = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            trusts.append(whole.proposed_sampler.proposal.trusts_likeness())  # type: ignore[union-attr]
+
+    whole.add_callback(Look())
+    whole.train()
+    kept = [len(step["selection"].kept) for step in recordings[0].steps]
+    offered = [len(step["ids"]) for step in recordings[0].steps]
+    before = [False, *trusts[:-1]]  # a step's stages know of the steps before it
+    assert all(count == n if trusted else count <= 3 for count, n, trusted in zip(kept, offered, before, strict=True))
+    assert {True, False} == set(before)
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tmp_path / "cut", recordings[1], Stop(5), **options).train()
+    resumed = trainer_of(tmp_path / "cut", recordings[1], **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert [len(step["selection"].kept) for step in recordings[1].steps] == kept
+
+
 def test_the_sft_trainer_proposes_among_its_tokenized_rows(tmp_path: Path) -> None:
     words = [" ".join(f"w{(start * 7 + step) % 40}" for step in range(5)) for start in range(24)]
     rows = Dataset.from_list([{"prompt": text, "completion": f" {text[:2]}", "origin": "a"} for text in words])
@@ -271,7 +296,7 @@ def test_a_checkpoint_of_a_run_without_a_proposal_is_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("selective", "error", "message"),
     [
-        ({"proposal": "best"}, ValueError, "one of 'learned', 'similarity', 'uniform', 'vetted', got 'best'"),
+        ({"proposal": "best"}, ValueError, "one of 'learned', 'similarity', 'tested', 'uniform', 'vetted', got 'best'"),
         ({"proposal": 3}, TypeError, "got int"),
         ({"read_ahead": 8}, ValueError, "Expected a proposal beside read_ahead"),
         ({"proposal": None, "passed_over": "keep"}, ValueError, "Expected a proposal beside passed_over"),

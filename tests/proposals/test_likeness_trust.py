@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -172,6 +172,19 @@ def test_stages_choose_unless_the_condition_holds(condition: bool) -> None:
     found, expected = ((stage)(matching.restrict(kept)) for stage in (weighing, UniformWeights() if condition else fit))
     assert torch.equal(found.weights, expected.weights)
     assert weighing.normalize == "norm"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FilterUnless(condition=True),  # type: ignore[arg-type]
+        lambda: FilterUnless(condition=bool, filter=4),  # type: ignore[arg-type]
+        lambda: WeightUnless(condition=bool, weight=None),  # type: ignore[arg-type]
+    ],
+)
+def test_what_cannot_be_called_is_refused_at_once(make: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match=r"must be callable, got (bool|int|NoneType): pass for example"):
+        make()
 
 
 def test_a_run_leaves_the_choice_to_likeness_once_that_is_trusted() -> None:

@@ -27,6 +27,7 @@ KINDS: dict[str, Callable[[int], Any]] = {
     "learned": lambda seed: LearnedProposal(dim=8, seed=seed),
     "learned from likeness": lambda seed: LearnedProposal(TARGET, dim=8, use_source=True, seed=seed),
     "vetted": lambda seed: VettedProposal(TARGET, dim=8, seed=seed),
+    "tested": lambda seed: VettedProposal(TARGET, order="tested", dim=8, seed=seed),
     "vetted, in any order": lambda seed: VettedProposal(order="uniform", dim=8, seed=seed),
 }
 

@@ -32,6 +32,7 @@ KINDS: dict[str, Callable[[], Proposal]] = {
     "similar": lambda: SimilarityProposal(TARGET, explore=0.2),
     "learned": lambda: LearnedProposal(TARGET, dim=4),
     "vetted": lambda: VettedProposal(TARGET, dim=4),
+    "tested": lambda: VettedProposal(TARGET, order="tested", dim=4),
     "one's own": lambda: _First(),
 }
 READ = [(8, "drop"), (8, "keep"), (None, None)]

@@ -77,7 +77,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "SFT": ("SFT", {}, {}),
     "uniform": ("Trainer", {"num_train_epochs": 2}, {"selective": {"proposal": "uniform", "read_ahead": 8}}),
     "learned": ("Trainer", {"num_train_epochs": 2}, {"selective": {"proposal": "learned", "passed_over": "keep"}}),
-    "SFT, vetted": ("SFT", {}, {"selective": {"proposal": "vetted"}}),
+    "SFT, tested": ("SFT", {}, {"selective": {"proposal": "tested"}}),
 }
 
 

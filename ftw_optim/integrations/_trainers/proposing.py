@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, final
 
 from ftw_optim.proposals import (
+    FilterUnless,
     LearnedProposal,
     Proposal,
     ProposedSampler,
     SimilarityProposal,
     UniformProposal,
     VettedProposal,
+    WeightUnless,
 )
 
 OPTIONS = ("proposal", "read_ahead", "passed_over")
@@ -23,6 +25,7 @@ _Make = Callable[[Sequence[Mapping[str, Any]], int], Proposal]
 NAMED: Mapping[str, _Make] = {
     "learned": lambda targets, seed: LearnedProposal(targets, seed=seed),
     "similarity": lambda targets, seed: SimilarityProposal(targets, seed=seed),
+    "tested": lambda targets, seed: VettedProposal(targets, order="tested", seed=seed),
     "uniform": lambda targets, seed: UniformProposal(seed),
     "vetted": lambda targets, seed: VettedProposal(targets, seed=seed),
 }
@@ -68,6 +71,24 @@ class Proposing:
                 f"{type(proposal).__name__}."
             )
         return cls(**given)
+
+    def stages(self, options: Mapping[str, Any], trusted: Callable[[], bool]) -> dict[str, Any]:
+        """The filter and weight stage of the options, or their defaults, where they are for when likeness misleads.
+
+        Args:
+            options: of the :class:`~ftw_optim.SelectiveOptimizer`.
+            trusted: whether likeness is trusted now.
+
+        Returns:
+            Stages that take all candidates as they are while it is; nothing for a proposal that tests no likeness.
+        """
+        if self.proposal != "tested":
+            return {}
+        given = {name: {name: options[name]} if name in options else {} for name in ("filter", "weight")}
+        return {
+            "filter": FilterUnless(condition=trusted, **given["filter"]),
+            "weight": WeightUnless(condition=trusted, **given["weight"]),
+        }
 
     def sampler(
         self,

@@ -12,7 +12,7 @@ import torch
 from ftw_optim._matching.selection import Selection
 from ftw_optim.integrations._trainers.processes import Processes
 from ftw_optim.integrations._trainers.proposing import Proposing
-from ftw_optim.proposals import ProposedSampler
+from ftw_optim.proposals import ProposedSampler, VettedProposal
 
 STATE = "proposal.pt"
 """The file of a checkpoint that holds the state of the sampler and of its proposal."""
@@ -39,6 +39,14 @@ class Sampling:
     def proposes(self) -> bool:
         """Whether a proposal decides which records become candidates."""
         return self._proposing is not None
+
+    def stages(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """See :meth:`Proposing.stages`; likeness is trusted as far as the proposal of the present run trusts it."""
+        return {} if self._proposing is None else self._proposing.stages(options, self._trusts_likeness)
+
+    def _trusts_likeness(self) -> bool:
+        proposal = None if self.sampler is None else self.sampler.proposal
+        return isinstance(proposal, VettedProposal) and proposal.trusts_likeness()
 
     def start(self) -> None:
         """Begin a run: the next sampler is its own."""
