@@ -191,6 +191,8 @@ RANDOM_WEIGHTS = Method(filter=_all, weight=RandomWeights(), options={"train_on_
 
 LATE_UNIFORM = Method(filter=_all, weight=UniformWeights(), decay=0.75)
 LATE_UNIFORM_TOKENS = replace(LATE_UNIFORM, by_token=True)
+EVERY_OTHER = replace(LATE_UNIFORM_TOKENS, decay=0.5, refresh_every=2)
+EVERY_FOURTH = replace(LATE_UNIFORM_TOKENS, decay=0.5, refresh_every=4)
 LATE_ACCEPTED = Method(filter=lambda keep, lr: AcceptFilter(), weight=UniformWeights(), decay=0.75)
 LATE_EXPECTED = Method(filter=_all, weight=ExpectedWeights(), decay=0.75)
 LATE_ABOVE = Method(filter=lambda keep, lr: ExpectedFilter(share=0.3), weight=UniformWeights(), decay=0.75)
@@ -254,6 +256,8 @@ ARMS = {
     "learned+accept": _guide("n learned, accepted", propose=learned, method=LATE_ACCEPTED),
     "vetted-n": _guide("n vetted", propose=vetted, method=LATE_UNIFORM),
     "vetted-n-tokens": _guide("n vetted, by token", propose=vetted, method=LATE_UNIFORM_TOKENS),
+    "vetted-n-second": _guide("vetted, every 2nd", propose=vetted, method=EVERY_OTHER),
+    "vetted-n-fourth": _guide("vetted, every 4th", propose=vetted, method=EVERY_FOURTH),
     "random+vetted": _guide("n random, vetted", propose=vetted_random, method=LATE_UNIFORM),
     "random+vetted-tokens": _guide("random, vetted, tok", propose=vetted_random, method=LATE_UNIFORM_TOKENS),
     "tested-n-tokens": _guide("n tested, by token", propose=tested, method=UNLESS_TRUSTED),

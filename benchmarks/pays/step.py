@@ -101,8 +101,9 @@ class Step:
         arm = self._arm
         start = now(self._top.device)
         late = self._step >= self._late_from
-        guiding = arm.method is not None and (not self._late_from or self._step % arm.method.refresh_every == 0)
-        run_targets = self._target_batches is not None and (late or guiding)
+        guiding = arm.method is not None and self._step % arm.method.refresh_every == 0
+        trained = late and arm.trained_target_rows(self._sizes) > 0
+        run_targets = self._target_batches is not None and (trained or guiding)
         instead = 0 if run_targets or self._target_batches is None else arm.trained_target_rows(self._sizes)
         candidates = self._chooser.choose(read, arm.rows(self._sizes) + instead)
         seconds = now(self._top.device) - start
