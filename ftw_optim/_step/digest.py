@@ -174,10 +174,14 @@ def _hashed(value: Any) -> str:
 
 
 def _described(stage: Any) -> str:
-    """A stage's class, and those of its declared fields that are plain; what else it has, it may count or learn."""
+    """A stage's class, and those of its declared fields that are plain, or stages in their turn.
+
+    What else it has, it may count or learn.
+    """
     fields = dataclasses.fields(stage) if dataclasses.is_dataclass(stage) else ()
     settings = {field.name: getattr(stage, field.name) for field in fields}
     plain = {key: value for key, value in settings.items() if isinstance(value, _PLAIN)}
+    plain |= {key: _described(value) for key, value in settings.items() if dataclasses.is_dataclass(value)}
     name = getattr(stage, "__qualname__", None) or torch.typename(type(stage))
     return f"{name} {plain}"
 

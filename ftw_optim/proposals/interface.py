@@ -96,7 +96,10 @@ def check_state(state_dict: Mapping[str, Any], own: Mapping[str, Any]) -> None:
                 "proposal as it was made in the run that is resumed."
             )
     if missing := own.keys() - state_dict.keys():
-        raise ValueError(f"Expected a whole state of the proposal, but {', '.join(sorted(missing))} is missing.")
+        raise ValueError(
+            f"Expected a whole state of the proposal, but {', '.join(sorted(missing))} is missing: "
+            "begin anew, where it is the state of another release."
+        )
 
 
 def chosen_positions(found: Any, wanted: int, offered: int) -> list[int]:

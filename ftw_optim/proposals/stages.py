@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
@@ -19,8 +20,11 @@ from ftw_optim._matching.weights import NonNegativeLeastSquares, Normalization, 
 class FilterUnless(FilterStage):
     """Keeps every candidate while a condition holds, and filters them while it does not.
 
+    A copy has the same condition; what is unpickled has none, and says so when it is asked.
+
     Args:
-        condition: called at each step, without arguments; such as :meth:`VettedProposal.trusts_likeness`.
+        condition: called at each step, without arguments, such as :meth:`VettedProposal.trusts_likeness`. In a run of
+            several processes that of the first one counts for the candidates of all.
         filter: the filter while it does not hold.
 
     Raises:
@@ -32,6 +36,12 @@ class FilterUnless(FilterStage):
 
     def __post_init__(self) -> None:
         _check_callable(condition=self.condition, filter=self.filter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FilterUnless:
+        return FilterUnless(condition=self.condition, filter=copy.deepcopy(self.filter, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (FilterUnless, "filter", self.filter)
 
     @property
     def metrics(self) -> tuple[str, ...]:  # type: ignore[override]  # those of a stage that is only known here
@@ -48,6 +58,8 @@ class FilterUnless(FilterStage):
 class WeightUnless(WeightStage):
     """Uniform weights while a condition holds, and fitted ones while it does not.
 
+    A copy has the same condition; what is unpickled has none, and says so when it is asked.
+
     Args:
         condition: called at each step, without arguments; the one of the filter.
         weight: the weight stage while it does not hold.
@@ -62,6 +74,12 @@ class WeightUnless(WeightStage):
     def __post_init__(self) -> None:
         _check_callable(condition=self.condition, weight=self.weight)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightUnless:
+        return WeightUnless(condition=self.condition, weight=copy.deepcopy(self.weight, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (WeightUnless, "weight", self.weight)
+
     @property
     def metrics(self) -> tuple[str, ...]:  # type: ignore[override]  # those of a stage that is only known here
         """See :class:`WeightStage`."""
@@ -69,7 +87,7 @@ class WeightUnless(WeightStage):
 
     @property
     def normalize(self) -> Normalization:  # type: ignore[override]
-        """See :class:`WeightStage`; uniform weights of all candidates stay what they are under any."""
+        """See :class:`WeightStage`; where all candidates are kept, uniform weights stay what they are under any."""
         return getattr(self.weight, "normalize", "sum")
 
     def __call__(self, matching: Matching, *more: Matching) -> WeightSolution:
@@ -77,10 +95,21 @@ class WeightUnless(WeightStage):
         return UniformWeights()(matching) if self.condition() else self.weight(matching, *more)
 
 
+def _unpickled(kind: Callable[..., Any], name: str, stage: object) -> object:
+    return kind(condition=_no_condition, **{name: stage})
+
+
+def _no_condition() -> bool:
+    raise RuntimeError(
+        "The condition of FilterUnless and WeightUnless is not pickled: it is of the proposal of a run. Give the "
+        "optimizer new ones, with condition=proposal.trusts_likeness."
+    )
+
+
 def _check_callable(**given: object) -> None:
     for name, one in given.items():
-        if not callable(one):
+        if not callable(one) or isinstance(one, type):
             raise TypeError(
-                f"{name} must be callable, got {type(one).__name__}: pass for example "
+                f"{name} must be a stage or a function, got {one!r}: pass for example "
                 "condition=proposal.trusts_likeness, filter=GreedyFilter(), weight=NonNegativeLeastSquares()."
             )

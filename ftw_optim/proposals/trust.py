@@ -8,15 +8,21 @@ from typing import final
 
 from torch import Tensor
 
-_FORGETTING = 0.9  # a step's part of the weight of the next: the model, and what it needs, change
+_FORGETTING = 0.95  # a step's part of the weight of the next: the model, and what it needs, change
+_GUESS, _GUESS_ERROR = 0.2, 0.3  # of the slope: likeness, a cosine too, mostly helps
 _NOISE = 0.1  # standard deviation of scores before any was seen; scores are cosines of gradients
 _NOISE_ROWS = 4.0  # observations that this is worth
-_SUMS = ("rows", "spread", "cross", "energy")
+_SUMS = ("rows", "spread", "cross", "energy", "count", "total", "squares")
+
+TRUSTED = 0.9
+"""Probability from which on it counts as borne out that scores rise with likeness, and are positive."""
+IN_A_ROW = 2
+"""Steps in a row that must bear it out."""
 
 
 @final
 class LikenessTrust:
-    """The probability that scores rise with likeness, from the candidates of the steps so far.
+    """Whether scores rise with likeness, from the candidates of the steps so far, and are positive at all.
 
     The candidates of a step share its target rows and its parameters, so they are compared within their step alone, and
     the slopes of all steps are pooled, those of earlier ones with less weight.
@@ -24,34 +30,64 @@ class LikenessTrust:
 
     def __init__(self) -> None:
         self._sums = dict.fromkeys(_SUMS, 0.0)
+        self._borne_out = 0  # steps in a row, the last ones
 
     def observe(self, likeness: Tensor, scores: Tensor) -> None:
-        """Take in the candidates of one step: likeness and scores, both of shape ``(n,)``."""
+        """Take in the candidates of one step: likeness and scores, both of shape ``(n,)``, of two or more."""
         if len(scores) < 2:
             return
-        x, y = likeness.double() - likeness.double().mean(), scores.double() - scores.double().mean()
-        new = len(y) - 1.0, float(x @ x), float(x @ y), float(y @ y)
+        like, score = likeness.double(), scores.double()
+        x, y = like - like.mean(), score - score.mean()
+        new = (
+            *(len(y) - 1.0, float(x @ x), float(x @ y), float(y @ y)),
+            *(float(len(y)), float(score.sum()), float(score @ score)),
+        )
         self._sums = {name: _FORGETTING * self._sums[name] + value for name, value in zip(_SUMS, new, strict=True)}
+        sure = min(self.probability(), self._positive()) > TRUSTED
+        self._borne_out = min(self._borne_out + 1, IN_A_ROW) if sure else 0
 
     def probability(self) -> float:
-        """The probability that the slope of scores on likeness is positive; one half where nothing is known of it."""
-        rows, spread, cross, energy = (self._sums[name] for name in _SUMS)
-        if spread <= 0.0:
-            return 0.5
-        left = max(0.0, energy - cross**2 / spread)
-        variance = (_NOISE_ROWS * _NOISE**2 + left) / (_NOISE_ROWS + rows)
-        return 0.5 * math.erfc(-cross / math.sqrt(2.0 * spread * variance))
+        """The probability that the slope of scores on likeness is positive; about three quarters at first."""
+        rows, spread, cross, energy = (self._sums[name] for name in _SUMS[:4])
+        left = energy - cross**2 / spread if spread > 0.0 else energy
+        variance = _variance(left, rows)
+        certainty = spread / variance + _GUESS_ERROR**-2
+        return _normal((cross / variance + _GUESS * _GUESS_ERROR**-2) / math.sqrt(certainty))
+
+    def _positive(self) -> float:
+        """The probability that the mean score is positive."""
+        count, total, squares = (self._sums[name] for name in _SUMS[4:])
+        return _normal(total / math.sqrt(count * _variance(squares - total**2 / count, count))) if count else 0.5
+
+    def holds(self) -> bool:
+        """Whether the last steps have all borne out that scores rise with likeness and are positive."""
+        return self._borne_out >= IN_A_ROW
 
     def state_dict(self) -> dict[str, float]:
-        """The sums over the candidates seen."""
-        return dict(self._sums)
+        """The sums over the candidates seen, and for how many steps they have borne likeness out."""
+        return {**self._sums, "borne_out": self._borne_out}
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
-        """Go on from such sums.
+        """Go on from such a state.
 
         Raises:
-            ValueError: they are others.
+            ValueError: it is another one, or no sums of anything; nothing is loaded.
         """
-        if state_dict.keys() != self._sums.keys():
-            raise ValueError(f"Expected the sums {', '.join(_SUMS)}, got {', '.join(state_dict)}.")
-        self._sums = {name: float(state_dict[name]) for name in _SUMS}
+        mine = self.state_dict()
+        if state_dict.keys() != mine.keys():
+            raise ValueError(f"Expected the sums {', '.join(mine)}, got {', '.join(state_dict)}: begin anew.")
+        sums = {name: float(state_dict[name]) for name in _SUMS}
+        signed = {"cross", "total"}
+        if not all(math.isfinite(value) and (value >= 0.0 or name in signed) for name, value in sums.items()):
+            raise ValueError(f"Expected finite sums of squares, got {sums}: begin anew.")
+        self._sums, self._borne_out = sums, int(state_dict["borne_out"])
+
+
+def _variance(left: float, rows: float) -> float:
+    """The variance of scores, from the sum of squares that an estimate leaves over, of a number of them."""
+    return (_NOISE_ROWS * _NOISE**2 + max(0.0, left)) / (_NOISE_ROWS + rows)
+
+
+def _normal(value: float) -> float:
+    """The probability that a standard normal number is below a value."""
+    return 0.5 * math.erfc(-value / math.sqrt(2.0))

@@ -16,9 +16,6 @@ from ftw_optim.proposals.kinds import Kinds
 from ftw_optim.proposals.scoring import ScoreRegression
 from ftw_optim.proposals.trust import LikenessTrust
 
-TRUSTED = 0.75
-"""Probability that likeness helps from which on it is left to choose alone."""
-
 
 @final
 class VettedProposal(Proposal):
@@ -29,16 +26,20 @@ class VettedProposal(Proposal):
     :class:`LearnedProposal` but without likeness, sees that within a few steps. Where what it expects shows two kinds
     of records, far apart, and the scores that come then bear it out, records of the worse kind are left out, until
     those of it that are tried all the same score no lower than the others. Where there are no two kinds, nothing is
-    left out and this is :class:`SimilarityProposal`: among good records scores are too noisy to choose by.
+    left out and ``order`` alone decides, by default as in :class:`SimilarityProposal`: among good records scores are
+    too noisy to choose by.
 
     Scores are only honest of a target that is not trained on meanwhile, see :class:`~ftw_optim.TargetGradient`.
 
     Args:
         target_samples: the target rows; None: no likeness.
-        order: ``"likeness"``: the most alike first. ``"uniform"``: at random. ``"tested"``: at random, but for as large
-            a share as scores bear out that likeness helps, which is ``2 trust - 1``: nearly all of them a few steps
-            later where it does, none where it harms. :class:`~ftw_optim.proposals.FilterUnless` and
-            :class:`~ftw_optim.proposals.WeightUnless` then choose among the candidates.
+        order: ``"likeness"``: the most alike first. ``"uniform"``: at random. ``"tested"``: the most alike for a share
+            of the candidates, as far as scores bear out that likeness helps, and the others at random. The share is
+            ``2 trust - 1``, at least 0: half of them at first, nearly all a few steps later where likeness helps, none
+            where it harms. Steps of one candidate tell nothing. Where likeness is not trusted the candidates are a
+            mixed lot, so give the optimizer stages that choose among them then:
+            ``filter=FilterUnless(condition=proposal.trusts_likeness)`` and
+            ``weight=WeightUnless(condition=proposal.trusts_likeness)``.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse:
             all of it while that is barely known, and less the surer it is, as these records are trained on too. No
@@ -91,12 +92,16 @@ class VettedProposal(Proposal):
 
     @property
     def trust(self) -> float:
-        """The probability that records score the higher, the more alike they are; one half before anything is known."""
+        """The probability that records score the higher, the more alike they are; about three quarters at first."""
         return self._trust.probability()
 
     def trusts_likeness(self) -> bool:
-        """Whether ``trust`` is above three quarters; the condition of :class:`~ftw_optim.proposals.FilterUnless`."""
-        return self.trust > TRUSTED
+        """Whether likeness may choose alone; the condition of :class:`~ftw_optim.proposals.FilterUnless`.
+
+        It may where, after each of the last two steps, it was above 0.9 probable that scores rise with likeness, and
+        that they are positive: of records that all harm, the most alike harm too.
+        """
+        return self._trust.holds()
 
     def features(self, samples: Sequence[Sample]) -> Tensor:
         """The features of samples, to keep and to pass to the other calls; a row depends on its sample alone."""

@@ -12,11 +12,11 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 from trl import SFTConfig
 
-from ftw_optim import GreedyFilter
+from ftw_optim import GreedyFilter, NonNegativeLeastSquares, UniformWeights
 from ftw_optim.integrations.streaming import CandidateStream
 from ftw_optim.integrations.transformers import SelectiveTrainer
 from ftw_optim.integrations.trl import SelectiveSFTTrainer
-from ftw_optim.proposals import LearnedProposal, ProposedSampler, SimilarityProposal
+from ftw_optim.proposals import FilterUnless, LearnedProposal, ProposedSampler, SimilarityProposal, VettedProposal
 from tests.support.grids import slow
 from tests.support.releases import resumes_in_first_epoch_alone
 from tests.support.trainer_runs import (
@@ -232,29 +232,43 @@ def test_similar_rows_come_first_where_all_are_on_offer(tmp_path: Path) -> None:
     assert sorted(number for step in recording.steps for number in step["ids"]) == list(range(35))
 
 
-def test_a_tested_proposal_leaves_the_choice_to_the_filter_until_likeness_is_trusted(tmp_path: Path) -> None:
-    """And again after a resume, as the proposal's trust is in the checkpoint; with the stages that were asked for."""
+def test_a_tested_proposal_leaves_the_choice_to_the_filter_unless_likeness_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proposal of the present run decides, and after a resume that of its checkpoint."""
+    # So few scores of an untrained model bear nothing out: here it goes by the calls, which are in the state as well.
+    monkeypatch.setattr(VettedProposal, "trusts_likeness", lambda proposal: proposal._calls // 3 % 2 == 1)
     options = {"selective": {"proposal": "tested", "read_ahead": 14}, "num_train_epochs": 6}
     recordings = [Recording(), Recording()]
     whole = trainer_of(tmp_path / "whole", recordings[0], **options)
     trusts = []
 
     class Look(TrainerCallback):
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             trusts.append(whole.proposed_sampler.proposal.trusts_likeness())  # type: ignore[union-attr]
 
     whole.add_callback(Look())
     whole.train()
     kept = [len(step["selection"].kept) for step in recordings[0].steps]
     offered = [len(step["ids"]) for step in recordings[0].steps]
-    before = [False, *trusts[:-1]]  # a step's stages know of the steps before it
-    assert all(count == n if trusted else count <= 3 for count, n, trusted in zip(kept, offered, before, strict=True))
-    assert {True, False} == set(before)
+    assert all(count == n if trusted else count <= 3 for count, n, trusted in zip(kept, offered, trusts, strict=True))
+    assert {True, False} == set(trusts)
     with pytest.raises(KeyboardInterrupt):
         trainer_of(tmp_path / "cut", recordings[1], Stop(5), **options).train()
     resumed = trainer_of(tmp_path / "cut", recordings[1], **options)
     resumed.train(resume_from_checkpoint=True)
     assert [len(step["selection"].kept) for step in recordings[1].steps] == kept
+
+
+@pytest.mark.parametrize("proposal", ["tested", VettedProposal(TARGETS, order="tested")], ids=["named", "one's own"])
+def test_a_tested_proposal_brings_its_stages_along(proposal: Any, tmp_path: Path) -> None:
+    options = trainer_of(tmp_path, Recording(), selective={"proposal": proposal, "filter": None})._options
+    assert options["filter"].filter == GreedyFilter()
+    assert options["weight"].weight == NonNegativeLeastSquares()
+    own = {"filter": FilterUnless(condition=lambda: True), "weight": UniformWeights()}
+    options = trainer_of(tmp_path, Recording(), selective={"proposal": proposal, **own})._options
+    assert own.items() <= options.items()
+    assert "weight" not in trainer_of(tmp_path, Recording(), selective={"proposal": "vetted"})._options
 
 
 def test_the_sft_trainer_proposes_among_its_tokenized_rows(tmp_path: Path) -> None:

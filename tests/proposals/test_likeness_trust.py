@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,21 +38,24 @@ def trust_of(steps: Sequence[Sequence[tuple[float, float]]]) -> LikenessTrust:
 
 
 def by_least_squares(steps: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """The same from a regression with a constant for each step, each row by its weight."""
+    """The same from a regression with a constant for each step, each row by its weight, and the guess as a row more."""
     rows, wanted, weights = [], [], []
     for number, step in enumerate(steps):
         for likeness, score in step:
             rows.append([likeness, *(float(number == other) for other in range(len(steps)))])
             wanted.append(score)
-            weights.append(0.9 ** (len(steps) - 1 - number))
+            weights.append(0.95 ** (len(steps) - 1 - number))
     x, y, w = (torch.tensor(values, dtype=torch.float64) for values in (rows, wanted, weights))
-    scaled = x * w.sqrt()[:, None]
-    found = torch.linalg.lstsq(scaled, y * w.sqrt(), driver="gelsd").solution
+    found = torch.linalg.lstsq(x * w.sqrt()[:, None], y * w.sqrt(), driver="gelsd").solution
     left = float((w * (y - x @ found).square()).sum())
-    freedom = float(w.sum()) - sum(0.9**number for number in range(len(steps)))
+    freedom = float(w.sum()) - sum(0.95**number for number in range(len(steps)))
     variance = (4.0 * 0.1**2 + left) / (4.0 + freedom)
-    spread = float(torch.linalg.inv(scaled.T @ scaled)[0, 0])
-    return float(torch.special.ndtr(found[0] / math.sqrt(variance * spread)))
+    # The guess, 0.2 with an error of 0.3, is an observation of the slope alone.
+    x = torch.cat([x, torch.eye(1, x.shape[1], dtype=torch.float64)])
+    y, w = torch.cat([y, torch.tensor([0.2])]), torch.cat([w, torch.tensor([variance / 0.3**2])])
+    scaled = x * w.sqrt()[:, None]
+    slope = torch.linalg.solve(scaled.T @ scaled, scaled.T @ (y * w.sqrt()))[0]
+    return float(torch.special.ndtr(slope / (variance * torch.linalg.inv(scaled.T @ scaled)[0, 0]).sqrt()))
 
 
 @settings(max_examples=100)
@@ -63,23 +68,45 @@ def test_it_is_the_probability_that_a_pooled_slope_is_positive(steps: list[list[
 
 
 @settings(max_examples=100)
-@given(st.lists(a_step, max_size=4), numbers)
-def test_scores_turned_round_turn_it_round_and_a_shift_of_a_step_does_nothing(
-    steps: list[list[tuple[float, float]]], shift: float
+@given(st.lists(a_step, max_size=4), numbers, st.floats(0, 1))
+def test_a_shift_of_a_step_does_nothing_and_a_steeper_slope_is_trusted_no_less(
+    steps: list[list[tuple[float, float]]], shift: float, slope: float
 ) -> None:
     found = trust_of(steps).probability()
     assert 0.0 <= found <= 1.0
-    turned = trust_of([[(likeness, -score) for likeness, score in step] for step in steps])
-    assert turned.probability() == pytest.approx(1.0 - found, abs=1e-9)
     shifted = trust_of(
         [[(likeness, score + number * shift) for likeness, score in step] for number, step in enumerate(steps)]
     )
     assert shifted.probability() == pytest.approx(found, abs=1e-6)
+    steeper = trust_of([[(likeness, score + slope * likeness) for likeness, score in step] for step in steps])
+    # What the slope leaves over stays what it was.
+    assert steeper.probability() >= found - 1e-9
 
 
 @pytest.mark.parametrize("steps", [[], [[(0.3, 0.2)]], [[(0.3, 0.2), (0.3, -0.4)]]], ids=["none", "one", "alike"])
-def test_where_nothing_is_known_it_is_one_half(steps: list[list[tuple[float, float]]]) -> None:
-    assert trust_of(steps).probability() == 0.5
+def test_where_nothing_is_known_it_is_the_guess(steps: list[list[tuple[float, float]]]) -> None:
+    trust = trust_of(steps)
+    assert trust.probability() == pytest.approx(float(torch.special.ndtr(torch.tensor(0.2 / 0.3))))
+    assert not trust.holds()
+
+
+def test_it_holds_once_two_steps_in_a_row_bear_it_out_and_scores_are_positive() -> None:
+    rising = [(0.1 * number, 0.1 * number) for number in range(8)]
+    falling = [(likeness, -score) for likeness, score in rising]
+    harmful = [(likeness, score - 2.0) for likeness, score in rising]
+    assert [trust_of([rising] * count).holds() for count in (1, 2, 3)] == [False, True, True]
+    assert not trust_of([rising, rising, falling, falling]).holds()
+    assert trust_of([harmful] * 3).probability() > 0.99
+    assert not trust_of([harmful] * 3).holds()  # the most alike harm too, only less
+
+
+def test_what_is_known_fades_without_an_end_to_the_arithmetic() -> None:
+    trust = trust_of([[(0.0, 0.0), (1.0, -0.5)]] * 5)
+    assert trust.probability() < 0.05
+    same, scores = torch.zeros(2), torch.tensor([0.0, 0.1])
+    for _ in range(20_000):  # until the sums are denormal numbers, and then zero
+        trust.observe(same, scores)
+    assert trust.probability() == pytest.approx(trust_of([]).probability())
 
 
 def offered(generator: torch.Generator) -> list[dict[str, Any]]:
@@ -125,25 +152,32 @@ def test_likeness_is_followed_as_far_as_scores_bear_it_out(seed: int) -> None:
     assert mean(mean_likeness(harms, 30, slope=0.3, seed=seed)[20:]) > 0.8  # what was not trusted may be, later
 
 
-def test_before_anything_is_known_records_come_at_random() -> None:
-    proposal, uniform = (VettedProposal(_TARGET, order=order, dim=8) for order in ("tested", "uniform"))  # type: ignore[arg-type]
+def test_before_anything_is_known_half_of_the_records_come_at_random() -> None:
+    proposal = VettedProposal(_TARGET, order="tested", dim=8)
     records = offered(torch.Generator().manual_seed(1))
     like = likeness_of(proposal.features(records))
-    assert proposal.trust == 0.5
-    assert float(like[proposal.propose(records, 32)].mean()) < float(like.sort().values[-32:].mean()) - 0.1
-    assert not torch.equal(like.argsort(descending=True)[:32], uniform.propose(records, 32))
+    alike = like.argsort(descending=True)
+    chosen = proposal.propose(records, 32)
+    assert torch.equal(like[chosen[:15]], like[alike[:15]])
+    at_random = like[chosen[16:]]
+    assert float(like.min()) < float(at_random.mean()) < float(like[alike[16:32]].mean()) - 0.1
 
 
 def test_the_state_goes_on_as_it_would_have() -> None:
     one, other = (VettedProposal(_TARGET, order="tested", dim=16) for _ in range(2))
     mean_likeness(one, 3, slope=0.1, seed=0)
-    assert 0.5 < one.trust < 1.0
+    assert 0.8 < one.trust < 1.0
     other.load_state_dict(unpacked(packed(one.state_dict())))
     assert other.trust == one.trust
     assert mean_likeness(one, 4, slope=0.1, seed=3) == mean_likeness(other, 4, slope=0.1, seed=3)
     state, before = one.state_dict(), packed(other.state_dict())
-    with pytest.raises(ValueError, match="Expected the sums rows, spread, cross, energy, got rows"):
-        other.load_state_dict({**state, "trust": {"rows": 1.0}})
+    for trust, said in (
+        ({"rows": 1.0}, "Expected the sums rows, spread, .*, got rows: begin anew"),
+        ({**state["trust"], "rows": -1.0}, "Expected finite sums of squares"),
+        ({**state["trust"], "cross": math.nan}, "Expected finite sums of squares"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            other.load_state_dict({**state, "trust": trust})
     assert packed(other.state_dict()) == before
 
 
@@ -178,13 +212,29 @@ def test_stages_choose_unless_the_condition_holds(condition: bool) -> None:
     "make",
     [
         lambda: FilterUnless(condition=True),  # type: ignore[arg-type]
-        lambda: FilterUnless(condition=bool, filter=4),  # type: ignore[arg-type]
-        lambda: WeightUnless(condition=bool, weight=None),  # type: ignore[arg-type]
+        lambda: FilterUnless(condition=lambda: True, filter=GreedyFilter),  # type: ignore[arg-type]
+        lambda: WeightUnless(condition=lambda: True, weight=None),  # type: ignore[arg-type]
     ],
 )
-def test_what_cannot_be_called_is_refused_at_once(make: Callable[[], Any]) -> None:
-    with pytest.raises(TypeError, match=r"must be callable, got (bool|int|NoneType): pass for example"):
+def test_what_is_no_stage_is_refused_at_once(make: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match=r"must be a stage or a function, got (True|<class|None)"):
         make()
+
+
+def test_a_copy_asks_the_same_condition_and_what_is_unpickled_says_that_it_has_none() -> None:
+    proposal = VettedProposal(_TARGET, order="tested", dim=8)
+    for stage in (
+        FilterUnless(condition=proposal.trusts_likeness, filter=GreedyFilter(keep=3)),
+        WeightUnless(condition=proposal.trusts_likeness, weight=NonNegativeLeastSquares(ridge=0.1)),
+    ):
+        copied = copy.deepcopy(stage)
+        assert copied == stage
+        assert copied.condition.__self__ is proposal
+        unpickled = pickle.loads(pickle.dumps(stage))
+        inner = "filter" if isinstance(stage, FilterUnless) else "weight"
+        assert getattr(unpickled, inner) == getattr(stage, inner)
+        with pytest.raises(RuntimeError, match="Give the optimizer new ones"):
+            unpickled.condition()
 
 
 def test_a_run_leaves_the_choice_to_likeness_once_that_is_trusted() -> None:

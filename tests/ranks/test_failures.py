@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ftw_optim import GreedyFilter, SelectiveOptimizer, TargetGradient, TopKFilter
 from ftw_optim._preconditioners.lookup import Preconditioners
+from ftw_optim.proposals import FilterUnless
 from tests.support.grids import slow
 from tests.support.processes import Failure, Processes
 from tests.support.rank_runs import TARGETS, Net, made, rows_of, whole
@@ -158,7 +159,9 @@ def different(what: str) -> None:
     """A job of one step, for which the ranks differ."""
     here = dist.get_rank() == 1
     options: dict[str, Any] = {}
-    if here:
+    if what == "filter within":
+        options = {"filter": FilterUnless(condition=lambda: False, filter=GreedyFilter(keep=2 if here else 3))}
+    elif here:
         options = {
             "seed": {"seed": 5},
             "rate": {"lr": 2e-2},
@@ -190,6 +193,7 @@ def different(what: str) -> None:
         slow("selections", "seed and number of selections"),
         slow("rate", "settings of the inner optimizer"),
         slow("filter", "the filter"),
+        slow("filter within", "the filter"),
         slow("metric", "the metric"),
         slow("combine", "the combine"),
         slow("scored", "scored parameters"),

@@ -80,14 +80,16 @@ class Proposing:
             trusted: whether likeness is trusted now.
 
         Returns:
-            Stages that take all candidates as they are while it is; nothing for a proposal that tests no likeness.
+            Stages that take all candidates as they are while it is. Nothing for a proposal that tests no likeness, and
+            where the options have such stages already.
         """
-        if self.proposal != "tested":
+        tests = isinstance(self.proposal, VettedProposal) and self.proposal.order == "tested"
+        given = {name: {name: options[name]} for name in ("filter", "weight") if options.get(name) is not None}
+        if not (tests or self.proposal == "tested") or isinstance(options.get("filter"), FilterUnless):
             return {}
-        given = {name: {name: options[name]} if name in options else {} for name in ("filter", "weight")}
         return {
-            "filter": FilterUnless(condition=trusted, **given["filter"]),
-            "weight": WeightUnless(condition=trusted, **given["weight"]),
+            "filter": FilterUnless(condition=trusted, **given.get("filter", {})),
+            "weight": WeightUnless(condition=trusted, **given.get("weight", {})),
         }
 
     def sampler(
