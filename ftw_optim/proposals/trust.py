@@ -9,28 +9,31 @@ from typing import final
 from torch import Tensor
 
 _FORGETTING = 0.95  # a step's part of the weight of the next: the model, and what it needs, change
-_GUESS, _GUESS_ERROR = 0.2, 0.3  # of the slope: likeness, a cosine too, mostly helps
 _NOISE = 0.1  # standard deviation of scores before any was seen; scores are cosines of gradients
 _NOISE_ROWS = 4.0  # observations that this is worth
+_GUESS, _GUESS_ERROR = 0.2, 0.3  # of the slope: likeness, a cosine too, mostly helps
+_MATTERS = 0.05  # a slope nearer to zero says neither that likeness helps nor that it harms
+_SURE = 0.9  # probability from which on that is believed
 _SUMS = ("rows", "spread", "cross", "energy", "count", "total", "squares")
-
-TRUSTED = 0.9
-"""Probability from which on it counts as borne out that scores rise with likeness, and are positive."""
-IN_A_ROW = 2
-"""Steps in a row that must bear it out."""
 
 
 @final
 class LikenessTrust:
-    """Whether scores rise with likeness, from the candidates of the steps so far, and are positive at all.
+    """Whether likeness to the target rows may choose candidates, by the scores of those of the steps so far.
+
+    It may until it is probable that scores fall with likeness, or are negative: of records that all harm, the most
+    alike harm too. After that it may not until it is as probable that they rise with likeness and are positive.
 
     The candidates of a step share its target rows and its parameters, so they are compared within their step alone, and
     the slopes of all steps are pooled, those of earlier ones with less weight.
+
+    Attributes:
+        trusts: whether likeness may choose.
     """
 
     def __init__(self) -> None:
+        self.trusts = True
         self._sums = dict.fromkeys(_SUMS, 0.0)
-        self._borne_out = 0  # steps in a row, the last ones
 
     def observe(self, likeness: Tensor, scores: Tensor) -> None:
         """Take in the candidates of one step: likeness and scores, both of shape ``(n,)``, of two or more."""
@@ -43,29 +46,34 @@ class LikenessTrust:
             *(float(len(y)), float(score.sum()), float(score @ score)),
         )
         self._sums = {name: _FORGETTING * self._sums[name] + value for name, value in zip(_SUMS, new, strict=True)}
-        sure = min(self.probability(), self._positive()) > TRUSTED
-        self._borne_out = min(self._borne_out + 1, IN_A_ROW) if sure else 0
+        if self.trusts:
+            self.trusts = min(self.slope_above(-_MATTERS), self._positive()) >= 1.0 - _SURE
+        else:
+            self.trusts = min(self.slope_above(_MATTERS), self._positive()) > _SURE
 
-    def probability(self) -> float:
-        """The probability that the slope of scores on likeness is positive; about three quarters at first."""
+    def share(self) -> float:
+        """The share of the candidates that likeness should choose: the probability that it does no harm, or helps.
+
+        The former where it may choose, the latter where it may not.
+        """
+        return self.slope_above(-_MATTERS if self.trusts else _MATTERS)
+
+    def slope_above(self, value: float) -> float:
+        """The probability that scores rise with likeness by more than a value, per unit of it."""
         rows, spread, cross, energy = (self._sums[name] for name in _SUMS[:4])
-        left = energy - cross**2 / spread if spread > 0.0 else energy
-        variance = _variance(left, rows)
+        variance = _variance(energy - cross**2 / spread if spread > 0.0 else energy, rows)
         certainty = spread / variance + _GUESS_ERROR**-2
-        return _normal((cross / variance + _GUESS * _GUESS_ERROR**-2) / math.sqrt(certainty))
+        mean = (cross / variance + _GUESS * _GUESS_ERROR**-2) / certainty
+        return _normal((mean - value) * math.sqrt(certainty))
 
     def _positive(self) -> float:
         """The probability that the mean score is positive."""
         count, total, squares = (self._sums[name] for name in _SUMS[4:])
         return _normal(total / math.sqrt(count * _variance(squares - total**2 / count, count))) if count else 0.5
 
-    def holds(self) -> bool:
-        """Whether the last steps have all borne out that scores rise with likeness and are positive."""
-        return self._borne_out >= IN_A_ROW
-
     def state_dict(self) -> dict[str, float]:
-        """The sums over the candidates seen, and for how many steps they have borne likeness out."""
-        return {**self._sums, "borne_out": self._borne_out}
+        """The sums over the candidates seen, and whether likeness may choose."""
+        return {**self._sums, "trusts": self.trusts}
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
         """Go on from such a state.
@@ -80,7 +88,7 @@ class LikenessTrust:
         signed = {"cross", "total"}
         if not all(math.isfinite(value) and (value >= 0.0 or name in signed) for name, value in sums.items()):
             raise ValueError(f"Expected finite sums of squares, got {sums}: begin anew.")
-        self._sums, self._borne_out = sums, int(state_dict["borne_out"])
+        self._sums, self.trusts = sums, bool(state_dict["trusts"])
 
 
 def _variance(left: float, rows: float) -> float:

@@ -34,12 +34,11 @@ class VettedProposal(Proposal):
     Args:
         target_samples: the target rows; None: no likeness.
         order: ``"likeness"``: the most alike first. ``"uniform"``: at random. ``"tested"``: the most alike for a share
-            of the candidates, as far as scores bear out that likeness helps, and the others at random. The share is
-            ``2 trust - 1``, at least 0: half of them at first, nearly all a few steps later where likeness helps, none
-            where it harms. Steps of one candidate tell nothing. Where likeness is not trusted the candidates are a
-            mixed lot, so give the optimizer stages that choose among them then:
+            of the candidates, and the others at random: four fifths at first, nearly all a few steps later where scores
+            rise with likeness, few or none where they fall. While likeness is not trusted no kind is left out and the
+            candidates are a mixed lot, so give the optimizer stages that choose among them then:
             ``filter=FilterUnless(condition=proposal.trusts_likeness)`` and
-            ``weight=WeightUnless(condition=proposal.trusts_likeness)``.
+            ``weight=WeightUnless(condition=proposal.trusts_likeness)``. Steps of one candidate tell nothing.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse:
             all of it while that is barely known, and less the surer it is, as these records are trained on too. No
@@ -90,18 +89,13 @@ class VettedProposal(Proposal):
         """Whether a kind of records is left out now."""
         return self._kinds.veto
 
-    @property
-    def trust(self) -> float:
-        """The probability that records score the higher, the more alike they are; about three quarters at first."""
-        return self._trust.probability()
-
     def trusts_likeness(self) -> bool:
-        """Whether likeness may choose alone; the condition of :class:`~ftw_optim.proposals.FilterUnless`.
+        """Whether likeness may choose; the condition of :class:`~ftw_optim.proposals.FilterUnless`.
 
-        It may where, after each of the last two steps, it was above 0.9 probable that scores rise with likeness, and
-        that they are positive: of records that all harm, the most alike harm too.
+        It may until it is 0.9 probable that scores fall with likeness, by more than 0.05 from no likeness to equality,
+        or that they are negative; and then not until it is 0.9 probable that they rise by so much, and are positive.
         """
-        return self._trust.holds()
+        return self._trust.trusts
 
     def features(self, samples: Sequence[Sample]) -> Tensor:
         """The features of samples, to keep and to pass to the other calls; a row depends on its sample alone."""
@@ -118,6 +112,8 @@ class VettedProposal(Proposal):
         count = min(count, len(known))
         guess = likeness_of(known) if self.order != "uniform" else torch.zeros(len(known), dtype=torch.float64)
         expected, worse = self._kinds.judged(self._regression.columns(known))
+        if self.order == "tested" and not self.trusts_likeness():
+            worse = torch.zeros_like(worse)  # scores about zero part into kinds that are none
         draw = salt("vetted", self.seed, self._calls)
         self._calls += 1
 
@@ -135,7 +131,7 @@ class VettedProposal(Proposal):
 
         share = min(self.explore * self._kinds.doubt(), float(worse.double().mean())) if len(known) else 0.0
         tried = best(worse.nonzero()[:, 0], guess, min(explored(count, share, draw), int(worse.sum())))
-        at_random = min(1.0, 2.0 - 2.0 * self.trust) if self.order == "tested" else 0.0
+        at_random = 1.0 - self._trust.share() if self.order == "tested" else 0.0
         chosen = best((~worse).nonzero()[:, 0], guess, count - len(tried), at_random)
         left = worse.clone()
         left[tried] = False
