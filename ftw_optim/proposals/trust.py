@@ -14,25 +14,26 @@ _NOISE_ROWS = 4.0  # observations that this is worth
 _GUESS, _GUESS_ERROR = 0.2, 0.3  # of the slope: likeness, a cosine too, mostly helps
 _MATTERS = 0.05  # a slope nearer to zero says neither that likeness helps nor that it harms
 _SURE = 0.9  # probability from which on that is believed
+_MOST = 0.8  # the largest share before likeness is trusted
 _SUMS = ("rows", "spread", "cross", "energy", "count", "total", "squares")
 
 
 @final
 class LikenessTrust:
-    """Whether likeness to the target rows may choose candidates, by the scores of those of the steps so far.
+    """Whether likeness to the target rows is to be trusted, by the scores of the candidates of the steps so far.
 
-    It may until it is probable that scores fall with likeness, or are negative: of records that all harm, the most
-    alike harm too. After that it may not until it is as probable that they rise with likeness and are positive.
+    It is from when scores probably rise with likeness and are positive, for of records that all harm, the most alike
+    harm too; until they probably fall with likeness, or are negative.
 
     The candidates of a step share its target rows and its parameters, so they are compared within their step alone, and
     the slopes of all steps are pooled, those of earlier ones with less weight.
 
     Attributes:
-        trusts: whether likeness may choose.
+        trusts: whether it is.
     """
 
     def __init__(self) -> None:
-        self.trusts = True
+        self.trusts = False
         self._sums = dict.fromkeys(_SUMS, 0.0)
 
     def observe(self, likeness: Tensor, scores: Tensor) -> None:
@@ -52,11 +53,11 @@ class LikenessTrust:
             self.trusts = min(self.slope_above(_MATTERS), self._positive()) > _SURE
 
     def share(self) -> float:
-        """The share of the candidates that likeness should choose: the probability that it does no harm, or helps.
+        """The share of the candidates that likeness should choose: the probability that it does no harm.
 
-        The former where it may choose, the latter where it may not.
+        Until it is trusted there are always some others, as those that are all alike tell nothing of likeness.
         """
-        return self.slope_above(-_MATTERS if self.trusts else _MATTERS)
+        return min(self.slope_above(-_MATTERS), 1.0 if self.trusts else _MOST)
 
     def slope_above(self, value: float) -> float:
         """The probability that scores rise with likeness by more than a value, per unit of it."""
@@ -72,7 +73,7 @@ class LikenessTrust:
         return _normal(total / math.sqrt(count * _variance(squares - total**2 / count, count))) if count else 0.5
 
     def state_dict(self) -> dict[str, float]:
-        """The sums over the candidates seen, and whether likeness may choose."""
+        """The sums over the candidates seen, and whether likeness is trusted."""
         return {**self._sums, "trusts": self.trusts}
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:

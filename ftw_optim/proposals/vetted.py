@@ -35,8 +35,8 @@ class VettedProposal(Proposal):
         target_samples: the target rows; None: no likeness.
         order: ``"likeness"``: the most alike first. ``"uniform"``: at random. ``"tested"``: the most alike for a share
             of the candidates, and the others at random: four fifths at first, nearly all a few steps later where scores
-            rise with likeness, few or none where they fall. While likeness is not trusted no kind is left out and the
-            candidates are a mixed lot, so give the optimizer stages that choose among them then:
+            rise with likeness, few or none where they fall. Until likeness is trusted no kind is left out, and the
+            candidates are a mixed lot, so give the optimizer stages that choose among them:
             ``filter=FilterUnless(condition=proposal.trusts_likeness)`` and
             ``weight=WeightUnless(condition=proposal.trusts_likeness)``. Steps of one candidate tell nothing.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
@@ -90,10 +90,10 @@ class VettedProposal(Proposal):
         return self._kinds.veto
 
     def trusts_likeness(self) -> bool:
-        """Whether likeness may choose; the condition of :class:`~ftw_optim.proposals.FilterUnless`.
+        """Whether likeness is trusted; the condition of :class:`~ftw_optim.proposals.FilterUnless`.
 
-        It may until it is 0.9 probable that scores fall with likeness, by more than 0.05 from no likeness to equality,
-        or that they are negative; and then not until it is 0.9 probable that they rise by so much, and are positive.
+        It is from when it is 0.9 probable that scores rise by more than 0.05 from no likeness to equality, and that
+        they are positive; until it is as probable that they fall by so much, or are negative.
         """
         return self._trust.trusts
 
