@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ftw_optim import GreedyFilter, KeepAll, Matching, NonNegativeLeastSquares, SelectiveOptimizer, UniformWeights
+from ftw_optim import (
+    FilterStage,
+    GreedyFilter,
+    KeepAll,
+    Matching,
+    NonNegativeLeastSquares,
+    SelectiveOptimizer,
+    UniformWeights,
+)
 from ftw_optim.integrations.streaming._proposing import packed, unpacked
 from ftw_optim.proposals import FilterUnless, VettedProposal, WeightUnless
 from ftw_optim.proposals.features import likeness_of
@@ -259,6 +267,30 @@ def test_a_copy_asks_the_same_condition_and_what_is_unpickled_says_that_it_has_n
         assert getattr(unpickled, inner) == getattr(stage, inner)
         with pytest.raises(RuntimeError, match="Give the optimizer new ones"):
             unpickled.condition()
+
+
+def test_records_of_the_kind_left_out_say_nothing_of_likeness(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their scores are low whatever their likeness, and some of them are tried."""
+    proposal = VettedProposal(_TARGET, order="tested", dim=16)
+    records = offered(torch.Generator().manual_seed(3))[:8]
+    like = likeness_of(proposal.features(records))
+    worse = torch.arange(8) >= 4
+    monkeypatch.setattr(proposal._kinds, "judged", lambda columns: (torch.zeros(8, dtype=torch.float64), worse))
+    proposal.observe(records, of_scores(torch.where(worse, 1.0 - like, like)))
+    expected = LikenessTrust()
+    expected.observe(like[:4], like[:4])
+    assert proposal._trust.slope_above(0.0) == pytest.approx(expected.slope_above(0.0), abs=1e-6)
+
+
+def test_stages_ask_for_the_metrics_of_those_within() -> None:
+    class Euclidean(FilterStage):
+        metrics = ("euclidean",)
+
+        def __call__(self, matching: Matching, *more: Matching) -> Tensor:
+            return torch.arange(len(more[0]))
+
+    assert FilterUnless(condition=lambda: False, filter=Euclidean()).metrics == ("euclidean",)
+    assert WeightUnless(condition=lambda: False).metrics == ()
 
 
 @pytest.mark.parametrize("trusted", [True, False])
