@@ -103,9 +103,10 @@ class SelectiveTrainerMixin(_Base):
     ``skipped`` (see :class:`Selection`), where target examples take part also ``target_share`` of the weight and
     ``target_loss``, with held-out examples ``guide_loss``, ``held_out_loss`` and ``blind``, and its milliseconds by
     phase, ``selection/ms_target`` and so on. With a proposal it gets the numbers of records of the epoch that were
-    ``read`` and ``passed_over``. The logged loss is the mean loss of a token under the weights. The end of a run tells
-    what selection cost: measured ``selection/seconds``, and as estimated by :class:`~ftw_optim.selection_log.Cost`
-    ``plain_seconds``, ``cost_seconds`` and, with a proposal, ``saved_seconds`` (of the last epoch).
+    ``read`` and ``passed_over``, and ``trusts_likeness`` where it tests that. The logged loss is the mean loss of a
+    token under the weights. The end of a run tells what selection cost: measured ``selection/seconds``, and as
+    estimated by :class:`~ftw_optim.selection_log.Cost` ``plain_seconds``, ``cost_seconds`` and, with a proposal,
+    ``saved_seconds`` (of the last epoch).
     """
 
     _compares_again = False  # the losses with the trainer's own, beside those of overrides

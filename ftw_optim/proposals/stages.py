@@ -24,7 +24,8 @@ class FilterUnless(FilterStage):
 
     Args:
         condition: called at each step, without arguments, such as :meth:`VettedProposal.trusts_likeness`. In a run of
-            several processes that of the first one counts for the candidates of all.
+            several processes that of the first one counts for the candidates of all. Candidates that were asked for
+            ahead were proposed by what was known then.
         filter: the filter while it does not hold.
 
     Raises:

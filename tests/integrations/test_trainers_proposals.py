@@ -253,6 +253,7 @@ def test_a_tested_proposal_leaves_the_choice_to_the_filter_unless_likeness_is_tr
     offered = [len(step["ids"]) for step in recordings[0].steps]
     assert all(count == n if trusted else count <= 3 for count, n, trusted in zip(kept, offered, trusts, strict=True))
     assert {True, False} == set(trusts)
+    assert {line["selection/trusts_likeness"] for line in whole.state.log_history if "loss" in line} == {0.0, 1.0}
     with pytest.raises(KeyboardInterrupt):
         trainer_of(tmp_path / "cut", recordings[1], Stop(5), **options).train()
     resumed = trainer_of(tmp_path / "cut", recordings[1], **options)

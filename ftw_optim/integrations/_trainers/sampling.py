@@ -45,8 +45,13 @@ class Sampling:
         return {} if self._proposing is None else self._proposing.stages(options, self._trusts_likeness)
 
     def _trusts_likeness(self) -> bool:
+        tested = self._tested()
+        return tested is not None and tested.trusts_likeness()
+
+    def _tested(self) -> VettedProposal | None:
+        """The proposal of the present run, if it tests likeness."""
         proposal = None if self.sampler is None else self.sampler.proposal
-        return isinstance(proposal, VettedProposal) and proposal.trusts_likeness()
+        return proposal if isinstance(proposal, VettedProposal) and proposal.order == "tested" else None
 
     def start(self) -> None:
         """Begin a run: the next sampler is its own."""
@@ -141,10 +146,12 @@ class Sampling:
             self.sampler.observe(selection, order=self._order)
 
     def numbers(self) -> dict[str, float]:
-        """How many records of the epoch were read, and passed over, for a logger."""
+        """For a logger: how many records of the epoch were read and passed over; 1 where tested likeness is trusted."""
         if self.sampler is None:
             return {}
-        return {"read": float(self.sampler.read), "passed_over": float(self.sampler.passed_over)}
+        found = {"read": float(self.sampler.read), "passed_over": float(self.sampler.passed_over)}
+        tested = self._tested()
+        return found if tested is None else {**found, "trusts_likeness": float(tested.trusts_likeness())}
 
     def save(self, directory: str) -> None:
         """Write the state of the sampler into a checkpoint, if there is one."""
