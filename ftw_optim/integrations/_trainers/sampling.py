@@ -146,7 +146,7 @@ class Sampling:
             self.sampler.observe(selection, order=self._order)
 
     def numbers(self) -> dict[str, float]:
-        """For a logger: how many records of the epoch were read and passed over; 1 where tested likeness is trusted."""
+        """Numbers for a logger: records of the epoch read and passed over; 1 where tested likeness is trusted."""
         if self.sampler is None:
             return {}
         found = {"read": float(self.sampler.read), "passed_over": float(self.sampler.passed_over)}
