@@ -56,12 +56,12 @@ class Kinds:
         """The expected scores of records."""
         return columns @ self._regression.coefficients(torch.cat([self._better, self._worse]))
 
-    def judged(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def judged(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The expected scores of records, and whether each is of the kind that is left out; zeros without a veto."""
-        if not (self.veto and len(columns)):
-            nothing = torch.zeros(len(columns), dtype=torch.float64)
+        if not (self.veto and len(features)):
+            nothing = torch.zeros(len(features), dtype=torch.float64)
             return nothing, nothing.bool()
-        expected = self.expected(columns)
+        expected = self.expected(self._regression.columns(features))
         return expected, expected <= self._border
 
     def observe(self, columns: Tensor, scores: Tensor) -> None:

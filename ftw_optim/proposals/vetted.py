@@ -111,7 +111,7 @@ class VettedProposal(Proposal):
         known = self._regression.features.given(samples, features)
         count = min(count, len(known))
         guess = likeness_of(known) if self.order != "uniform" else torch.zeros(len(known), dtype=torch.float64)
-        expected, worse = self._kinds.judged(self._regression.columns(known))
+        expected, worse = self._kinds.judged(known)
         if self.order == "tested" and not self.trusts_likeness():
             worse = torch.zeros_like(worse)  # scores about zero part into kinds that are none
         draw = salt("vetted", self.seed, self._calls)
@@ -144,10 +144,9 @@ class VettedProposal(Proposal):
         if told is None:
             return
         known, scores = told
-        columns = self._regression.columns(known)
-        _, worse = self._kinds.judged(columns)
+        _, worse = self._kinds.judged(known)
         self._trust.observe(likeness_of(known)[~worse], scores[~worse])  # the others' are low whatever their likeness
-        self._kinds.observe(columns, scores)
+        self._kinds.observe(self._regression.columns(known), scores)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of calls, what was learned, and the settings that must be equal on resume."""
