@@ -54,14 +54,17 @@ class Kinds:
 
     def expected(self, columns: Tensor) -> Tensor:
         """The expected scores of records."""
-        return columns @ self._regression.coefficients(torch.cat([self._better, self._worse]))
+        return columns @ self._coefficients()
+
+    def _coefficients(self) -> Tensor:
+        return self._regression.coefficients([torch.cat([self._better, self._worse])])
 
     def judged(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The expected scores of records, and whether each is of the kind that is left out; zeros without a veto."""
         if not (self.veto and len(features)):
             nothing = torch.zeros(len(features), dtype=torch.float64)
             return nothing, nothing.bool()
-        expected = self.expected(self._regression.columns(features))
+        expected = self._regression.expected(features, self._coefficients())
         return expected, expected <= self._border
 
     def observe(self, columns: Tensor, scores: Tensor) -> None:

@@ -94,8 +94,9 @@ class LearnedProposal(Proposal):
         """See :class:`Proposal`; with ``features`` the samples themselves are not looked at."""
         check_count(count)
         known = self._regression.features.given(samples, features)
-        columns = self._regression.columns(known)
-        scores = columns @ self._coefficients(columns) if len(known) else torch.empty(0, dtype=torch.float64)
+        scores = torch.empty(0, dtype=torch.float64)
+        if len(known):
+            scores = self._regression.expected(known, self._coefficients(known))
         chosen = best_and_uniform(
             scores,
             keys_of(known),
@@ -120,11 +121,11 @@ class LearnedProposal(Proposal):
             known, scores = told
             self._regression.learned.observe(self._regression.columns(known), scores)
 
-    def _coefficients(self, columns: Tensor) -> Tensor:
+    def _coefficients(self, features: Tensor) -> Tensor:
         """Coefficients for the records on offer, with as much noise as was asked for."""
         generator = torch.Generator().manual_seed(salt("coefficients", self.seed, self._calls))
-        noise = self.thompson * torch.randn(columns.shape[1], dtype=torch.float64, generator=generator)
-        return self._regression.coefficients(columns, noise)
+        noise = self.thompson * torch.randn(self._regression.width, dtype=torch.float64, generator=generator)
+        return self._regression.coefficients(self._regression.parts(features), noise)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of calls, what was learned, and the settings that must be equal on resume."""

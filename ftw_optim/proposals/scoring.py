@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, final
 
 import torch
@@ -16,6 +16,7 @@ from ftw_optim.proposals.regression import Regression
 
 _CONSTANT = 0.01  # precision of the constant, relative to ``ridge``: the mean of the scores is learned at once
 _EQUAL = 1e-8  # a column with a variance below this part of its mean square is constant
+_AT_ONCE = 256  # records whose columns are formed together: so many stay in a processor's cache
 
 
 @final
@@ -60,29 +61,42 @@ class ScoreRegression:
         self.ridge, self.forgetting, self.prior = ridge, forgetting, prior
         self._by_likeness = by_likeness and target_samples is not None
         self.features = Features(target_samples, dim=dim, seed=seed, embedding=embedding, use_source=use_source)
-        self.learned = Regression(self.no_columns().shape[1], forgetting=forgetting)
+        self.learned = Regression(self.width, forgetting=forgetting)
 
     def columns(self, features: Tensor) -> Tensor:
         """The columns of the regression, float64: a constant, the likeness where it is one, the other features."""
         first = 3 if self._by_likeness else 4
         return torch.cat([torch.ones(len(features), 1), features[:, first:]], dim=1).double()
 
+    @property
+    def width(self) -> int:
+        """The number of columns."""
+        return self.no_columns().shape[1]
+
     def no_columns(self) -> Tensor:
         """The columns of no records."""
         return self.columns(torch.empty(0, self.features.width))
 
-    def coefficients(self, columns: Tensor, noise: Tensor | None = None) -> Tensor:
+    def parts(self, features: Tensor) -> Iterator[Tensor]:
+        """The columns of many records, of a few at a time: together they take twice the memory of the features."""
+        return (self.columns(part) for part in torch.split(features, _AT_ONCE))
+
+    def expected(self, features: Tensor, coefficients: Tensor) -> Tensor:
+        """What records' scores are with some coefficients of their columns, shape ``(n,)`` float64."""
+        return torch.cat([columns @ coefficients for columns in self.parts(features)])
+
+    def coefficients(self, parts: Iterable[Tensor], noise: Tensor | None = None) -> Tensor:
         """Coefficients of the columns, expected or drawn from the posterior, for the records on offer.
 
         The prior is one of columns with mean 0 and standard deviation 1 among these records. Token columns are scaled
         together, and so are those of the source, so that the sum of their variances is 1.
 
         Args:
-            columns: of the records on offer.
+            parts: columns of the records on offer, of some at a time.
             noise: standard normal numbers for the draw, shape ``(width,)`` float64; None: the expected ones.
         """
         alone = 3 + self._by_likeness  # columns that are scaled for themselves
-        variance, mean = torch.var_mean(columns, 0, correction=0)
+        variance, mean = _moments(parts)
         groups = [slice(i, i + 1) for i in range(1, alone)]
         groups += [slice(alone, alone + self.features.dim), slice(alone + self.features.dim, len(mean))]
         scale = torch.ones_like(mean)
@@ -131,3 +145,16 @@ class ScoreRegression:
             return None
         # A sketch may estimate more than a cosine can be.
         return known[valid], scores[valid].clamp(-1.0, 1.0)
+
+
+def _moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The variance and the mean of columns, of which some rows are given at a time."""
+    count, spread, mean = 0, torch.zeros(()), torch.zeros(())
+    for part in parts:
+        its_mean = part.mean(0)
+        its_spread = (part - its_mean).square_().sum(0)
+        before, count = count, count + len(part)
+        apart = its_mean - mean
+        mean = mean + apart * (len(part) / count)
+        spread = spread + its_spread + apart.square() * (before * len(part) / count)
+    return spread / count, mean

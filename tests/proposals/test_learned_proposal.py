@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ftw_optim import Selection
 from ftw_optim.integrations.streaming._proposing import packed
-from ftw_optim.proposals import LearnedProposal, SimilarityProposal, UniformProposal
+from ftw_optim.proposals import LearnedProposal, SimilarityProposal, UniformProposal, scoring
 from ftw_optim.proposals.regression import Regression
+from ftw_optim.proposals.scoring import ScoreRegression
 from tests.support.selections import of_scores, selection
 
 _OFFERED, _CHOSEN, _STEPS = 64, 8, 30
@@ -199,6 +200,25 @@ def test_the_posterior_is_that_of_a_weighted_regression(batches: list[int], forg
     error = torch.linalg.solve(units, drawn)
     # In the metric of the posterior's precision a draw is as far from the mean as the noise is long.
     torch.testing.assert_close((system @ error).square().sum(), variance * noise.square().sum(), atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 900])
+def test_many_records_have_the_moments_and_the_scores_that_all_at_once_have(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    regression = ScoreRegression(
+        offered(generator)[:8], dim=8, embedding=None, use_source=True, ridge=4.0, forgetting=0.9, prior=0.1, seed=0
+    )
+    records = [record for _ in range(15) for record in offered(generator)][:n]
+    features = regression.features(records)
+    columns = regression.columns(features)
+    regression.learned.observe(columns[:64], torch.randn(len(columns[:64]), dtype=torch.float64, generator=generator))
+    found = regression.coefficients(regression.parts(features))
+    torch.testing.assert_close(found, regression.coefficients([columns]), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(regression.expected(features, found), columns @ found, rtol=1e-12, atol=1e-12)
+    variance, mean = torch.var_mean(columns, 0, correction=0)
+    one, other = scoring._moments(regression.parts(features))
+    torch.testing.assert_close(one, variance, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(other, mean, rtol=1e-12, atol=1e-12)
 
 
 def test_draws_spread_until_scores_are_known() -> None:
