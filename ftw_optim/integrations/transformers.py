@@ -32,6 +32,7 @@ from ftw_optim.integrations._trainers.metrics import PREFIX, Metrics
 from ftw_optim.integrations._trainers.micro_batch import COLUMNS, SOURCES, MicroBatch
 from ftw_optim.integrations._trainers.overrides import of_framework, refuse_overrides
 from ftw_optim.integrations._trainers.own_loss import LossComparison
+from ftw_optim.integrations._trainers.plain_steps import PlainSteps
 from ftw_optim.integrations._trainers.processes import Processes
 from ftw_optim.integrations._trainers.proposing import Proposing
 from ftw_optim.integrations._trainers.realised import RealisedDecrease
@@ -87,6 +88,9 @@ class SelectiveTrainerMixin(_Base):
         held_out_every: number of steps from one look to the next.
         realised_every: number of steps from one measurement of the realised decrease of the target loss to the next
             (two evaluations of the target batch, a copy of parameters and optimizer state); 0: never.
+        select_every: number of steps from one selection to the next where all candidates would be kept alike, as while
+            a tested proposal trusts likeness: the steps between are the trainer's own. None: 4 with such a proposal,
+            where these are the same as with equal weights; else 1.
         selection_log: takes every step's selection, under the step's number in the trainer's log. Its state is saved
             and resumed with checkpoints; you close it.
         sample_id_column: column of the training data with the ids of samples for the log; None: step and number.
@@ -128,6 +132,7 @@ class SelectiveTrainerMixin(_Base):
         held_out_dataset: Any = None,
         held_out_every: int = 10,
         realised_every: int = 0,
+        select_every: int | None = None,
         selection_log: Recorder | None = None,
         sample_id_column: str | None = None,
         source_column: str | None = None,
@@ -144,6 +149,10 @@ class SelectiveTrainerMixin(_Base):
         own = type(self).position_losses is not SelectiveTrainerMixin.position_losses
         refuse(self, self._options, own_losses=own, proposes=self._sampling.proposes)
         self._options.setdefault("seed", self.args.seed)
+        trains_on_target = bool(self._options.get("train_on_target") or guide_share or guide_until)
+        self._plain_steps = PlainSteps.of(
+            select_every, self._options, weighting=sample_weighting, trains_on_target=trains_on_target
+        )
         self._processes = Processes(self.accelerator)
         self.sample_weighting, self.realised_every = sample_weighting, realised_every
         self.selection_log = selection_log
@@ -207,14 +216,24 @@ class SelectiveTrainerMixin(_Base):
 
         Returns:
             The mean loss of a token under the weights, at the last micro-batch of the window; zero before, so that the
-            trainer's sum is the loss.
+            trainer's sum is the loss. In a step that makes no selection, what the trainer returns.
         """
         self._micro_batches.append(inputs)
+        loss = torch.zeros((), device=self.args.device)
+        plain = self._is_plain()
+        if plain:
+            own = {key: value for key, value in inputs.items() if key not in COLUMNS}
+            loss = super().training_step(model, own, num_items_in_batch)
         if not self.accelerator.sync_gradients:
-            return torch.zeros((), device=self.args.device)
-        batches = [self._prepare_inputs(dict(batch)) for batch in self._micro_batches]
+            return loss
+        batches: list[Mapping[str, Any]] = [self._prepare_inputs(dict(batch)) for batch in self._micro_batches]
         self._micro_batches = []
         self._selected = True
+        if plain:
+            rows = sum(len(batch["input_ids"]) for batch in batches)
+            self._check_rows(batches, rows)
+            self._sampling.skip(rows * self._processes.count)
+            return loss
         if self.selective_optimizer is None:
             raise RuntimeError(
                 f"Expected {type(self).create_optimizer.__qualname__} to call super().create_optimizer, which wraps "
@@ -231,19 +250,16 @@ class SelectiveTrainerMixin(_Base):
             clear_device_cache()
         return loss.to(self.args.device)
 
+    def _is_plain(self) -> bool:
+        """Whether this step is the trainer's own; the same for all micro-batches of a window."""
+        optimizer = self.selective_optimizer
+        return optimizer is not None and self._plain_steps.at(self.state.global_step, optimizer)
+
     def _select(self, optimizer: SelectiveOptimizer, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
         window = self._window(
             model, batches, joined=optimizer.combine == "rerun", passed=self._note_batch, processes=self._processes
         )
-        self._sampling.check(
-            batches,
-            candidates=sum(map(len, window.batches)),
-            step=self.state.global_step,
-            batch_size=self._train_batch_size,
-            windows=self.args.gradient_accumulation_steps,
-            drop_last=self.args.dataloader_drop_last,
-            processes=self._processes,
-        )
+        self._check_rows(batches, sum(map(len, window.batches)))
         if not window.batches and self._processes.count == 1:
             return torch.zeros(())
         scaler = self.accelerator.scaler  # float16 on a GPU
@@ -261,6 +277,18 @@ class SelectiveTrainerMixin(_Base):
         self._metrics_of_selection.note(selection, window)
         self._sampling.observe(selection)
         return window.token_loss(selection, self._processes)
+
+    def _check_rows(self, batches: Sequence[Mapping[str, Any]], candidates: int) -> None:
+        """Check that the candidates of a window are those that a proposal chose."""
+        self._sampling.check(
+            batches,
+            candidates=candidates,
+            step=self.state.global_step,
+            batch_size=self._train_batch_size,
+            windows=self.args.gradient_accumulation_steps,
+            drop_last=self.args.dataloader_drop_last,
+            processes=self._processes,
+        )
 
     def _decide_until(self, optimizer: SelectiveOptimizer) -> None:
         """Decide, at the first step of a run, when the target examples guide no more."""

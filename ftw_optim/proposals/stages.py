@@ -96,6 +96,14 @@ class WeightUnless(WeightStage):
         return UniformWeights()(matching) if self.condition() else self.weight(matching, *more)
 
 
+def keeps_all_alike(filter: object, weight: object) -> bool:
+    """Whether two stages keep every candidate now, all with the same weight, so that a step needs no selection."""
+    keeps = isinstance(filter, KeepAll) or (isinstance(filter, FilterUnless) and filter.condition())
+    return keeps and (
+        isinstance(weight, UniformWeights) or (isinstance(weight, WeightUnless) and bool(weight.condition()))
+    )
+
+
 def _unpickled(kind: Callable[..., Any], name: str, stage: object) -> object:
     return kind(condition=_no_condition, **{name: stage})
 

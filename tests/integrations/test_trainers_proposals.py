@@ -41,7 +41,13 @@ TARGETS = examples(5, seed=1)
 
 
 def trainer_of(
-    path: Path, recording: Recording, *callbacks: Any, selective: dict[str, Any], rows: Any = None, **changes: Any
+    path: Path,
+    recording: Recording,
+    *callbacks: Any,
+    selective: dict[str, Any],
+    rows: Any = None,
+    select_every: int | None = None,
+    **changes: Any,
 ) -> SelectiveTrainer:
     return SelectiveTrainer(
         model(),
@@ -52,6 +58,7 @@ def trainer_of(
         target_dataset=TARGETS,
         target_batch_size=3,
         selective={"filter": GreedyFilter(keep=3), **selective},
+        select_every=select_every,
         selection_log=recording,
         sample_id_column="number",
         source_column="origin",
@@ -238,7 +245,11 @@ def test_a_tested_proposal_leaves_the_choice_to_the_filter_unless_likeness_is_tr
     """The proposal of the present run decides, and after a resume that of its checkpoint."""
     # So few scores of an untrained model bear nothing out: here it goes by the calls, which are in the state as well.
     monkeypatch.setattr(VettedProposal, "trusts_likeness", lambda proposal: proposal._calls // 3 % 2 == 1)
-    options = {"selective": {"proposal": "tested", "read_ahead": 14}, "num_train_epochs": 6}
+    options: dict[str, Any] = {
+        "selective": {"proposal": "tested", "read_ahead": 14},
+        "select_every": 1,
+        "num_train_epochs": 6,
+    }
     recordings = [Recording(), Recording()]
     whole = trainer_of(tmp_path / "whole", recordings[0], **options)
     trusts = []

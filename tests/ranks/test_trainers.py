@@ -105,18 +105,35 @@ def test_a_step_of_two_processes_is_that_of_one_with_both_batches(
         assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["Trainer", "SFT"])
+@pytest.mark.parametrize(("kind", "every"), [("Trainer", 1), ("Trainer", 3), ("SFT", 1), ("SFT", 3)])
 def test_with_all_kept_alike_it_is_the_trainers_own_run_on_two_processes(
-    kind: str, two_processes: Processes, tmp_path: Path
+    kind: str, every: int, two_processes: Processes, tmp_path: Path
 ) -> None:
-    """With accumulation, clipping, decay, and a last window that is not complete."""
-    options = {"selective": {"filter": KeepAll(), "weight": UniformWeights()}}
+    """With accumulation, clipping, decay, and a last window that is not complete; also where few steps select."""
+    options = {"selective": {"filter": KeepAll(), "weight": UniformWeights()}, "select_every": every}
     found = two_processes.run(trained, str(tmp_path), kind, {}, options)[0]
     own = two_processes.run(trained, str(tmp_path), "plain", {}, {})[0]
     for key, value in own["parameters"].items():
         # The trainer's own loss is computed in float32.
         torch.testing.assert_close(found["parameters"][key], value, rtol=1e-4, atol=1e-6)
     assert found["losses"] == pytest.approx(own["losses"], rel=1e-5)
+    assert [step["step"] for step in found["steps"]] == list(range(1, len(own["losses"]) + 1, every))
+
+
+def test_proposed_rows_are_the_same_on_two_processes_where_few_steps_select(
+    two_processes: Processes, tmp_path: Path
+) -> None:
+    alike = {"filter": KeepAll(), "weight": UniformWeights(), "proposal": "similarity", "read_ahead": 12}
+    settings = {"gradient_accumulation_steps": 1, "num_train_epochs": 2, "per_device_train_batch_size": 3}
+    every, some = (
+        two_processes.run(trained, str(tmp_path), "Trainer", settings, {"selective": alike, "select_every": number})[0]
+        for number in (1, 3)
+    )
+    ids = {step["step"]: step["ids"] for step in every["steps"]}
+    assert len(ids) == 4
+    assert [(step["step"], step["ids"]) for step in some["steps"]] == [(1, ids[1]), (4, ids[4])]
+    for key, value in every["parameters"].items():
+        torch.testing.assert_close(some["parameters"][key], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

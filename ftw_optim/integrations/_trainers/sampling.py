@@ -145,6 +145,11 @@ class Sampling:
         if self.sampler is not None:
             self.sampler.observe(selection, order=self._order)
 
+    def skip(self, candidates: int) -> None:
+        """Count the candidates of a step without a selection, of all processes, as taken."""
+        if self.sampler is not None:
+            self.sampler.skip(candidates)
+
     def numbers(self) -> dict[str, float]:
         """Numbers for a logger: records of the epoch read and passed over; 1 where tested likeness is trusted."""
         if self.sampler is None:

@@ -1,0 +1,180 @@
+"""Trainers that make no selection at some steps: these are the trainer's own, and of the same candidates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer
+from trl import SFTConfig
+
+from ftw_optim import GreedyFilter, KeepAll, UniformWeights
+from ftw_optim.integrations.transformers import SelectiveTrainer
+from ftw_optim.integrations.trl import SelectiveSFTTrainer
+from ftw_optim.proposals import VettedProposal
+from ftw_optim.proposals.trust import LikenessTrust
+from tests.support.grids import slow
+from tests.support.trainer_runs import (
+    ARGUMENTS,
+    HARD,
+    Recording,
+    Stop,
+    arguments,
+    examples,
+    model,
+    numbered,
+    padded,
+    tokenizer,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    # An SFTConfig of TRL sets an option of Transformers by its old name.
+    "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning",
+)
+ROWS = numbered(examples(40))
+TARGETS = examples(5, seed=1)
+ALIKE = {"filter": KeepAll(), "weight": UniformWeights()}
+
+
+def trainer_of(path: Path, recording: Recording, *callbacks: Any, **options: Any) -> SelectiveTrainer:
+    names = ("save_strategy", "save_steps", "num_train_epochs")
+    return SelectiveTrainer(
+        model(),
+        arguments(path, **{name: options.pop(name) for name in names if name in options}),
+        data_collator=padded,
+        train_dataset=ROWS,
+        callbacks=list(callbacks),
+        target_dataset=TARGETS,
+        target_batch_size=3,
+        selection_log=recording,
+        sample_id_column="number",
+        source_column="origin",
+        **options,
+    )
+
+
+def close(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("every", [2, slow(3), slow(100)])
+def test_steps_without_a_selection_train_as_equal_weights_do(every: int, tmp_path: Path) -> None:
+    recording = Recording()
+    trainer = trainer_of(tmp_path / "some", recording, selective=dict(ALIKE), select_every=every)
+    trainer.train()
+    steps = trainer.state.global_step
+    assert [step["step"] for step in recording.steps] == [step + 1 for step in range(steps) if step % every == 0]
+    plain = Trainer(model(), arguments(tmp_path / "plain"), data_collator=padded, train_dataset=ROWS)
+    plain.train()
+    close(trainer.model, plain.model)
+    found, expected = ([line["loss"] for line in one.state.log_history if "loss" in line] for one in (trainer, plain))
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether likeness is trusted, a list of one flag, instead of what so few scores of a random model bear out."""
+    flag = [True]
+    monkeypatch.setattr(VettedProposal, "trusts_likeness", lambda proposal: flag[0] and proposal._calls > 1)
+    monkeypatch.setattr(LikenessTrust, "share", lambda trust: 1.0)
+    return flag
+
+
+TESTED: dict[str, Any] = {"proposal": "tested", "read_ahead": 14, "filter": GreedyFilter(keep=3)}
+
+
+def test_a_trusted_proposal_is_told_of_every_fourth_step(trusted: list[bool], tmp_path: Path) -> None:
+    recordings = [Recording(), Recording()]
+    trainer = trainer_of(tmp_path / "some", recordings[0], selective=dict(TESTED), num_train_epochs=4)
+    trainer.train()
+    every = trainer_of(tmp_path / "all", recordings[1], selective=dict(TESTED), select_every=1, num_train_epochs=4)
+    every.train()
+    assert len(recordings[1].steps) == every.state.global_step == trainer.state.global_step
+    chosen = {step["step"]: step["ids"] for step in recordings[1].steps}
+    few = [step["step"] for step in recordings[0].steps]
+    assert set(range(1, trainer.state.global_step + 1, 4)) <= set(few)
+    assert len(few) < trainer.state.global_step / 2
+    assert all(step["ids"] == chosen[step["step"]] for step in recordings[0].steps)
+    close(trainer.model, every.model)
+    sampler = trainer.proposed_sampler
+    assert sampler is not None
+    assert sampler.taken == len(sampler)
+
+
+def test_every_step_selects_while_likeness_is_not_trusted(trusted: list[bool], tmp_path: Path) -> None:
+    trusted[0] = False
+    recording = Recording()
+    trainer = trainer_of(tmp_path, recording, selective=dict(TESTED))
+    trainer.train()
+    assert len(recording.steps) == trainer.state.global_step
+
+
+@pytest.mark.parametrize("killed", [3, slow(6)])
+def test_a_run_that_was_killed_goes_on_as_it_would_have(killed: int, trusted: list[bool], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 4}
+    recordings = [Recording(), Recording()]
+    whole = trainer_of(tmp_path / "whole", recordings[0], selective=dict(TESTED), **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tmp_path / "cut", recordings[1], Stop(killed), selective=dict(TESTED), **options).train()
+    resumed = trainer_of(tmp_path / "cut", recordings[1], selective=dict(TESTED), **options)
+    resumed.train(resume_from_checkpoint=True)
+    one, other = ([(step["step"], step["ids"]) for step in recording.steps] for recording in recordings)
+    assert one == other
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+def test_the_sft_trainer_makes_its_own_step(tmp_path: Path) -> None:
+    words = [" ".join(f"w{(start * 7 + step) % 40}" for step in range(5)) for start in range(24)]
+    rows = Dataset.from_list([{"prompt": text, "completion": f" {text[:2]}"} for text in words])
+
+    def of(folder: str, **options: Any) -> SelectiveSFTTrainer:
+        trainer = SelectiveSFTTrainer(
+            model(),
+            SFTConfig(str(tmp_path / folder), **{**ARGUMENTS, **HARD, "num_train_epochs": 1}),
+            train_dataset=rows,
+            processing_class=tokenizer(),
+            target_dataset=rows.select([3, 4, 5, 6]),
+            selective=dict(ALIKE),
+            **options,
+        )
+        trainer.train()
+        return trainer
+
+    some, every = of("some", select_every=3), of("all")
+    close(some.model, every.model)
+    assert some.selective_optimizer is not None
+    assert every.selective_optimizer is not None
+    assert some.selective_optimizer.selections == -(-every.selective_optimizer.selections // 3)
+
+
+def test_the_default_is_every_step_but_beside_a_tested_proposal(tmp_path: Path) -> None:
+    def every(**options: Any) -> int:
+        return trainer_of(tmp_path, Recording(), **options)._plain_steps.every
+
+    assert every(selective=dict(ALIKE)) == 1
+    assert every(selective=dict(TESTED)) == 4
+    assert every(selective=dict(TESTED), select_every=2) == 2
+    assert every(selective=dict(TESTED), sample_weighting="token_mean") == 1
+    assert every(selective={**TESTED, "train_on_target": True}) == 1
+    assert every(selective=dict(TESTED), guide_share=0.5) == 1
+    assert every(selective=dict(TESTED), guide_until=0.5) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"select_every": 0}, "select_every must be a positive integer, got 0"),
+        ({"select_every": True}, "positive integer, got True"),
+        ({"select_every": 2.0}, "positive integer, got 2.0"),
+        ({"select_every": 2, "sample_weighting": "token_mean"}, "got 'token_mean' and target examples that guide"),
+        ({"select_every": 2, "guide_share": 0.5}, "got 'token_sum' and target examples that take part"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, Recording(), selective=dict(TESTED), **options)
