@@ -75,6 +75,8 @@ class Method:
             step; its mean otherwise.
         scored: makes the predicate of the parameters by which candidates are compared; None: all that are trained.
         unless_trusted: whether all candidates are taken as they are while the proposal says that it can be trusted.
+        trusted_every: steps from one selection to the next while it does; those between are plain. Else every step
+            selects.
         options: whatever else the optimizer is given.
     """
 
@@ -88,6 +90,7 @@ class Method:
     watched: bool = False
     by_token: bool = False
     unless_trusted: bool = False
+    trusted_every: int = 1
     scored: Callable[[Top], Callable[[str, nn.Parameter], bool]] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -104,8 +107,9 @@ class Arm:
         target_after: share of the steps before target rows are part of them; until then they only guide, or with no
             method are not run, and as many records are in their place.
         propose: which of the records read they are.
-        method: how a step selects among them; None: the mean over all rows of the step.
-        by_token: whether that is the mean over their response tokens, so that a row counts by its length.
+        method: how a step selects among them; None: the mean over all rows of the step, a plain step.
+        by_token: whether the mean of a plain step is that over their response tokens, so that a row counts by its
+            length.
     """
 
     label: str
@@ -151,6 +155,8 @@ UNIFORM = Method(filter=_all, weight=UniformWeights())
 FILTER_THEN_WEIGHT = Method(filter=_greedy, weight=NonNegativeLeastSquares())
 BY_TOKEN = replace(FILTER_THEN_WEIGHT, by_token=True)
 UNLESS_TRUSTED = replace(BY_TOKEN, unless_trusted=True)
+OFTEN_PLAIN = replace(UNLESS_TRUSTED, trusted_every=4)
+"""What the trainers do by default."""
 IN_THIRTY_TWOS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=32)
 IN_EIGHTS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=8)
 IN_FOURS = Method(filter=_greedy, weight=NonNegativeLeastSquares(), group=4)
@@ -261,6 +267,7 @@ ARMS = {
     "random+vetted": _guide("n random, vetted", propose=vetted_random, method=LATE_UNIFORM),
     "random+vetted-tokens": _guide("random, vetted, tok", propose=vetted_random, method=LATE_UNIFORM_TOKENS),
     "tested-n-tokens": _guide("n tested, by token", propose=tested, method=UNLESS_TRUSTED),
+    "tested-n-fourth": _guide("tested, every 4th", propose=tested, method=OFTEN_PLAIN, by_token=True),
     "learned-n": _guide("n learned", propose=learned, method=UNIFORM),
     "learned+ftw": _guide("n learned, ftw", propose=learned, method=FILTER_THEN_WEIGHT),
     "scores-n": _guide("n learned, no prior", propose=learned_from_scores, method=UNIFORM),

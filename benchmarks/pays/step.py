@@ -101,7 +101,8 @@ class Step:
         arm = self._arm
         start = now(self._top.device)
         late = self._step >= self._late_from
-        guiding = arm.method is not None and self._step % arm.method.refresh_every == 0
+        plain = arm.method is None or self._is_plain(arm.method)
+        guiding = not plain and self._step % arm.method.refresh_every == 0
         trained = late and arm.trained_target_rows(self._sizes) > 0
         run_targets = self._target_batches is not None and (trained or guiding)
         instead = 0 if run_targets or self._target_batches is None else arm.trained_target_rows(self._sizes)
@@ -114,11 +115,16 @@ class Step:
         # The trunk runs where a record is new; every arm is charged for it by the token whenever the record is used.
         self._entrance.fill([*candidates, *self._targets, *self._guides])
         start = now(self._top.device)
-        weights = self._uniform(candidates) if arm.method is None else self._selective(candidates)
+        weights = self._uniform(candidates) if plain else self._selective(candidates)
         self._schedule.step()
         seconds += now(self._top.device) - start
         targets = [*self._targets, *self._guides]
         return Done(candidates=candidates, weights=weights, targets=targets, seconds=seconds)
+
+    def _is_plain(self, method: Method) -> bool:
+        """Whether this is a step between two selections, while the proposal is trusted."""
+        trusted = self._chooser.trusted
+        return method.trusted_every > 1 and trusted is not None and trusted() and self._step % method.trusted_every > 0
 
     def _uniform(self, candidates: list[Example]) -> Tensor:
         rows = [*candidates, *self._targets]
