@@ -108,9 +108,9 @@ class SelectiveTrainerMixin(_Base):
     ``target_loss``, with held-out examples ``guide_loss``, ``held_out_loss`` and ``blind``, and its milliseconds by
     phase, ``selection/ms_target`` and so on. With a proposal it gets the numbers of records of the epoch that were
     ``read`` and ``passed_over``, and ``trusts_likeness`` where it tests that. The logged loss is the mean loss of a
-    token under the weights. The end of a run tells what selection cost: measured ``selection/seconds``, and as
-    estimated by :class:`~ftw_optim.selection_log.Cost` ``plain_seconds``, ``cost_seconds`` and, with a proposal,
-    ``saved_seconds`` (of the last epoch).
+    token under the weights. The end of a run tells what selection cost in the steps that made one: measured
+    ``selection/seconds``, and as estimated by :class:`~ftw_optim.selection_log.Cost` ``plain_seconds``,
+    ``cost_seconds`` and, with a proposal, ``saved_seconds`` (of the last epoch).
     """
 
     _compares_again = False  # the losses with the trainer's own, beside those of overrides
