@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from .arms import ARMS
-from .report import paired_difference
+from .report import curve_of, first_reached, paired_difference
 from .runs import Run
 
 TEST_LOSS, EXACT = "final test loss", "share of test rows whose response is decoded exactly"
 LEGEND = """\
 Of each arm: {measure}, the mean over seeds (in brackets: how many), and the mean paired difference to {beside},
 over the seeds that both have; * where the 95 % interval of its bootstrap over rows and seeds is on one side of zero."""
+
+SECONDS_LEGEND = """\
+Of each arm: its steps and seconds until the final test loss of {beside}, the latter in per cent of the seconds of that
+arm, and the seconds of all of its steps; means over the seeds that both have (in brackets: how many)."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None, *, description: str | None = None) -> argparse.Namespace:
@@ -31,11 +36,16 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
     parser.add_argument(
         "--exact", action="store_true", help="share of test rows whose response is decoded exactly, not their loss"
     )
+    parser.add_argument(
+        "--seconds", action="store_true", help="until the final test loss of the arm that others are compared with"
+    )
     parser.add_argument("--intervals", action="store_true", help="print them, not only on which side of zero they are")
     options = parser.parse_args(arguments)
     for name in [options.beside, *(options.arms or [])]:
         if name not in ARMS:
             parser.error(f"{name!r} is not one of {', '.join(ARMS)}")
+    if options.seconds and (options.exact or options.intervals):
+        parser.error("--seconds has a table of its own: leave --exact and --intervals out")
     for folder in options.folders:
         if not any(folder.glob("runs/*.json")):
             parser.error(f"{folder} has no results of pays.py in its folder runs")
@@ -47,7 +57,13 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
     options = parse_arguments(arguments, description=description)
     found = {folder.name: runs_in(folder, options.seeds) for folder in options.folders}
     wanted = options.arms or [name for name in ARMS if any(name in runs for runs in found.values())]
-    text = table(found, wanted, beside=options.beside, intervals=options.intervals, exact=options.exact)
+    if options.seconds:
+        cells = {
+            folder.name: _seconds_in(folder, found[folder.name], wanted, options.beside) for folder in options.folders
+        }
+        text = laid_out(cells, wanted, SECONDS_LEGEND.format(beside=ARMS[options.beside].label), least=28)
+    else:
+        text = table(found, wanted, beside=options.beside, intervals=options.intervals, exact=options.exact)
     print(text)
     return text
 
@@ -77,17 +93,46 @@ def table(
     values = {
         name: {arm: _final(runs, exact=exact) for arm, runs in of_arms.items()} for name, of_arms in found.items()
     }
-    width = max(36 if intervals else 18, *(len(name) + 2 for name in found))
-    lines = [f"{'':<20}" + "".join(f"{name:>{width}}" for name in found)]
-    for name in arms:
-        cells = [
-            _cell(runs.get(name, {}), {} if name == beside else runs.get(beside, {}), intervals=intervals)
-            for runs in values.values()
+    cells = {
+        name: [
+            _cell(runs.get(arm, {}), {} if arm == beside else runs.get(beside, {}), intervals=intervals) for arm in arms
         ]
-        lines.append(f"{ARMS[name].label:<20}" + "".join(f"{cell:>{width}}" for cell in cells))
+        for name, runs in values.items()
+    }
     measure = EXACT if exact else TEST_LOSS
     legend = LEGEND.format(beside=ARMS[beside].label, measure=measure)
+    return laid_out(cells, arms, legend, least=36 if intervals else 18)
+
+
+def laid_out(cells: Mapping[str, Sequence[str]], arms: Sequence[str], legend: str, *, least: int) -> str:
+    """A table of cells by column, one for each arm, and what they are."""
+    width = max(least, *(len(name) + 2 for name in cells))
+    lines = [f"{'':<20}" + "".join(f"{name:>{width}}" for name in cells)]
+    for row, arm in zip(zip(*cells.values(), strict=True), arms, strict=True):
+        lines.append(f"{ARMS[arm].label:<20}" + "".join(f"{cell:>{width}}" for cell in row))
     return "\n".join([*(line.rstrip() for line in lines), "", legend])
+
+
+def _seconds_in(folder: Path, found: Mapping[str, Mapping[int, Run]], arms: Sequence[str], beside: str) -> list[str]:
+    """The cells of one setting."""
+    calibration, zero_shot = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("calibration", "zero-shot")
+    )
+    start = sum(zero_shot["test"]) / len(zero_shot["test"])
+    cells = []
+    for arm in arms:
+        runs, others = found.get(arm, {}), found.get(beside, {})
+        shared = sorted(runs.keys() & others.keys())
+        if not shared:
+            cells.append("")
+            continue
+        losses, spent = curve_of([others[seed] for seed in shared], start, calibration)
+        curve, seconds = curve_of([runs[seed] for seed in shared], start, calibration)
+        steps = first_reached([0, *runs[shared[0]].at], curve, losses[-1])
+        share = first_reached(seconds, curve, losses[-1]) / spent[-1]
+        reached = f"{steps:.0f}, {share:.0%}" if steps < math.inf else "not reached"
+        cells.append(f"{reached}; {seconds[-1]:.0f} s ({len(shared)})")
+    return cells
 
 
 def _final(runs: Mapping[int, Run], *, exact: bool) -> dict[int, list[float]]:

@@ -116,8 +116,7 @@ def figures_of(
         difference: tuple[float, ...] = ()
         to_baseline = (math.inf, math.inf)
         at = [0, *of_arm[0].at]
-        curve = [start, *(_mean([_mean(run.test[place]) for run in of_arm]) for place in range(len(of_arm[0].at)))]
-        seconds = [0.0, *map(_mean, zip(*(charged_seconds(run, calibration) for run in of_arm), strict=True))]
+        curve, seconds = curve_of(of_arm, start, calibration)
         if shared:
             others = [final[run.seed] for run in shared]
             level = _mean(list(map(_mean, others)))
@@ -144,6 +143,13 @@ def figures_of(
             )
         )
     return found
+
+
+def curve_of(runs: Sequence[Run], start: float, calibration: Mapping[str, float]) -> tuple[list[float], list[float]]:
+    """Test loss and seconds, means over some seeds of an arm: at the start, and at each evaluation."""
+    losses = [_mean([_mean(run.test[place]) for run in runs]) for place in range(len(runs[0].at))]
+    seconds = map(_mean, zip(*(charged_seconds(run, calibration) for run in runs), strict=True))
+    return [start, *losses], [0.0, *seconds]
 
 
 def charged_seconds(run: Run, calibration: Mapping[str, float]) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -57,9 +58,32 @@ def test_what_is_decoded_exactly_is_compared_where_it_was_looked_at(tmp_path: Pa
     assert "share of test rows whose response is decoded exactly" in lines[-2]
 
 
+def test_seconds_until_the_loss_of_another_arm_are_beside_its_own(tmp_path: Path) -> None:
+    """At twice the pace of the calibration, and with a second for each token of the trunk."""
+    for arm, losses, seconds in (("adamw-n", [3.0, 2.0], [4.0, 8.0]), ("ftw", [2.5, 1.5], [6.0, 12.0])):
+        for seed in (0, 1):
+            run = Run(arm=arm, steps=4, lr=1e-3, seed=seed, at=[2, 4], test=[[loss, loss] for loss in losses])
+            run.seconds, run.run_tokens, run.paces = seconds, [1.0, 2.0], [2.0]
+            Store(tmp_path, {}).save(run)
+    saved(tmp_path, "topk", [9.0], seed=5)
+    for name, content in (
+        ("calibration", {"pace": 1.0, "trunk_seconds_per_token": 1.0}),
+        ("zero-shot", {"test": [4.0, 4.0]}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    lines = main([str(tmp_path), "--seconds"]).splitlines()
+    # AdamW takes 8 / 2 + 2 = 6 s; filter-then-weight is at 2.0 half-way from step 2 (4 s) to step 4 (8 s).
+    assert lines[1].split()[3:] == ["4,", "100%;", "6", "s", "(2)"]
+    assert lines[2].split() == ["filter-then-weight", "3,", "100%;", "8", "s", "(2)"]
+    assert lines[3] == "top-k, dot product"
+    (line,) = (one for one in main([str(tmp_path), "--seconds", "--beside", "ftw"]).splitlines() if "AdamW," in one)
+    assert line.split()[-5:] == ["not", "reached;", "6", "s", "(2)"]
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ([str(tmp_path)], "has no results of pays.py"),
+        ([str(tmp_path), "--seconds", "--exact"], "leave --exact and --intervals out"),
         ([str(tmp_path), "--beside", "adam"], "'adam' is not one of adamw-k"),
     ):
         with pytest.raises(SystemExit):
