@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from ftw_optim.integrations._trainers.metrics import PREFIX, Metrics
 from ftw_optim.integrations._trainers.micro_batch import COLUMNS, SOURCES, MicroBatch
 from ftw_optim.integrations._trainers.overrides import of_framework, refuse_overrides
 from ftw_optim.integrations._trainers.own_loss import LossComparison
-from ftw_optim.integrations._trainers.plain_steps import PlainSteps
+from ftw_optim.integrations._trainers.plain_steps import PlainSteps, usable_gradients
 from ftw_optim.integrations._trainers.processes import Processes
 from ftw_optim.integrations._trainers.proposing import Proposing
 from ftw_optim.integrations._trainers.realised import RealisedDecrease
@@ -78,19 +79,22 @@ class SelectiveTrainerMixin(_Base):
         guide_share: share of the target examples that only guide; the others take part in every step, weighed by what
             the guides ask for. 0: all guide, and take part where ``selective`` has ``train_on_target``. Which is which
             is decided by the seed.
-        target_refresh_every: number of steps from one evaluation of the target gradient to the next.
+        target_refresh_every: number of steps from one evaluation of the target gradient to the next; with more than 1
+            every step makes a selection.
         guide_until: share of the run's steps in which the target examples only guide; after them they take part, and
             the guide stays what it was. What is trained on is memorised, and guides to what it knows already. 0: as
             ``selective`` says.
         held_out_dataset: examples of the same task that nothing is trained on, prepared alike: ``selection.blind`` then
             tells whether the target examples are memorised, and a learned proposal learns nothing from such a guide.
             All of them run, without gradients, at every look: a few dozen are enough.
-        held_out_every: number of steps from one look to the next.
+        held_out_every: number of selections from one look to the next.
         realised_every: number of steps from one measurement of the realised decrease of the target loss to the next
-            (two evaluations of the target batch, a copy of parameters and optimizer state); 0: never.
+            (two evaluations of the target batch, a copy of parameters and optimizer state); 0: never. Where that step
+            makes no selection, the next one that does is measured.
         select_every: number of steps from one selection to the next where all candidates would be kept alike, as while
             a tested proposal trusts likeness: the steps between are the trainer's own. None: 4 with such a proposal,
-            where these are the same as with equal weights; else 1.
+            where these are the same as with equal weights; else 1. A step whose gradient is not finite makes a
+            selection all the same, which rejects the candidates at fault.
         selection_log: takes every step's selection, under the step's number in the trainer's log. Its state is saved
             and resumed with checkpoints; you close it.
         sample_id_column: column of the training data with the ids of samples for the log; None: step and number.
@@ -149,10 +153,6 @@ class SelectiveTrainerMixin(_Base):
         own = type(self).position_losses is not SelectiveTrainerMixin.position_losses
         refuse(self, self._options, own_losses=own, proposes=self._sampling.proposes)
         self._options.setdefault("seed", self.args.seed)
-        trains_on_target = bool(self._options.get("train_on_target") or guide_share or guide_until)
-        self._plain_steps = PlainSteps.of(
-            select_every, self._options, weighting=sample_weighting, trains_on_target=trains_on_target
-        )
         self._processes = Processes(self.accelerator)
         self.sample_weighting, self.realised_every = sample_weighting, realised_every
         self.selection_log = selection_log
@@ -187,6 +187,19 @@ class SelectiveTrainerMixin(_Base):
             device=self.args.device,
         )
         self._targets.check_shares(trains=bool(self._options.get("train_on_target")))
+        own_position_losses = not inspect.unwrap(type(self).position_losses).__module__.startswith("ftw_optim.")
+        self._plain_steps = PlainSteps.of(
+            select_every,
+            self._options,
+            {
+                'sample_weighting="token_mean"': sample_weighting != "token_sum",
+                "target examples that take part": bool(self._options.get("train_on_target") or guide_share),
+                f"target_refresh_every={target_refresh_every}": target_refresh_every > 1,
+                "position_losses of your own and no self_check": own_position_losses
+                and self._options.get("self_check") is False,
+            },
+        )
+        self._plain = False  # whether the present window is the trainer's own step
         self.selective_optimizer: SelectiveOptimizer | None = None
         self._micro_batches: list[Mapping[str, Any]] = []
         self._metrics_of_selection = Metrics(selection_log, self._processes)  # TRL has a _metrics of its own
@@ -218,10 +231,11 @@ class SelectiveTrainerMixin(_Base):
             The mean loss of a token under the weights, at the last micro-batch of the window; zero before, so that the
             trainer's sum is the loss. In a step that makes no selection, what the trainer returns.
         """
+        if not self._micro_batches:
+            self._plain = self._plain_steps.at(self.state.global_step, self.selective_optimizer, self._processes)
         self._micro_batches.append(inputs)
         loss = torch.zeros((), device=self.args.device)
-        plain = self._is_plain()
-        if plain:
+        if self._plain:
             own = {key: value for key, value in inputs.items() if key not in COLUMNS}
             loss = super().training_step(model, own, num_items_in_batch)
         if not self.accelerator.sync_gradients:
@@ -229,10 +243,7 @@ class SelectiveTrainerMixin(_Base):
         batches: list[Mapping[str, Any]] = [self._prepare_inputs(dict(batch)) for batch in self._micro_batches]
         self._micro_batches = []
         self._selected = True
-        if plain:
-            rows = sum(len(batch["input_ids"]) for batch in batches)
-            self._check_rows(batches, rows)
-            self._sampling.skip(rows * self._processes.count)
+        if self._plain and self._pass_over(batches):
             return loss
         if self.selective_optimizer is None:
             raise RuntimeError(
@@ -250,10 +261,16 @@ class SelectiveTrainerMixin(_Base):
             clear_device_cache()
         return loss.to(self.args.device)
 
-    def _is_plain(self) -> bool:
-        """Whether this step is the trainer's own; the same for all micro-batches of a window."""
-        optimizer = self.selective_optimizer
-        return optimizer is not None and self._plain_steps.at(self.state.global_step, optimizer)
+    def _pass_over(self, batches: Sequence[Mapping[str, Any]]) -> bool:
+        """Count the candidates of a plain step as taken; False where it cannot be made, so that some are rejected."""
+        assert self.selective_optimizer is not None
+        assert self.model is not None
+        if not usable_gradients(self.model, self.selective_optimizer, self._processes):
+            return False
+        rows = self._sampling.rows_of(batches)
+        self._check_rows(batches, rows)
+        self._sampling.skip(rows * self._processes.count)
+        return True
 
     def _select(self, optimizer: SelectiveOptimizer, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Tensor:
         window = self._window(
@@ -431,7 +448,7 @@ class SelectiveTrainerMixin(_Base):
         options = dict(self._options)
         if self.trained_batches is not None:
             options["train_on_target"] = self._targets.of_trained
-        self.selective_optimizer = SelectiveOptimizer(
+        self.selective_optimizer = made = SelectiveOptimizer(
             optimizer,
             self.model,
             TargetGradient(
@@ -443,14 +460,14 @@ class SelectiveTrainerMixin(_Base):
             **options,
         )
         RealisedDecrease(
-            self.selective_optimizer,
+            made,
             self._targets.of_guides,
-            due=lambda: bool(self.realised_every) and (self.state.global_step + 1) % self.realised_every == 0,
+            due=lambda: self._plain_steps.due(self.state.global_step, self.realised_every, made),
             note=self._metrics_of_selection.note_realised,
             processes=self._processes,
         )
-        self.optimizer = self.selective_optimizer
-        return self.optimizer
+        self.optimizer = made
+        return made
 
     def get_train_dataloader(self) -> Any:
         """The trainer's data loader; its batches also hold the columns for the selection log."""

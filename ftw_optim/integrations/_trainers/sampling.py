@@ -150,6 +150,10 @@ class Sampling:
         if self.sampler is not None:
             self.sampler.skip(candidates)
 
+    def rows_of(self, batches: Sequence[Mapping[str, Any]]) -> int:
+        """The number of rows of some micro-batches; 0 where no proposal asks for it."""
+        return 0 if self.sampler is None else sum(_rows(batches))
+
     def numbers(self) -> dict[str, float]:
         """Numbers for a logger: records of the epoch read and passed over; 1 where tested likeness is trusted."""
         if self.sampler is None:
@@ -223,7 +227,7 @@ def _check_rows(
         NotImplementedError: they are not.
     """
     left = len(sampler) - sampler.taken
-    rows = [len(batch["labels"] if "labels" in batch else batch["input_ids"]) for batch in batches]
+    rows = _rows(batches)
     before = [(number * processes.count + processes.own) * batch_size for number in range(len(rows))]
     expected = [min(batch_size, max(0, left - done)) for done in before]
     if rows != expected or sum(rows) != candidates:
@@ -232,6 +236,10 @@ def _check_rows(
             f"rows and {candidates} candidates: a collator that packs, drops or adds rows cannot be used with a "
             "proposal."
         )
+
+
+def _rows(batches: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [len(batch["labels"] if "labels" in batch else batch["input_ids"]) for batch in batches]
 
 
 def _check_place(sampler: ProposedSampler, step: int, *, batch_size: int, windows: int, drop_last: bool) -> None:
