@@ -27,10 +27,8 @@ from ftw_optim._step.losses import shifted_labels
 from ftw_optim._step.optimizer import SelectiveOptimizer
 from ftw_optim._step.target import TargetGradient
 from ftw_optim.integrations._trainers.around_step import AroundStep
-from ftw_optim.integrations._trainers.columns import WithColumns
-from ftw_optim.integrations._trainers.log_state import load_log, save_log
-from ftw_optim.integrations._trainers.metrics import PREFIX, Metrics
-from ftw_optim.integrations._trainers.micro_batch import COLUMNS, SOURCES, MicroBatch
+from ftw_optim.integrations._trainers.metrics import Metrics
+from ftw_optim.integrations._trainers.micro_batch import COLUMNS
 from ftw_optim.integrations._trainers.overrides import of_framework, refuse_overrides
 from ftw_optim.integrations._trainers.own_loss import LossComparison
 from ftw_optim.integrations._trainers.plain_steps import PlainSteps, usable_gradients
@@ -38,11 +36,12 @@ from ftw_optim.integrations._trainers.processes import Processes
 from ftw_optim.integrations._trainers.proposing import Proposing
 from ftw_optim.integrations._trainers.realised import RealisedDecrease
 from ftw_optim.integrations._trainers.refusals import check_guides, checked_options, refuse, refuse_settings
-from ftw_optim.integrations._trainers.releases import counts_first_label, loss_shifts_labels
+from ftw_optim.integrations._trainers.run import RunMixin
 from ftw_optim.integrations._trainers.sampling import Sampling
 from ftw_optim.integrations._trainers.target_losses import TargetLosses
 from ftw_optim.integrations._trainers.targets import TargetBatches
-from ftw_optim.integrations._trainers.window import Recorder, Window
+from ftw_optim.integrations._trainers.window import Recorder
+from ftw_optim.integrations._trainers.window_losses import WindowLossesMixin
 from ftw_optim.proposals import ProposedSampler
 
 check_private_names(TRANSFORMERS)
@@ -53,7 +52,7 @@ else:
     _Base = object
 
 
-class SelectiveTrainerMixin(_Base):
+class SelectiveTrainerMixin(RunMixin, WindowLossesMixin, _Base):
     """Makes a trainer select among the candidates of each accumulation window.
 
     Name it before a trainer class: ``class SelectiveSFTTrainer(SelectiveTrainerMixin, SFTTrainer)``. All
@@ -355,61 +354,6 @@ class SelectiveTrainerMixin(_Base):
             )
         return found
 
-    def _window(self, model: nn.Module, batches: Sequence[Mapping[str, Any]], **options: Any) -> Window:
-        return Window.of(
-            batches,
-            lambda inputs: self.position_losses(model, inputs),
-            self.sample_weighting,
-            over_window=self._divides_by_window,
-            micro_batch=self._prepared_micro_batch,
-            **options,
-        )
-
-    @property
-    def _divides_by_window(self) -> bool:
-        """Whether the trainer's loss is the mean over all labels of a window, and not the mean of means of batches."""
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        return bool(self.model_accepts_loss_kwargs if scaled is None else scaled)
-
-    def _micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
-        """The micro-batch of what the collator gave, on the device."""
-        return MicroBatch.of(batch, shifts=loss_shifts_labels(self), counts_first=counts_first_label(self))
-
-    def _prepared_micro_batch(self, batch: Mapping[str, Any]) -> MicroBatch:
-        """The micro-batch with what is computed of it before its losses are, once."""
-        return self._micro_batch(batch)
-
-    def _note_batch(self) -> None:
-        """Called when the candidates of a micro-batch have passed through the model."""
-
-    def _compare_losses(self, model: nn.Module, batches: Sequence[Mapping[str, Any]], given: Any) -> None:
-        """Compare what is selected on with what the trainer would train on: the losses, and the number of labels.
-
-        Raises:
-            RuntimeError: they are not the same.
-        """
-        divides = self._divides_by_window
-        if divides and self._own_step:
-            (labels,) = self._processes.totals(sum(int(self._micro_batch(one).divides.sum()) for one in batches))
-            self._loss_comparison.compare_number(given, labels)
-        self._loss_comparison.compare(
-            model,
-            self._micro_batch(batches[0]),
-            own=lambda inputs, labels: self._trainers_loss(model, inputs, labels if divides else None),
-            positions=lambda inputs, labels: self.position_losses(model, inputs)[0].sum() / labels,
-            divides=divides,
-            low_precision=self.accelerator.mixed_precision != "no"
-            or any(p.is_floating_point() and p.itemsize < 4 for p in model.parameters()),
-        )
-
-    def _trainers_loss(self, model: nn.Module, inputs: dict[str, Any], tokens: Tensor | None) -> Tensor:
-        """The trainer's own loss of one batch; nothing is added to the trainer's metrics."""
-        with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs, num_items_in_batch=tokens)
-        assert isinstance(loss, Tensor)
-        # Where it divides by the labels of all processes, the trainer undoes the mean that DDP would take.
-        return loss if tokens is None else loss / self._processes.count
-
     # ------------------------------------------------------------------ the target
 
     def _target_sample_ids(self) -> Tensor | None:
@@ -468,75 +412,6 @@ class SelectiveTrainerMixin(_Base):
         )
         self.optimizer = made
         return made
-
-    def get_train_dataloader(self) -> Any:
-        """The trainer's data loader; its batches also hold the columns for the selection log."""
-        if not self._metrics_of_selection.logs or not self._log_columns:
-            return super().get_train_dataloader()
-        if self._processes.count > 1 and not hasattr(self.train_dataset, "__len__"):
-            raise NotImplementedError(
-                "Expected data with a length, got a stream, whose batches accelerate deals out to several processes "
-                "as tensors alone: leave the columns for the log out, or read the data by number."
-            )
-        collator, signature = self.data_collator, self._signature_columns
-        dealing = self.accelerator.dataloader_config
-        dispatches = dealing.dispatch_batches
-        self._set_signature_columns_if_needed()
-        known: list[str] = self._signature_columns or []
-        try:
-            self.data_collator = WithColumns(collator, self._log_columns)
-            if self._processes.count == 1:
-                dealing.dispatch_batches = False  # older accelerate puts even a single batch together, of tensors alone
-            self._signature_columns = [*known, *self._log_columns.values()]  # type: ignore[assignment]
-            return super().get_train_dataloader()
-        finally:
-            self.data_collator, self._signature_columns = collator, signature
-            dealing.dispatch_batches = dispatches
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if not self._sampling.proposes:
-            return super()._get_train_sampler(train_dataset)
-        at_once = self._train_batch_size * self._processes.count
-        return self._sampling.sampler_for(
-            self.train_dataset,  # with all of its columns
-            self._target_examples,
-            count=at_once * self.args.gradient_accumulation_steps,
-            whole=1 if self._processes.count == 1 or self.args.dataloader_drop_last else at_once,
-            seed=self._options["seed"],
-            source=self._log_columns.get(SOURCES),
-        )
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as the trainer does."""
-        self._sampling.start()
-        self._until_known = False
-        return super().train(*args, **kwargs)
-
-    # ------------------------------------------------------------------ what it tells
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the averages of the selections since the last training log; at the end of the run, what all cost."""
-        if "loss" in logs:
-            logs.update(self._metrics_of_selection.averages())
-            logs.update({PREFIX + name: value for name, value in self._sampling.numbers().items()})
-        if "train_runtime" in logs:
-            cost = self._metrics_of_selection.cost
-            cost.passed_over = int(self._sampling.numbers().get("passed_over", 0.0))
-            logs.update({PREFIX + name: value for name, value in cost.numbers().items()})
-        super().log(logs, start_time)
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            self._sampling.save(output_dir)
-            save_log(self.selection_log, output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        self._sampling.load(checkpoint)
-        load_log(self.selection_log, checkpoint)
 
 
 class SelectiveTrainer(SelectiveTrainerMixin, Trainer):
