@@ -21,12 +21,12 @@ from tests.support.grids import slow
 from tests.support.trainer_runs import (
     ARGUMENTS,
     HARD,
+    PROPOSED_ROWS,
     Recording,
     Stop,
     arguments,
-    examples,
+    logged_trainer,
     model,
-    numbered,
     padded,
     tokenizer,
 )
@@ -35,28 +35,13 @@ pytestmark = pytest.mark.filterwarnings(
     # An SFTConfig of TRL sets an option of Transformers by its old name.
     "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning",
 )
-ROWS = numbered(examples(40))
-TARGETS = examples(5, seed=1)
 ALIKE = {"filter": KeepAll(), "weight": UniformWeights()}
 
 
-def trainer_of(
-    path: Path, recording: Recording, *callbacks: Any, kind: type[SelectiveTrainer] = SelectiveTrainer, **options: Any
-) -> SelectiveTrainer:
+def trainer_of(path: Path, recording: Recording, *callbacks: Any, **options: Any) -> SelectiveTrainer:
     names = ("save_strategy", "save_steps", "num_train_epochs")
-    return kind(
-        model(),
-        arguments(path, **{name: options.pop(name) for name in names if name in options}),
-        data_collator=padded,
-        train_dataset=ROWS,
-        callbacks=list(callbacks),
-        target_dataset=TARGETS,
-        target_batch_size=3,
-        selection_log=recording,
-        sample_id_column="number",
-        source_column="origin",
-        **options,
-    )
+    settings = {name: options.pop(name) for name in names if name in options}
+    return logged_trainer(path, recording, *callbacks, settings=settings, **options)
 
 
 def close(one: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -70,7 +55,7 @@ def test_steps_without_a_selection_train_as_equal_weights_do(every: int, tmp_pat
     trainer.train()
     steps = trainer.state.global_step
     assert [step["step"] for step in recording.steps] == [step + 1 for step in range(steps) if step % every == 0]
-    plain = Trainer(model(), arguments(tmp_path / "plain"), data_collator=padded, train_dataset=ROWS)
+    plain = Trainer(model(), arguments(tmp_path / "plain"), data_collator=padded, train_dataset=PROPOSED_ROWS)
     plain.train()
     close(trainer.model, plain.model)
     found, expected = ([line["loss"] for line in one.state.log_history if "loss" in line] for one in (trainer, plain))
@@ -214,8 +199,10 @@ def test_a_step_that_is_not_finite_rejects_the_candidate_at_fault(tmp_path: Path
             select_every=every,
             num_train_epochs=1,
         )
-        row = next(dict(row) for row in ROWS)
-        rows = [{**one, "input_ids": [42 if token == 41 else token for token in one["input_ids"]]} for one in ROWS]
+        row = next(dict(row) for row in PROPOSED_ROWS)
+        rows = [
+            {**one, "input_ids": [42 if token == 41 else token for token in one["input_ids"]]} for one in PROPOSED_ROWS
+        ]
         rows[33] = {**row, "input_ids": [41] * len(row["input_ids"])}
         trainer.train_dataset = rows
         with torch.no_grad():

@@ -22,10 +22,12 @@ from tests.support.releases import resumes_in_first_epoch_alone
 from tests.support.trainer_runs import (
     ARGUMENTS,
     HARD,
+    PROPOSED_ROWS,
+    TARGET_ROWS,
     Recording,
     Stop,
-    arguments,
     examples,
+    logged_trainer,
     model,
     numbered,
     padded,
@@ -36,33 +38,15 @@ pytestmark = pytest.mark.filterwarnings(
     # An SFTConfig of TRL sets an option of Transformers by its old name.
     "ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning",
 )
-ROWS = numbered(examples(40))
-TARGETS = examples(5, seed=1)
 
 
 def trainer_of(
-    path: Path,
-    recording: Recording,
-    *callbacks: Any,
-    selective: dict[str, Any],
-    rows: Any = None,
-    select_every: int | None = None,
-    **changes: Any,
+    path: Path, recording: Recording, *callbacks: Any, selective: dict[str, Any], rows: Any = None, **changes: Any
 ) -> SelectiveTrainer:
-    return SelectiveTrainer(
-        model(),
-        arguments(path, save_strategy="steps", save_steps=2, **changes),
-        data_collator=padded,
-        train_dataset=ROWS if rows is None else rows,
-        callbacks=list(callbacks),
-        target_dataset=TARGETS,
-        target_batch_size=3,
-        selective={"filter": GreedyFilter(keep=3), **selective},
-        select_every=select_every,
-        selection_log=recording,
-        sample_id_column="number",
-        source_column="origin",
-    )
+    options = {name: changes.pop(name) for name in ("select_every",) if name in changes}
+    settings = {"save_strategy": "steps", "save_steps": 2, **changes}
+    selective = {"filter": GreedyFilter(keep=3), **selective}
+    return logged_trainer(path, recording, *callbacks, rows=rows, settings=settings, selective=selective, **options)
 
 
 def sample(row: dict[str, Any]) -> dict[str, Any]:
@@ -76,12 +60,12 @@ def test_candidates_are_the_rows_that_the_proposal_chooses_by_what_it_has_learne
 ) -> None:
     recording = Recording()
     selective = {"proposal": "learned", "read_ahead": 14, "passed_over": passed_over}
-    trainer = trainer_of(tmp_path, recording, selective=selective, rows=data(ROWS))
+    trainer = trainer_of(tmp_path, recording, selective=selective, rows=data(PROPOSED_ROWS))
     trainer.train()
     seed = trainer.args.seed
     other = ProposedSampler(
-        ROWS,
-        LearnedProposal(TARGETS, seed=seed),
+        PROPOSED_ROWS,
+        LearnedProposal(TARGET_ROWS, seed=seed),
         count=6,
         read_ahead=14,
         passed_over=passed_over,  # type: ignore[arg-type]
@@ -210,10 +194,10 @@ def test_another_loader_and_a_second_run_leave_the_sampler_in_its_place(tmp_path
 
 @pytest.mark.slow
 def test_data_with_a_transform_of_its_own_are_read_through_it(tmp_path: Path) -> None:
-    numbers = Dataset.from_list([{"row": number} for number in range(len(ROWS))])
+    numbers = Dataset.from_list([{"row": number} for number in range(len(PROPOSED_ROWS))])
 
     def transform(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        found = [ROWS[number] for number in batch["row"]]
+        found = [PROPOSED_ROWS[number] for number in batch["row"]]
         return {key: [row[key] for row in found] for key in ("input_ids", "labels", "number", "origin")}
 
     recording = Recording()
@@ -231,8 +215,8 @@ def test_data_with_a_transform_of_its_own_are_read_through_it(tmp_path: Path) ->
 
 
 def test_similar_rows_come_first_where_all_are_on_offer(tmp_path: Path) -> None:
-    rows, recording = numbered([*examples(30), *TARGETS]), Recording()
-    selective = {"proposal": SimilarityProposal(TARGETS)}
+    rows, recording = numbered([*examples(30), *TARGET_ROWS]), Recording()
+    selective = {"proposal": SimilarityProposal(TARGET_ROWS)}
     trainer = trainer_of(tmp_path, recording, selective=selective, rows=rows, num_train_epochs=1)
     trainer.train()
     assert {30, 31, 32, 33, 34} <= {*recording.steps[0]["ids"], *recording.steps[1]["ids"]}
@@ -272,7 +256,9 @@ def test_a_tested_proposal_leaves_the_choice_to_the_filter_unless_likeness_is_tr
     assert [len(step["selection"].kept) for step in recordings[1].steps] == kept
 
 
-@pytest.mark.parametrize("proposal", ["tested", VettedProposal(TARGETS, order="tested")], ids=["named", "one's own"])
+@pytest.mark.parametrize(
+    "proposal", ["tested", VettedProposal(TARGET_ROWS, order="tested")], ids=["named", "one's own"]
+)
 def test_a_tested_proposal_brings_its_stages_along(proposal: Any, tmp_path: Path) -> None:
     options = trainer_of(tmp_path, Recording(), selective={"proposal": proposal, "filter": None})._options
     assert options["filter"].filter == GreedyFilter()
@@ -365,9 +351,9 @@ def test_a_stream_whose_proposal_would_learn_nothing_is_refused(tmp_path: Path) 
     stream = _stream(proposal=LearnedProposal(dim=4), read_ahead=4)
     with pytest.raises(NotImplementedError, match="a stream has a LearnedProposal, to which the trainer tells nothing"):
         trainer_of(tmp_path, Recording(), selective={}, rows=stream, max_steps=3)
-    allowed = _stream(proposal=SimilarityProposal(TARGETS), read_ahead=4)
+    allowed = _stream(proposal=SimilarityProposal(TARGET_ROWS), read_ahead=4)
     assert isinstance(trainer_of(tmp_path, Recording(), selective={}, rows=allowed, max_steps=3), Trainer)
 
 
 def _stream(**options: Any) -> CandidateStream:
-    return CandidateStream({"all": ROWS}, dict, batch_size=None, **options)
+    return CandidateStream({"all": PROPOSED_ROWS}, dict, batch_size=None, **options)

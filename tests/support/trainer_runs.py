@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from ftw_optim import KeepAll, UniformWeights
+from ftw_optim.integrations.transformers import SelectiveTrainer
 from tests.support.models import with_lora
 from tests.support.releases import COUNTS_FIRST_LABEL, named_here
 
@@ -293,3 +294,42 @@ def check_a_killed_run_goes_on(run: Callable[..., Any]) -> None:
 def _chosen(step: dict[str, Any]) -> Iterator[list[Any]]:
     selection = step["selection"]
     return (values.tolist() for values in (selection.kept, selection.weights, selection.losses))
+
+
+PROPOSED_ROWS = numbered(examples(40))
+TARGET_ROWS = examples(5, seed=1)
+
+
+def logged_trainer(
+    path: Path,
+    recording: Recording,
+    *callbacks: TrainerCallback,
+    kind: type[SelectiveTrainer] = SelectiveTrainer,
+    rows: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> SelectiveTrainer:
+    """A trainer over rows that are told apart in its log.
+
+    Args:
+        path: of its checkpoints.
+        recording: takes its selections.
+        *callbacks: its callbacks.
+        kind: its class.
+        rows: its data; None: :data:`PROPOSED_ROWS`.
+        settings: changes of its arguments.
+        **options: of the selective trainer.
+    """
+    return kind(
+        model(),
+        arguments(path, **(settings or {})),
+        data_collator=padded,
+        train_dataset=PROPOSED_ROWS if rows is None else rows,
+        callbacks=list(callbacks),
+        target_dataset=TARGET_ROWS,
+        target_batch_size=3,
+        selection_log=recording,
+        sample_id_column="number",
+        source_column="origin",
+        **options,
+    )
