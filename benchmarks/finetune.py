@@ -18,8 +18,9 @@ learning rate (chosen by pays.py --tune, on another target and another pool) and
 defaults of pays.py but for 30 steps, one seed and all cores. Three things were chosen after looking. Placeholders
 ("TODO", "..."; --damage placeholder=0.5) were the damage at first, until AdamW on a mean over tokens turned out to need
 no selection where damaged records are that short. And at first each record counted alike in all arms but one. The
-proposal is the one to begin with; another, which takes no heed of likeness (--arms random+vetted-tokens), was in its
-place before, and had a lower loss.
+proposal is the one to begin with, as the trainers take it: while likeness is trusted every fourth step makes a
+selection (--arms tested-n-tokens: every step). Another, which takes no heed of likeness (--arms random+vetted-tokens),
+was in its place at first, and had a lower loss.
 """
 
 # From finetune/: of a folder with an __init__.py and a file of the same name, Python imports the folder.
