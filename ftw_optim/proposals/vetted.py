@@ -39,6 +39,9 @@ class VettedProposal(Proposal):
             candidates are a mixed lot, so give the optimizer stages that choose among them:
             ``filter=FilterUnless(condition=proposal.trusts_likeness)`` and
             ``weight=WeightUnless(condition=proposal.trusts_likeness)``. Steps of one candidate tell nothing.
+        floor: with ``order="tested"`` the least share of the candidates that is drawn at random, however much likeness
+            is trusted: records that are all alike teach one thing, and whether others would score higher is seen only
+            where there are some. Where it is no whole number, rounded up or down at random.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse:
             all of it while that is barely known, and less the surer it is, as these records are trained on too. No
@@ -61,14 +64,17 @@ class VettedProposal(Proposal):
         ridge: float = 8.0,
         forgetting: float = 0.98,
         explore: float = 0.125,
+        floor: float = 0.125,
         seed: int = 0,
     ) -> None:
         check_explore(explore, "record")
+        if not 0.0 <= floor <= 1.0:
+            raise ValueError(f"floor must be a share, from 0 to 1, got {floor}.")
         if order not in ("likeness", "uniform", "tested"):
             raise ValueError(f"order must be 'likeness', 'uniform' or 'tested', got {order!r}.")
         if order != "uniform" and target_samples is None:
             raise ValueError(f"order={order!r} needs target_samples to be alike to; or pass order='uniform'.")
-        self.order, self.explore, self.seed = order, explore, seed
+        self.order, self.explore, self.floor, self.seed = order, explore, floor, seed
         self._regression = ScoreRegression(
             target_samples,
             dim=dim,
@@ -131,7 +137,7 @@ class VettedProposal(Proposal):
 
         share = min(self.explore * self._kinds.doubt(), float(worse.double().mean())) if len(known) else 0.0
         tried = best(worse.nonzero()[:, 0], guess, min(explored(count, share, draw), int(worse.sum())))
-        at_random = 1.0 - self._trust.share() if self.order == "tested" else 0.0
+        at_random = max(self.floor, 1.0 - self._trust.share()) if self.order == "tested" else 0.0
         chosen = best((~worse).nonzero()[:, 0], guess, count - len(tried), at_random)
         left = worse.clone()
         left[tried] = False
@@ -156,6 +162,7 @@ class VettedProposal(Proposal):
                 **self._regression.settings(),
                 "order": self.order,
                 "explore": self.explore,
+                "floor": self.floor,
                 "seed": self.seed,
             },
             "calls": self._calls,

@@ -245,7 +245,7 @@ def test_the_default_job_is_towards_an_area_of_this_machine(
         "zero-shot",
         "AdamW, by record",
         "ftw, by token",
-        "tested, every 4th",
+        "n tested, by token",
         "(baseline: AdamW, by token)",
         "(baseline: target + rand., tok)",
         "n target, by token",
