@@ -183,6 +183,37 @@ def test_at_first_four_fifths_are_the_most_alike_and_the_others_come_at_random()
     assert float(like[chosen[26:]].mean()) < float(like[alike[26:32]].mean()) - 0.1
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.125, 0.3, 1.0])
+def test_however_much_likeness_is_trusted_a_share_comes_at_random(
+    floor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 of 64 records at a call, those of the 48 least alike."""
+    monkeypatch.setattr(LikenessTrust, "share", lambda trust: 1.0)
+    proposal = VettedProposal(_TARGET, order="tested", dim=8, floor=floor)
+    records = offered(torch.Generator().manual_seed(1))
+    like = likeness_of(proposal.features(records)) + torch.arange(_OFFERED) * 1e-9  # no two alike
+    found = torch.zeros(_OFFERED)
+    calls = 400
+    for _ in range(calls):
+        chosen = proposal.propose(records, _CHOSEN)
+        assert len(set(chosen.tolist())) == _CHOSEN
+        found[chosen] += 1 / calls
+    rare = like.argsort()[: _OFFERED - _CHOSEN - 8]
+    at_random, left = floor * _CHOSEN, _OFFERED - (1 - floor) * _CHOSEN
+    assert float(found[rare].sum()) == pytest.approx(at_random * len(rare) / left, abs=0.2)
+    assert (float(found[rare].max()) > 0.0) == (floor > 0.0)
+    if floor:
+        assert float(found[rare].min()) > 0.0, "nothing starves unseen"
+
+
+def test_a_floor_that_is_no_share_and_one_of_another_run_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"floor must be a share, from 0 to 1, got 1\.5"):
+        VettedProposal(_TARGET, order="tested", floor=1.5)
+    state = VettedProposal(_TARGET, order="tested").state_dict()
+    with pytest.raises(ValueError, match="floor"):
+        VettedProposal(_TARGET, order="tested", floor=0.2).load_state_dict(state)
+
+
 def test_without_trust_no_kind_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     proposal = VettedProposal(_TARGET, order="tested", dim=16)
     proposal._trust.trusts = True
