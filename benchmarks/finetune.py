@@ -1,6 +1,6 @@
 """Does selecting beat training on everything, when a mixed stream is used to get better at one target?
 
-Run: python benchmarks/finetune.py          (8 to 20 minutes on 2 cores; --quick takes seconds and means nothing)
+Run: python benchmarks/finetune.py          (7 to 20 minutes on 2 cores; --quick takes seconds and means nothing)
      python benchmarks/finetune.py --pool POOL --target TARGET --test TEST [--own-source PREFIX] [--model MODEL]
 
 It fine-tunes SmolLM2-135M-Instruct with LoRA towards one area of text, from a noisy stream of all areas: AdamW on all
