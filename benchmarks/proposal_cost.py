@@ -1,6 +1,6 @@
 """What a proposal costs, beside a step: to choose among 256 records read, and among 100,000 found by number.
 
-    python benchmarks/proposal_cost.py            # about five minutes
+    python benchmarks/proposal_cost.py            # about three minutes
 
 The records are docstrings of this Python installation, at most 128 tokens each. A step is AdamW's, plain or selective,
 of SmolLM2-135M-Instruct with LoRA on every linear layer and 12 candidates; 4 target rows guide. In every round each
