@@ -239,11 +239,11 @@ class SelectiveTrainerMixin(RunMixin, WindowLossesMixin, _Base):
             loss = super().training_step(model, own, num_items_in_batch)
         if not self.accelerator.sync_gradients:
             return loss
-        batches: list[Mapping[str, Any]] = [self._prepare_inputs(dict(batch)) for batch in self._micro_batches]
-        self._micro_batches = []
+        given, self._micro_batches = self._micro_batches, []
         self._selected = True
-        if self._plain and self._pass_over(batches):
+        if self._plain and self._pass_over(given):
             return loss
+        batches = [self._prepare_inputs(dict(batch)) for batch in given]
         if self.selective_optimizer is None:
             raise RuntimeError(
                 f"Expected {type(self).create_optimizer.__qualname__} to call super().create_optimizer, which wraps "
