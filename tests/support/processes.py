@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -84,6 +85,7 @@ class Processes:
 
 
 def _work(rank: int, count: int, store: str, end: Connection, path: list[str]) -> None:
+    faulthandler.enable()  # where a process dies, what it was doing is the only trace of why
     sys.path[:] = path
     torch.set_num_threads(1)
     warnings.simplefilter("error")
