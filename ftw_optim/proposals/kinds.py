@@ -1,4 +1,9 @@
-"""Two kinds of records, of which the scores show one to be worse: when they are told apart, and until when."""
+"""Two kinds of records, of which one is worth less: when they are told apart, and until when.
+
+A record is worth what it takes off the target's loss, to first order: the product of its gradient and the target's, in
+the optimizer's metric. That is learned as the product of its score, which is noisy, and of the length of its gradient,
+which is not: a regression on the products themselves has the noise of one and the spread of the other.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +14,26 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ftw_optim.proposals.scoring import ScoreRegression
+from ftw_optim.proposals.regression import Regression
+from ftw_optim.proposals.scoring import WIDEST, ScoreRegression
 
 REMEMBERED = 96
 """Observed records that the kinds are told from, half of them of each where there are two."""
 LEAST, FEW = 12, 6
-"""Observed records before two kinds are looked for, and scores of each kind before anything is made of them."""
+"""Observed records before two kinds are looked for, and some of each kind before anything is made of what they show."""
 APART = 2.75
-"""How far apart and how unequal two kinds must be: the distance of their mean expected scores in standard deviations
+"""How far apart and how unequal two kinds must be: the distance of their mean expected worth in standard deviations
 within them (see :func:`two_kinds`), times the worse kind's shortfall as a share of the better one's mean."""
 CERTAIN = 2.5
-"""Standard errors between the kinds' mean scores, of records that were told apart before their scores were learned: a
+"""Standard errors between the kinds' mean worth, of records that were told apart before theirs was learned: a
 regression finds two kinds in any noise that it has seen."""
 NEARER = 0.35
 """Place of the border on the way from the worse kind's mean to the better one's: what is in doubt is proposed."""
 RECENT = 48
-"""Latest scores of each kind that say whether it is worse."""
+"""Latest records of each kind whose worth says whether it is worse."""
 
 
-_REMEMBERED_PARTS = ("better", "worse", "better_scores", "worse_scores")
+_REMEMBERED_PARTS = ("better", "worse", "better_worth", "worse_worth")
 
 
 @final
@@ -35,7 +41,7 @@ class Kinds:
     """What is known of two kinds of records; nothing is left out until they are far apart.
 
     Args:
-        regression: of scores on the columns of records, which it teaches.
+        regression: of scores on the columns of records, which it teaches; the lengths are its own.
 
     Attributes:
         veto: whether the worse kind is left out now.
@@ -43,38 +49,51 @@ class Kinds:
 
     def __init__(self, regression: ScoreRegression) -> None:
         self._regression = regression
+        self._sizes = Regression(regression.width, forgetting=regression.forgetting)
         self._forget()
 
     def _forget(self) -> None:
         self.veto = False
         self._border = 0.0
-        # Records of one kind, or of the better one and the worse one; and the latest scores of these two.
+        # Records of one kind, or of the better one and the worse one; and what the latest of these two were worth.
         self._better, self._worse = self._regression.no_columns(), self._regression.no_columns()
-        self._better_scores = self._worse_scores = torch.empty(0, dtype=torch.float64)
+        self._better_worth = self._worse_worth = torch.empty(0, dtype=torch.float64)
 
     def expected(self, columns: Tensor) -> Tensor:
-        """The expected scores of records."""
-        return columns @ self._coefficients()
+        """What records are expected to be worth, in lengths of the target's gradient and of those of a step."""
+        return self._worth(columns, *self._coefficients())
 
-    def _coefficients(self) -> Tensor:
-        return self._regression.coefficients([torch.cat([self._better, self._worse])])
+    def _worth(self, columns: Tensor, of_scores: Tensor, of_sizes: Tensor) -> Tensor:
+        return columns @ of_scores * (columns @ of_sizes).clamp(-WIDEST, WIDEST).exp()
+
+    def _coefficients(self) -> tuple[Tensor, Tensor]:
+        known = [torch.cat([self._better, self._worse])]
+        return self._regression.coefficients(known), self._regression.coefficients(known, learned=self._sizes)
 
     def judged(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The expected scores of records, and whether each is of the kind that is left out; zeros without a veto."""
+        """The expected worth of records, and whether each is of the kind that is left out; zeros without a veto."""
         if not (self.veto and len(features)):
             nothing = torch.zeros(len(features), dtype=torch.float64)
             return nothing, nothing.bool()
-        expected = self._regression.expected(features, self._coefficients())
+        coefficients = self._coefficients()
+        expected = torch.cat([self._worth(columns, *coefficients) for columns in self._regression.parts(features)])
         return expected, expected <= self._border
 
-    def observe(self, columns: Tensor, scores: Tensor) -> None:
-        """Learn from the records of a step, of shape ``(n, width)``, and their scores."""
+    def observe(self, columns: Tensor, scores: Tensor, sizes: Tensor) -> None:
+        """Learn from the records of a step, of shape ``(n, width)``: their scores, and how long their gradients are.
+
+        Args:
+            columns: of the records.
+            scores: shape ``(n,)``, see :class:`~ftw_optim.proposals.scoring.Told`.
+            sizes: shape ``(n,)``, see there.
+        """
         if self.veto or len(self._better) >= LEAST:
-            # Before these scores are learned.
-            worse = self.expected(columns) <= self._border
-            self._worse_scores = torch.cat([self._worse_scores, scores[worse]])[-RECENT:]
-            self._better_scores = torch.cat([self._better_scores, scores[~worse]])[-RECENT:]
+            # Before any of this is learned.
+            worse, worth = self.expected(columns) <= self._border, scores * sizes.exp()
+            self._worse_worth = torch.cat([self._worse_worth, worth[worse]])[-RECENT:]
+            self._better_worth = torch.cat([self._better_worth, worth[~worse]])[-RECENT:]
         self._regression.learned.observe(columns, scores)
+        self._sizes.observe(columns, sizes)
         if self.veto:
             self._keep_apart(columns)
         else:
@@ -115,25 +134,26 @@ class Kinds:
             self._forget()
 
     def _gap(self) -> float:
-        """The distance of the kinds' mean scores in standard errors; NaN where too few are known."""
-        lower, upper = self._worse_scores, self._better_scores
+        """The distance of the kinds' mean worth in standard errors; NaN where too few are known."""
+        lower, upper = self._worse_worth, self._better_worth
         if min(len(lower), len(upper)) < FEW:
             return math.nan
         error = (lower.var() / len(lower) + upper.var() / len(upper)).sqrt()
         return float((upper.mean() - lower.mean()) / error.clamp(min=torch.finfo(error.dtype).tiny))
 
     def _draw_border(self) -> tuple[float, float]:
-        """Place the border between the kinds' mean expected scores, which are returned."""
+        """Place the border between the kinds' mean expected worth, which is returned."""
         expected = self.expected(torch.cat([self._worse, self._better]))
         lower, upper = float(expected[: len(self._worse)].mean()), float(expected[len(self._worse) :].mean())
         self._border = lower + NEARER * (upper - lower)
         return lower, upper
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered, without the regression."""
+        """What is remembered, without the regression of scores."""
         return {
             "vetoes": self.veto,
             "border": self._border,
+            "sizes": self._sizes.state_dict(),
             **{name: getattr(self, f"_{name}") for name in _REMEMBERED_PARTS},
         }
 
@@ -161,6 +181,7 @@ class Kinds:
                 raise ValueError(
                     f"Expected {width} columns of each remembered record, got shape {tuple(parts[name].shape)}."
                 )
+        self._sizes.load_state_dict(state_dict["sizes"])
         self.veto, self._border = bool(state_dict["vetoes"]), float(state_dict["border"])
         for name, part in parts.items():
             setattr(self, f"_{name}", part)

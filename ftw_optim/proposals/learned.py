@@ -118,8 +118,7 @@ class LearnedProposal(Proposal):
         """
         told = self._regression.told(samples, selection, features)
         if told is not None:
-            known, scores = told
-            self._regression.learned.observe(self._regression.columns(known), scores)
+            self._regression.learned.observe(self._regression.columns(told.features), told.scores)
 
     def _coefficients(self, features: Tensor) -> Tensor:
         """Coefficients for the records on offer, with as much noise as was asked for."""

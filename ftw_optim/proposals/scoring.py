@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,22 @@ from ftw_optim.proposals.regression import Regression
 _CONSTANT = 0.01  # precision of the constant, relative to ``ridge``: the mean of the scores is learned at once
 _EQUAL = 1e-8  # a column with a variance below this part of its mean square is constant
 _AT_ONCE = 256  # records whose columns are formed together: so many stay in a processor's cache
+WIDEST = 3.0
+"""A gradient counts as no more than ``e ** 3`` times as long, or as short, as those of its step."""
+
+
+class Told(NamedTuple):
+    """What a step told of its candidates, each of shape ``(n,)`` but the first.
+
+    Attributes:
+        features: those of the candidates that have a score.
+        scores: cosines of their gradients and the target's, float64.
+        sizes: logarithms of the lengths of their gradients, relative to the step's root mean square, float64.
+    """
+
+    features: Tensor
+    scores: Tensor
+    sizes: Tensor
 
 
 @final
@@ -85,7 +101,9 @@ class ScoreRegression:
         """What records' scores are with some coefficients of their columns, shape ``(n,)`` float64."""
         return torch.cat([columns @ coefficients for columns in self.parts(features)])
 
-    def coefficients(self, parts: Iterable[Tensor], noise: Tensor | None = None) -> Tensor:
+    def coefficients(
+        self, parts: Iterable[Tensor], noise: Tensor | None = None, *, learned: Regression | None = None
+    ) -> Tensor:
         """Coefficients of the columns, expected or drawn from the posterior, for the records on offer.
 
         The prior is one of columns with mean 0 and standard deviation 1 among these records. Token columns are scaled
@@ -94,6 +112,7 @@ class ScoreRegression:
         Args:
             parts: columns of the records on offer, of some at a time.
             noise: standard normal numbers for the draw, shape ``(width,)`` float64; None: the expected ones.
+            learned: of something else than scores, of which nothing is guessed; None: of scores.
         """
         alone = 3 + self._by_likeness  # columns that are scaled for themselves
         variance, mean = _moments(parts)
@@ -106,10 +125,11 @@ class ScoreRegression:
                 scale[group] = spread**0.5
         mean[0] = 0.0
         guess = torch.zeros_like(mean)
-        guess[1] = self.prior if self._by_likeness else 0.0
+        guess[1] = self.prior if self._by_likeness and learned is None else 0.0
         precision = torch.full_like(mean, self.ridge)
         precision[0] *= _CONSTANT
-        return self.learned.draw(mean, scale, guess, precision, torch.zeros_like(mean) if noise is None else noise)
+        noise = torch.zeros_like(mean) if noise is None else noise
+        return (learned or self.learned).draw(mean, scale, guess, precision, noise)
 
     def settings(self) -> dict[str, Any]:
         """The settings that must be equal on resume."""
@@ -120,10 +140,8 @@ class ScoreRegression:
             "features": self.features.settings(),
         }
 
-    def told(
-        self, samples: Sequence[Sample], selection: Selection, features: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Features and scores ``(n,)`` float64 of those of a step's candidates that have one; None where there is none.
+    def told(self, samples: Sequence[Sample], selection: Selection, features: Tensor | None) -> Told | None:
+        """What a step told of those of its candidates that have a score; None where there is none.
 
         Candidates without a score, such as rejected ones, tell nothing; neither do those of a selection whose guide is
         blind or stale, see :class:`Selection`.
@@ -136,15 +154,18 @@ class ScoreRegression:
         selection = observed(samples, selection)
         if selection.blind or selection.stale:
             return None
-        energy = selection.squares.double() * selection.target_energy
+        squares = selection.squares.double()
+        energy = squares * selection.target_energy
         scores = selection.cross_gram.double() / energy.sqrt()
         valid = scores.isfinite() & energy.isfinite() & (energy > 0.0)
         valid[selection.rejected] = False
         known = self.features.given(samples, features)
         if not bool(valid.any()):
             return None
+        squares = squares[valid]
+        sizes = (squares / squares.mean()).log() / 2
         # A sketch may estimate more than a cosine can be.
-        return known[valid], scores[valid].clamp(-1.0, 1.0)
+        return Told(known[valid], scores[valid].clamp(-1.0, 1.0), sizes.clamp(-WIDEST, WIDEST))
 
 
 def _moments(parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The proposal that leaves out what the scores of the steps so far have shown to be of a worse kind."""
+"""The proposal that leaves out what the steps so far have shown to be of a worse kind."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from ftw_optim.proposals.trust import LikenessTrust
 
 @final
 class VettedProposal(Proposal):
-    """The records most alike to the target rows, but for those that the scores show to be of a worse kind.
+    """The records most alike to the target rows, but for those of a kind that is shown to be worth less.
 
     Likeness finds records that *look* like the target and cannot see whether they are any good: a prompt of the right
-    kind may have an empty, cut-off or wrong answer. A regression of scores on the record's features, as in
-    :class:`LearnedProposal` but without likeness, sees that within a few steps. Where what it expects shows two kinds
-    of records, far apart, and the scores that come then bear it out, records of the worse kind are left out, until
-    those of it that are tried all the same score no lower than the others. Where there are no two kinds, nothing is
-    left out and ``order`` alone decides, by default as in :class:`SimilarityProposal`: among good records scores are
-    too noisy to choose by.
+    kind may have an empty, cut-off or wrong answer. What a record is *worth* is the product of its gradient and the
+    target's: its score, the cosine of the two, times the length of its gradient. Regressions of both on the record's
+    features, as in :class:`LearnedProposal` but without likeness, know that within a few steps: an answer that teaches
+    nothing has a gradient that points elsewhere, or one that is soon short. Where what they expect shows two kinds of
+    records, far apart, and what comes then bears it out, records of the worse kind are left out, until those of it
+    that are tried all the same are worth no less than the others. Where there are no two kinds, nothing is left out
+    and ``order`` alone decides, by default as in :class:`SimilarityProposal`: among good records scores are too noisy
+    to choose by.
 
     Scores are only honest of a target that is not trained on meanwhile, see :class:`~ftw_optim.TargetGradient`.
 
@@ -111,7 +113,7 @@ class VettedProposal(Proposal):
         """See :class:`Proposal`; with ``features`` the samples themselves are not looked at.
 
         Of the kind that is left out, those come last that exploring asks for. Where there are too few others, those
-        with the highest expected scores are taken as well.
+        that are expected to be worth most are taken as well.
         """
         check_count(count)
         known = self._regression.features.given(samples, features)
@@ -119,7 +121,7 @@ class VettedProposal(Proposal):
         guess = likeness_of(known) if self.order != "uniform" else torch.zeros(len(known), dtype=torch.float64)
         expected, worse = self._kinds.judged(known)
         if self.order == "tested" and not self.trusts_likeness():
-            worse = torch.zeros_like(worse)  # scores about zero part into kinds that are none
+            worse = torch.zeros_like(worse)  # worth about zero parts into kinds that are none
         draw = salt("vetted", self.seed, self._calls)
         self._calls += 1
 
@@ -149,10 +151,10 @@ class VettedProposal(Proposal):
         told = self._regression.told(samples, selection, features)
         if told is None:
             return
-        known, scores = told
-        _, worse = self._kinds.judged(known)
-        self._trust.observe(likeness_of(known)[~worse], scores[~worse])  # the others' are low whatever their likeness
-        self._kinds.observe(self._regression.columns(known), scores)
+        _, worse = self._kinds.judged(told.features)
+        likeness = likeness_of(told.features)
+        self._trust.observe(likeness[~worse], told.scores[~worse])  # the others' are low whatever their likeness
+        self._kinds.observe(self._regression.columns(told.features), told.scores, told.sizes)
 
     def state_dict(self) -> dict[str, Any]:
         """The number of calls, what was learned, and the settings that must be equal on resume."""

@@ -34,11 +34,12 @@ def selection(step: int, *, n: int = 5, keep: int = 2, **changes: Any) -> Select
     return Selection(**{**fields, **changes})
 
 
-def of_scores(scores: Tensor, **changes: Any) -> Selection:
-    """A selection with these scores, at lengths that are not one."""
+def of_scores(scores: Tensor, lengths: Tensor | None = None, **changes: Any) -> Selection:
+    """A selection with these scores, of gradients of these lengths; None: of lengths that are not one."""
     n = len(scores)
-    gram, energy = torch.diag(torch.linspace(0.5, 4.0, n, dtype=torch.float64)), 9.0
-    cross_gram = scores.double() * (gram.diagonal() * energy).sqrt()
+    squares = torch.linspace(0.5, 4.0, n, dtype=torch.float64) if lengths is None else lengths.double().square()
+    gram, energy = torch.diag(squares), 9.0
+    cross_gram = scores.double() * (squares * energy).sqrt()
     return selection(
         0, **{"n": n, "keep": 1, "gram": gram, "cross_gram": cross_gram, "target_energy": energy, **changes}
     )
