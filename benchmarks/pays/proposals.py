@@ -67,7 +67,12 @@ def own_source(known: Known) -> Chooser:
 
 
 def similar(known: Known) -> Chooser:
-    """Records that share the most tokens with the target rows."""
+    """Records that share the most tokens with the target rows, each by itself."""
+    return _proposed_by(SimilarityProposal(samples(known.guide), herding=False, seed=known.seed))
+
+
+def herded(known: Known) -> Chooser:
+    """Records whose mean over all steps comes nearest to that of the target rows."""
     return _proposed_by(SimilarityProposal(samples(known.guide), seed=known.seed))
 
 
@@ -84,7 +89,9 @@ def similar_and_sound(known: Known) -> Chooser:
 
 def similar_embeddings(known: Known) -> Chooser:
     """Records whose mean input embedding is most like that of the target rows."""
-    return _proposed_by(SimilarityProposal(samples(known.guide), embedding=known.embeddings, seed=known.seed))
+    return _proposed_by(
+        SimilarityProposal(samples(known.guide), herding=False, embedding=known.embeddings, seed=known.seed)
+    )
 
 
 def vetted(known: Known) -> Chooser:

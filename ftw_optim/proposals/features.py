@@ -78,11 +78,16 @@ class Features:
             self._projection = torch.randn(wide, dim, generator=generator) / math.sqrt(dim)
         self._profile: tuple[Tensor, Tensor] | None = None
         self._target_key = 0
+        self.target_mean = torch.zeros(self.dim, dtype=torch.float64)
+        """The mean of the target rows' token columns, each of length one."""
         if target_samples is not None:
             tokens = Tokens.of(list(target_samples))
             self._check_ids(tokens)
-            self._profile = self._profile_of(TokenSets(tokens))
+            sets = TokenSets(tokens)
+            self._profile = self._profile_of(sets)
             self._target_key = int(tokens.keys.sum())
+            if self.dim:
+                self.target_mean = functional.normalize(self._columns(sets).double(), dim=1).mean(0)
 
     @property
     def width(self) -> int:
@@ -93,6 +98,10 @@ class Features:
     def has_targets(self) -> bool:
         """Whether there is a likeness."""
         return self._profile is not None
+
+    def token_columns(self, features: Tensor) -> Tensor:
+        """The columns of features that stand for the tokens."""
+        return features[:, 6 : 6 + self.dim]
 
     def settings(self) -> dict[str, Any]:
         """The facts that must be equal for features to be, as JSON values; of an embedding, its shape."""

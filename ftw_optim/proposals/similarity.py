@@ -11,6 +11,7 @@ from torch import Tensor
 from ftw_optim._matching.selection import Selection
 from ftw_optim.proposals.drawing import best_and_uniform, salt, uniforms
 from ftw_optim.proposals.features import Features, keys_of, likeness_of, sources_of
+from ftw_optim.proposals.herding import Herding
 from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_explore, check_state
 
 
@@ -21,6 +22,10 @@ class SimilarityProposal(Proposal):
     Args:
         target_samples: the target rows; likeness is explained in
             :class:`~ftw_optim.proposals.features.Features`.
+        herding: whether records are chosen so that the mean of all that were chosen comes nearest to that of the target
+            rows, see :class:`~ftw_optim.proposals.herding.Herding`; else each by its own likeness, whatever has been
+            chosen before.
+        dim: number of columns for the tokens, where ``herding``.
         embedding: shape ``(vocabulary, width)``: likeness of mean embeddings; None: of the tokens themselves.
         temperature: 0: the most alike. Above, records are drawn without replacement with probabilities proportional to
             ``exp(likeness / temperature)``; likeness is a cosine, so 0.02 is mild.
@@ -38,6 +43,8 @@ class SimilarityProposal(Proposal):
         self,
         target_samples: Sequence[Sample],
         *,
+        herding: bool = True,
+        dim: int = 256,
         embedding: Tensor | None = None,
         temperature: float = 0.0,
         explore: float = 0.0,
@@ -48,7 +55,10 @@ class SimilarityProposal(Proposal):
         if not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature must be finite and not negative, got {temperature}; 0 takes the most alike.")
         self.temperature, self.explore, self.explore_by, self.seed = temperature, explore, explore_by, seed
-        self._features = Features(target_samples, dim=0, embedding=embedding)
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}.")
+        self._features = Features(target_samples, dim=dim if herding else 0, seed=seed, embedding=embedding)
+        self._herding = Herding(self._features.target_mean) if herding else None
         self._calls = 0
 
     def features(self, samples: Sequence[Sample]) -> Tensor:
@@ -59,11 +69,16 @@ class SimilarityProposal(Proposal):
         """See :class:`Proposal`; with ``features`` the samples themselves are not looked at."""
         check_count(count)
         known = self._features.given(samples, features)
-        keys, scores = keys_of(known), likeness_of(known)
+        keys, columns = keys_of(known), self._features.token_columns(known)
+        noise = None
         if self.temperature > 0.0:
-            # The largest of scores with Gumbel noise are a draw without replacement.
-            noise = uniforms(keys, salt("temperature", self.seed, self._calls))
-            scores = scores / self.temperature - (-noise.log()).log()
+            # The largest of values with Gumbel noise are a draw without replacement.
+            noise = -self.temperature * (-uniforms(keys, salt("temperature", self.seed, self._calls)).log()).log()
+        draw = salt("similarity", self.seed, self._calls)
+        if self._herding is not None:
+            scores = self._herding.scores(columns, keys, count, draw, noise)
+        else:
+            scores = likeness_of(known) if noise is None else likeness_of(known) + noise
         chosen = best_and_uniform(
             scores,
             keys,
@@ -71,8 +86,10 @@ class SimilarityProposal(Proposal):
             count,
             explore=self.explore,
             explore_by=self.explore_by,
-            salt=salt("similarity", self.seed, self._calls),
+            salt=draw,
         )
+        if self._herding is not None:
+            self._herding.note(columns[chosen])
         self._calls += 1
         return chosen
 
@@ -80,17 +97,21 @@ class SimilarityProposal(Proposal):
         """See :class:`Proposal`; nothing is learned."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of calls, and the settings that must be equal on resume."""
+        """The number of calls, what was chosen, and the settings that must be equal on resume."""
         settings = {
+            "herding": self._herding is not None,
             "temperature": self.temperature,
             "explore": self.explore,
             "explore_by": self.explore_by,
             "seed": self.seed,
             "features": self._features.settings(),
         }
-        return {"kind": type(self).__name__, "settings": settings, "calls": self._calls}
+        state = {"kind": type(self).__name__, "settings": settings, "calls": self._calls}
+        return state if self._herding is None else {**state, "chosen": self._herding.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """See :class:`Proposal`."""
         check_state(state_dict, self.state_dict())
+        if self._herding is not None:
+            self._herding.load_state_dict(state_dict["chosen"])
         self._calls = state_dict["calls"]

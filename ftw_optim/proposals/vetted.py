@@ -11,6 +11,7 @@ from torch import Tensor
 from ftw_optim._matching.selection import Selection
 from ftw_optim.proposals.drawing import best_and_uniform, explored, salt
 from ftw_optim.proposals.features import keys_of, likeness_of, sources_of
+from ftw_optim.proposals.herding import Herding
 from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_explore, check_state
 from ftw_optim.proposals.kinds import Kinds
 from ftw_optim.proposals.scoring import ScoreRegression
@@ -44,6 +45,8 @@ class VettedProposal(Proposal):
         floor: with ``order="tested"`` the least share of the candidates that is drawn at random, however much likeness
             is trusted: records that are all alike teach one thing, and whether others would score higher is seen only
             where there are some. Where it is no whole number, rounded up or down at random.
+        herding: whether likeness is that to what is missing of the target rows after the records chosen so far, see
+            :class:`SimilarityProposal`.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse:
             all of it while that is barely known, and less the surer it is, as these records are trained on too. No
@@ -60,6 +63,7 @@ class VettedProposal(Proposal):
         target_samples: Sequence[Sample] | None = None,
         *,
         order: Literal["likeness", "uniform", "tested"] = "likeness",
+        herding: bool = True,
         dim: int = 256,
         embedding: Tensor | None = None,
         use_source: bool = False,
@@ -90,6 +94,8 @@ class VettedProposal(Proposal):
         )
         self._trust = LikenessTrust()
         self._kinds = Kinds(self._regression)
+        herds = herding and order != "uniform"
+        self._herding = Herding(self._regression.features.target_mean) if herds else None
         self._calls = 0
 
     @property
@@ -118,6 +124,7 @@ class VettedProposal(Proposal):
         check_count(count)
         known = self._regression.features.given(samples, features)
         count = min(count, len(known))
+        keys, columns = keys_of(known), self._regression.features.token_columns(known)
         guess = likeness_of(known) if self.order != "uniform" else torch.zeros(len(known), dtype=torch.float64)
         expected, worse = self._kinds.judged(known)
         if self.order == "tested" and not self.trusts_likeness():
@@ -125,25 +132,31 @@ class VettedProposal(Proposal):
         draw = salt("vetted", self.seed, self._calls)
         self._calls += 1
 
-        def best(places: Tensor, values: Tensor, number: int, at_random: float = 0.0) -> Tensor:
+        def best(places: Tensor, number: int, values: Tensor | None = None, at_random: float = 0.0) -> Tensor:
+            if values is None and self._herding is not None and number > 0:
+                of_places = self._herding.scores(columns[places], keys[places], number, draw)
+            else:
+                of_places = (guess if values is None else values)[places]
             found = best_and_uniform(
-                values[places],
-                keys_of(known)[places],
+                of_places,
+                keys[places],
                 sources_of(known)[places],
                 number,
                 explore=at_random,
                 explore_by="record",
                 salt=draw,
             )
+            if self._herding is not None:
+                self._herding.note(columns[places[found]])
             return places[found]
 
         share = min(self.explore * self._kinds.doubt(), float(worse.double().mean())) if len(known) else 0.0
-        tried = best(worse.nonzero()[:, 0], guess, min(explored(count, share, draw), int(worse.sum())))
+        tried = best(worse.nonzero()[:, 0], min(explored(count, share, draw), int(worse.sum())))
         at_random = max(self.floor, 1.0 - self._trust.share()) if self.order == "tested" else 0.0
-        chosen = best((~worse).nonzero()[:, 0], guess, count - len(tried), at_random)
+        chosen = best((~worse).nonzero()[:, 0], count - len(tried), at_random=at_random)
         left = worse.clone()
         left[tried] = False
-        more = best(left.nonzero()[:, 0], expected, count - len(chosen) - len(tried))
+        more = best(left.nonzero()[:, 0], count - len(chosen) - len(tried), expected)
         return torch.cat([chosen, more, tried])
 
     def observe(self, samples: Sequence[Sample], selection: Selection, *, features: Tensor | None = None) -> None:
@@ -163,6 +176,7 @@ class VettedProposal(Proposal):
             "settings": {
                 **self._regression.settings(),
                 "order": self.order,
+                "herding": self._herding is not None,
                 "explore": self.explore,
                 "floor": self.floor,
                 "seed": self.seed,
@@ -171,6 +185,7 @@ class VettedProposal(Proposal):
             "learned": self._regression.learned.state_dict(),
             "trust": self._trust.state_dict(),
             "kinds": self._kinds.state_dict(),
+            "chosen": {} if self._herding is None else self._herding.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -180,5 +195,9 @@ class VettedProposal(Proposal):
         kinds, trust = Kinds(self._regression), LikenessTrust()
         kinds.load_state_dict(state_dict["kinds"])
         trust.load_state_dict(state_dict["trust"])
+        herding = None if self._herding is None else Herding(self._regression.features.target_mean)
+        if herding is not None:
+            herding.load_state_dict(state_dict["chosen"])
         self._regression.learned.load_state_dict(state_dict["learned"])
+        self._herding = herding
         self._calls, self._kinds, self._trust = calls, kinds, trust
