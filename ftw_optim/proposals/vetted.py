@@ -46,7 +46,7 @@ class VettedProposal(Proposal):
             is trusted: records that are all alike teach one thing, and whether others would score higher is seen only
             where there are some. Where it is no whole number, rounded up or down at random.
         herding: whether likeness is that to what is missing of the target rows after the records chosen so far, see
-            :class:`SimilarityProposal`.
+            :class:`SimilarityProposal`; with ``order="tested"``, once it is trusted.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse:
             all of it while that is barely known, and less the surer it is, as these records are trained on too. No
@@ -127,14 +127,16 @@ class VettedProposal(Proposal):
         keys, columns = keys_of(known), self._regression.features.token_columns(known)
         guess = likeness_of(known) if self.order != "uniform" else torch.zeros(len(known), dtype=torch.float64)
         expected, worse = self._kinds.judged(known)
+        herding = self._herding
         if self.order == "tested" and not self.trusts_likeness():
             worse = torch.zeros_like(worse)  # worth about zero parts into kinds that are none
+            herding = None  # what is tested is likeness
         draw = salt("vetted", self.seed, self._calls)
         self._calls += 1
 
         def best(places: Tensor, number: int, values: Tensor | None = None, at_random: float = 0.0) -> Tensor:
-            if values is None and self._herding is not None and number > 0:
-                of_places = self._herding.scores(columns[places], keys[places], number, draw)
+            if values is None and herding is not None and number > 0:
+                of_places = herding.scores(columns[places], keys[places], number, draw)
             else:
                 of_places = (guess if values is None else values)[places]
             found = best_and_uniform(
