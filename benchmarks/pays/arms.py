@@ -32,8 +32,8 @@ from .peers import GreatsFilter, LessFilter, RandomWeights, SmallLossFilter
 from .proposals import (
     Chooser,
     Known,
+    contrasted,
     first,
-    herded,
     learned,
     learned_from_scores,
     own_source,
@@ -246,7 +246,7 @@ ARMS = {
     "ftw-euclidean-tokens": _guide("euclidean, by token", method=EUCLIDEAN_BY_TOKEN),
     "similarity-n": _guide("n similar", propose=similar),
     "similarity-n-tokens": _guide("n similar, by token", propose=similar, by_token=True),
-    "herded-n-tokens": _guide("n herded, by token", propose=herded, by_token=True),
+    "contrast-n-tokens": _guide("contrast, by token", propose=contrasted, by_token=True),
     "sound-n-tokens": _guide("sound, by token", propose=similar_and_sound, by_token=True),
     "own-n-tokens": _guide("own source, token", propose=own_source, by_token=True),
     "similarity-k": _guide("k similar", _k, propose=similar),

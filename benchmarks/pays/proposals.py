@@ -68,11 +68,11 @@ def own_source(known: Known) -> Chooser:
 
 def similar(known: Known) -> Chooser:
     """Records that share the most tokens with the target rows, each by itself."""
-    return _proposed_by(SimilarityProposal(samples(known.guide), herding=False, seed=known.seed))
+    return _proposed_by(SimilarityProposal(samples(known.guide), contrast=False, seed=known.seed))
 
 
-def herded(known: Known) -> Chooser:
-    """Records whose mean over all steps comes nearest to that of the target rows."""
+def contrasted(known: Known) -> Chooser:
+    """Records that share more tokens with the target rows than with the stream."""
     return _proposed_by(SimilarityProposal(samples(known.guide), seed=known.seed))
 
 
@@ -90,7 +90,7 @@ def similar_and_sound(known: Known) -> Chooser:
 def similar_embeddings(known: Known) -> Chooser:
     """Records whose mean input embedding is most like that of the target rows."""
     return _proposed_by(
-        SimilarityProposal(samples(known.guide), herding=False, embedding=known.embeddings, seed=known.seed)
+        SimilarityProposal(samples(known.guide), contrast=False, embedding=known.embeddings, seed=known.seed)
     )
 
 

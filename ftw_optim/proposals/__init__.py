@@ -2,7 +2,7 @@
 
 ``interface.py`` is what a proposal does, and the place to begin with one of your own. ``features.py`` describes
 records without a model, ``drawing.py`` draws from them, so that a draw depends on the record and never on its place,
-and ``herding.py`` chooses by likeness to what is still missing of the target. ``scoring.py`` with ``regression.py``
+and ``contrast.py`` tells what is like the target from what is like the stream. ``scoring.py`` with ``regression.py``
 learns scores, of which ``kinds.py`` and ``trust.py`` make what the vetted proposal goes by. ``uniform.py``,
 ``similarity.py``, ``learned.py`` and ``vetted.py`` hold one proposal each; ``stages.py`` has the filter and weights
 that go with one that is not always trusted, and ``sampler.py`` brings one to a ``DataLoader``. Imports torch and, for

@@ -28,18 +28,20 @@ class Features:
 
     Two columns identify the record, one its source, and one is its likeness to the target rows. Where ``dim`` is not 0
     they are followed by the logarithm of the length, the share of tokens with a label, the columns for the tokens and,
-    with ``use_source``, 24 signs for the source.
+    with ``use_source``, 24 signs for the source; and where ``plain`` is not 0 by the plain columns.
 
     A record is taken as a set of tokens, so that frequent ones, which say little, count once: of 8 records chosen among
     128 real ones by likeness to rows of GSM8K, 88 per cent were of its kind; with roots of counts 82, with counts 35.
     Likeness is the cosine to the mean of the target rows, each of length one. The mean over the most alike target rows
     was no better, and costs a product for each of them.
 
-    The columns for the tokens tell those with a label from those without, as only the former have a loss.
+    The columns for the tokens tell those with a label from those without, as only the former have a loss. Likeness and
+    the plain columns do not, as target rows may be labelled in another way than the records.
 
     Args:
         target_samples: the target rows; None: likeness is 0.
         dim: number of columns for the tokens.
+        plain: number of plain columns.
         seed: seed of the hash or projection that maps tokens to columns.
         embedding: shape ``(vocabulary, width)``, such as a model's input embeddings. Records are then the mean of their
             tokens' rows, and their likeness is that of these means. A float32 copy on the CPU is kept. None: tokens are
@@ -47,7 +49,8 @@ class Features:
         use_source: add columns for the source.
 
     Raises:
-        ValueError: there is no target row, ``dim`` is negative, or the embedding is not a matrix.
+        ValueError: there is no target row, a number of columns is negative, or the embedding is no matrix of finite
+            numbers.
     """
 
     def __init__(
@@ -55,58 +58,66 @@ class Features:
         target_samples: Sequence[Sample] | None,
         *,
         dim: int,
+        plain: int = 0,
         seed: int = 0,
         embedding: Tensor | None = None,
         use_source: bool = False,
     ) -> None:
-        if dim < 0:
-            raise ValueError(f"dim must not be negative, got {dim}.")
+        if dim < 0 or plain < 0:
+            raise ValueError(f"dim and plain must not be negative, got {dim} and {plain}.")
         if embedding is not None and (embedding.dim() != 2 or not embedding.is_floating_point()):
             raise ValueError(
                 "Expected the embedding as a floating-point matrix of shape (vocabulary, width), got "
                 f"{embedding.dtype} of shape {tuple(embedding.shape)}. Pass model.get_input_embeddings().weight."
             )
+        if embedding is not None and not bool(embedding.isfinite().all()):
+            raise ValueError("Expected an embedding of finite numbers, got NaN or infinity in it.")
         if target_samples is not None and not len(target_samples):
             raise ValueError("Expected target samples, got none. Without a target there is nothing to be alike to.")
         self.seed, self.use_source = seed, use_source
         self._embedding = None if embedding is None else embedding.detach().to("cpu", torch.float32, copy=True)
         wide = dim if self._embedding is None else 2 * self._embedding.shape[1]
         self.dim = min(wide, dim)
-        self._projection: Tensor | None = None
-        if wide > dim > 0:
-            generator = torch.Generator().manual_seed(seed)
-            self._projection = torch.randn(wide, dim, generator=generator) / math.sqrt(dim)
+        self._projection = _projection(wide, dim, seed)
+        wide = plain if self._embedding is None else self._embedding.shape[1]
+        self.plain = min(wide, plain)
+        self._plain_projection = _projection(wide, plain, seed)
         self._profile: tuple[Tensor, Tensor] | None = None
         self._target_key = 0
-        self.target_mean = torch.zeros(self.dim, dtype=torch.float64)
-        """The mean of the target rows' token columns, each of length one."""
+        self.target_mean = torch.zeros(self.plain, dtype=torch.float64)
+        """The mean of the target rows' plain columns, each of length one."""
         if target_samples is not None:
             tokens = Tokens.of(list(target_samples))
             self._check_ids(tokens)
             sets = TokenSets(tokens)
             self._profile = self._profile_of(sets)
             self._target_key = int(tokens.keys.sum())
-            if self.dim:
-                self.target_mean = functional.normalize(self._columns(sets).double(), dim=1).mean(0)
+            if self.plain:
+                self.target_mean = functional.normalize(self._plain_columns(sets).double(), dim=1).mean(0)
 
     @property
     def width(self) -> int:
         """The number of columns."""
-        return 4 + (2 + self.dim + _SIGNS * self.use_source if self.dim else 0)
+        return 4 + (2 + self.dim + _SIGNS * self.use_source if self.dim else 0) + self.plain
 
     @property
     def has_targets(self) -> bool:
         """Whether there is a likeness."""
         return self._profile is not None
 
-    def token_columns(self, features: Tensor) -> Tensor:
-        """The columns of features that stand for the tokens."""
-        return features[:, 6 : 6 + self.dim]
+    def plain_columns(self, features: Tensor) -> Tensor:
+        """The last columns of features, which stand for the tokens with and without a label alike."""
+        return features[:, self.width - self.plain :]
+
+    def learned_from(self, features: Tensor) -> Tensor:
+        """The other columns, but for those that identify a record and its source."""
+        return features[:, 3 : self.width - self.plain]
 
     def settings(self) -> dict[str, Any]:
         """The facts that must be equal for features to be, as JSON values; of an embedding, its shape."""
         return {
             "dim": self.dim,
+            "plain": self.plain,
             "seed": self.seed,
             "use_source": self.use_source,
             "embedding": None if self._embedding is None else list(self._embedding.shape),
@@ -147,7 +158,7 @@ class Features:
         result[:, 0], result[:, 1] = tokens.keys >> 24, tokens.keys & 0xFFFFFF  # 24 bits are exact in float32
         sources = torch.tensor([_source(str(sample.get("source", ""))) for sample in samples])
         result[:, 2] = sources
-        if self._profile is None and not self.dim:
+        if self._profile is None and not self.dim and not self.plain:
             return result
         sets = TokenSets(tokens)
         if self._profile is not None:
@@ -158,7 +169,9 @@ class Features:
             result[:, 6 : 6 + self.dim] = self._columns(sets)
             if self.use_source:
                 signs = (sources[:, None] >> torch.arange(_SIGNS)) & 1
-                result[:, 6 + self.dim :] = (2 * signs - 1) / math.sqrt(_SIGNS)
+                result[:, 6 + self.dim : 6 + self.dim + _SIGNS] = (2 * signs - 1) / math.sqrt(_SIGNS)
+        if self.plain:
+            result[:, -self.plain :] = self._plain_columns(sets)
         return result
 
     def _profile_of(self, sets: TokenSets) -> tuple[Tensor, Tensor]:
@@ -185,11 +198,22 @@ class Features:
             parts = [sets.parts == part for part in (0, 1)]
             both = torch.cat([self._means(sets, sets.rows[part], sets.ids[part]) for part in parts], dim=1)
             return both if self._projection is None else both @ self._projection
-        hashes = mixed((2 * sets.ids + sets.parts) ^ salt("columns", self.seed))
+        return self._hashed(sets.rows, 2 * sets.ids + sets.parts, self.dim, sets)
+
+    def _plain_columns(self, sets: TokenSets) -> Tensor:
+        rows, ids = sets.rows_once, sets.ids_once
+        if self._embedding is not None:
+            means = self._means(sets, rows, ids)
+            return means if self._plain_projection is None else means @ self._plain_projection
+        return self._hashed(rows, ids, self.plain, sets)
+
+    def _hashed(self, rows: Tensor, codes: Tensor, width: int, sets: TokenSets) -> Tensor:
+        """A column and a sign for each code, summed over those of a record, and divided by the root of their number."""
+        hashes = mixed(codes ^ salt("columns", self.seed))
         signs = (((hashes >> 62) & 1) * 2 - 1).double()
-        places = sets.rows * self.dim + (hashes & 0xFFFFFFFF) % self.dim
-        summed = torch.bincount(places, weights=signs, minlength=sets.n * self.dim).view(sets.n, self.dim)
-        return summed * sets.counts(sets.rows).rsqrt()[:, None]
+        places = rows * width + (hashes & 0xFFFFFFFF) % width
+        summed = torch.bincount(places, weights=signs, minlength=sets.n * width).view(sets.n, width)
+        return summed * sets.counts(rows).rsqrt()[:, None]
 
     def _means(self, sets: TokenSets, rows: Tensor, ids: Tensor) -> Tensor:
         """Means over ``rows`` of the embeddings of ``ids``, shape ``(n, width)``; zero for a record without any."""
@@ -221,6 +245,13 @@ def sources_of(features: Tensor) -> Tensor:
 def likeness_of(features: Tensor) -> Tensor:
     """The likeness of the records to the target rows, float64."""
     return features[:, 3].double()
+
+
+def _projection(wide: int, narrow: int, seed: int) -> Tensor | None:
+    """Random directions that keep products as they are on average; None where there are no fewer than columns."""
+    if not 0 < narrow < wide:
+        return None
+    return torch.randn(wide, narrow, generator=torch.Generator().manual_seed(seed)) / math.sqrt(narrow)
 
 
 @lru_cache(maxsize=4096)

@@ -77,6 +77,10 @@ class Regression:
         Raises:
             ValueError: they have another shape; nothing is loaded.
         """
+        if missing := self.state_dict().keys() - state_dict.keys():
+            raise ValueError(
+                f"Expected the sums of a regression, but {', '.join(sorted(missing))} is missing: begin anew."
+            )
         gram, cross = (
             torch.as_tensor(state_dict[name], dtype=torch.float64, device="cpu") for name in ("gram", "cross")
         )

@@ -44,6 +44,7 @@ class ScoreRegression:
             :class:`~ftw_optim.proposals.LearnedProposal`.
         seed: seed of the features.
         by_likeness: whether the likeness to the target rows is a column of the regression.
+        plain: see :class:`~ftw_optim.proposals.features.Features`.
 
     Attributes:
         features: describes records.
@@ -65,6 +66,7 @@ class ScoreRegression:
         prior: float,
         seed: int,
         by_likeness: bool = True,
+        plain: int = 0,
     ) -> None:
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}.")
@@ -76,13 +78,16 @@ class ScoreRegression:
             raise ValueError(f"prior must be finite and not negative, got {prior}; 0 guesses nothing.")
         self.ridge, self.forgetting, self.prior = ridge, forgetting, prior
         self._by_likeness = by_likeness and target_samples is not None
-        self.features = Features(target_samples, dim=dim, seed=seed, embedding=embedding, use_source=use_source)
+        self.features = Features(
+            target_samples, dim=dim, plain=plain, seed=seed, embedding=embedding, use_source=use_source
+        )
         self.learned = Regression(self.width, forgetting=forgetting)
 
     def columns(self, features: Tensor) -> Tensor:
         """The columns of the regression, float64: a constant, the likeness where it is one, the other features."""
-        first = 3 if self._by_likeness else 4
-        return torch.cat([torch.ones(len(features), 1), features[:, first:]], dim=1).double()
+        found = self.features.learned_from(features)
+        found = found if self._by_likeness else found[:, 1:]
+        return torch.cat([torch.ones(len(features), 1), found], dim=1).double()
 
     @property
     def width(self) -> int:
@@ -151,6 +156,9 @@ class ScoreRegression:
             selection: the selection among them.
             features: of the samples, where the caller has them.
         """
+        # Of all candidates of the step, of which this process may have few.
+        usual = selection.squares.double()
+        usual = usual[usual.isfinite() & (usual > 0.0)].mean()
         selection = observed(samples, selection)
         if selection.blind or selection.stale:
             return None
@@ -162,8 +170,7 @@ class ScoreRegression:
         known = self.features.given(samples, features)
         if not bool(valid.any()):
             return None
-        squares = squares[valid]
-        sizes = (squares / squares.mean()).log() / 2
+        sizes = (squares[valid] / usual).log() / 2
         # A sketch may estimate more than a cosine can be.
         return Told(known[valid], scores[valid].clamp(-1.0, 1.0), sizes.clamp(-WIDEST, WIDEST))
 

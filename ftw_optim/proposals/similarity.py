@@ -9,9 +9,9 @@ from typing import Any, Literal, final
 from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
+from ftw_optim.proposals.contrast import Contrast
 from ftw_optim.proposals.drawing import best_and_uniform, salt, uniforms
 from ftw_optim.proposals.features import Features, keys_of, likeness_of, sources_of
-from ftw_optim.proposals.herding import Herding
 from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_explore, check_state
 
 
@@ -22,10 +22,11 @@ class SimilarityProposal(Proposal):
     Args:
         target_samples: the target rows; likeness is explained in
             :class:`~ftw_optim.proposals.features.Features`.
-        herding: whether records are chosen so that the mean of all that were chosen comes nearest to that of the target
-            rows, see :class:`~ftw_optim.proposals.herding.Herding`; else each by its own likeness, whatever has been
-            chosen before.
-        dim: number of columns for the tokens, where ``herding``.
+        contrast: whether likeness is that beyond the likeness to the stream, see
+            :class:`~ftw_optim.proposals.contrast.Contrast`; else a short record of the commonest words is alike to
+            everything.
+        dim: number of columns in which records are compared with the stream; fewer than the width of an embedding are
+            random directions of it.
         embedding: shape ``(vocabulary, width)``: likeness of mean embeddings; None: of the tokens themselves.
         temperature: 0: the most alike. Above, records are drawn without replacement with probabilities proportional to
             ``exp(likeness / temperature)``; likeness is a cosine, so 0.02 is mild.
@@ -43,7 +44,7 @@ class SimilarityProposal(Proposal):
         self,
         target_samples: Sequence[Sample],
         *,
-        herding: bool = True,
+        contrast: bool = True,
         dim: int = 256,
         embedding: Tensor | None = None,
         temperature: float = 0.0,
@@ -57,8 +58,8 @@ class SimilarityProposal(Proposal):
         self.temperature, self.explore, self.explore_by, self.seed = temperature, explore, explore_by, seed
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}.")
-        self._features = Features(target_samples, dim=dim if herding else 0, seed=seed, embedding=embedding)
-        self._herding = Herding(self._features.target_mean) if herding else None
+        self._features = Features(target_samples, dim=0, plain=dim if contrast else 0, seed=seed, embedding=embedding)
+        self._contrast = Contrast(self._features.target_mean) if contrast else None
         self._calls = 0
 
     def features(self, samples: Sequence[Sample]) -> Tensor:
@@ -69,16 +70,15 @@ class SimilarityProposal(Proposal):
         """See :class:`Proposal`; with ``features`` the samples themselves are not looked at."""
         check_count(count)
         known = self._features.given(samples, features)
-        keys, columns = keys_of(known), self._features.token_columns(known)
-        noise = None
+        keys, scores = keys_of(known), likeness_of(known)
+        if self._contrast is not None:
+            columns = self._features.plain_columns(known)
+            self._contrast.see(columns, keys, salt("stream", self.seed, self._calls))
+            scores = self._contrast.likeness(columns)
         if self.temperature > 0.0:
-            # The largest of values with Gumbel noise are a draw without replacement.
-            noise = -self.temperature * (-uniforms(keys, salt("temperature", self.seed, self._calls)).log()).log()
-        draw = salt("similarity", self.seed, self._calls)
-        if self._herding is not None:
-            scores = self._herding.scores(columns, keys, count, draw, noise)
-        else:
-            scores = likeness_of(known) if noise is None else likeness_of(known) + noise
+            # The largest of scores with Gumbel noise are a draw without replacement.
+            noise = uniforms(keys, salt("temperature", self.seed, self._calls))
+            scores = scores / self.temperature - (-noise.log()).log()
         chosen = best_and_uniform(
             scores,
             keys,
@@ -86,10 +86,8 @@ class SimilarityProposal(Proposal):
             count,
             explore=self.explore,
             explore_by=self.explore_by,
-            salt=draw,
+            salt=salt("similarity", self.seed, self._calls),
         )
-        if self._herding is not None:
-            self._herding.note(columns[chosen])
         self._calls += 1
         return chosen
 
@@ -97,21 +95,21 @@ class SimilarityProposal(Proposal):
         """See :class:`Proposal`; nothing is learned."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of calls, what was chosen, and the settings that must be equal on resume."""
+        """The number of calls, what the stream was like, and the settings that must be equal on resume."""
         settings = {
-            "herding": self._herding is not None,
+            "contrast": self._contrast is not None,
             "temperature": self.temperature,
             "explore": self.explore,
             "explore_by": self.explore_by,
             "seed": self.seed,
             "features": self._features.settings(),
         }
-        state = {"kind": type(self).__name__, "settings": settings, "calls": self._calls}
-        return state if self._herding is None else {**state, "chosen": self._herding.state_dict()}
+        stream = {} if self._contrast is None else self._contrast.state_dict()
+        return {"kind": type(self).__name__, "settings": settings, "calls": self._calls, "stream": stream}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """See :class:`Proposal`."""
         check_state(state_dict, self.state_dict())
-        if self._herding is not None:
-            self._herding.load_state_dict(state_dict["chosen"])
+        if self._contrast is not None:
+            self._contrast.load_state_dict(state_dict["stream"])
         self._calls = state_dict["calls"]

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
+from ftw_optim.proposals.contrast import Contrast
 from ftw_optim.proposals.drawing import best_and_uniform, explored, salt
 from ftw_optim.proposals.features import keys_of, likeness_of, sources_of
-from ftw_optim.proposals.herding import Herding
 from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_explore, check_state
 from ftw_optim.proposals.kinds import Kinds
 from ftw_optim.proposals.scoring import ScoreRegression
 from ftw_optim.proposals.trust import LikenessTrust
+
+_PLAIN = 256  # columns in which records are compared with the stream
 
 
 @final
@@ -45,8 +47,8 @@ class VettedProposal(Proposal):
         floor: with ``order="tested"`` the least share of the candidates that is drawn at random, however much likeness
             is trusted: records that are all alike teach one thing, and whether others would score higher is seen only
             where there are some. Where it is no whole number, rounded up or down at random.
-        herding: whether likeness is that to what is missing of the target rows after the records chosen so far, see
-            :class:`SimilarityProposal`; with ``order="tested"``, once it is trusted.
+        contrast: whether likeness is that beyond the likeness to the stream, see :class:`SimilarityProposal`; with
+            ``order="tested"``, once it is trusted.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse:
             all of it while that is barely known, and less the surer it is, as these records are trained on too. No
@@ -63,7 +65,7 @@ class VettedProposal(Proposal):
         target_samples: Sequence[Sample] | None = None,
         *,
         order: Literal["likeness", "uniform", "tested"] = "likeness",
-        herding: bool = True,
+        contrast: bool = True,
         dim: int = 256,
         embedding: Tensor | None = None,
         use_source: bool = False,
@@ -91,11 +93,11 @@ class VettedProposal(Proposal):
             prior=0.0,
             seed=seed,
             by_likeness=False,  # else it would find the kind of the target, which likeness has found
+            plain=_PLAIN if contrast and order != "uniform" else 0,
         )
         self._trust = LikenessTrust()
         self._kinds = Kinds(self._regression)
-        herds = herding and order != "uniform"
-        self._herding = Herding(self._regression.features.target_mean) if herds else None
+        self._contrast = Contrast(self._regression.features.target_mean) if self._regression.features.plain else None
         self._calls = 0
 
     @property
@@ -124,41 +126,37 @@ class VettedProposal(Proposal):
         check_count(count)
         known = self._regression.features.given(samples, features)
         count = min(count, len(known))
-        keys, columns = keys_of(known), self._regression.features.token_columns(known)
         guess = likeness_of(known) if self.order != "uniform" else torch.zeros(len(known), dtype=torch.float64)
         expected, worse = self._kinds.judged(known)
-        herding = self._herding
-        if self.order == "tested" and not self.trusts_likeness():
-            worse = torch.zeros_like(worse)  # worth about zero parts into kinds that are none
-            herding = None  # what is tested is likeness
         draw = salt("vetted", self.seed, self._calls)
         self._calls += 1
+        if self._contrast is not None:
+            columns = self._regression.features.plain_columns(known)
+            self._contrast.see(columns, keys_of(known), draw)
+        if self.order == "tested" and not self.trusts_likeness():
+            worse = torch.zeros_like(worse)  # worth about zero parts into kinds that are none
+        elif self._contrast is not None:
+            guess = self._contrast.likeness(columns)
 
-        def best(places: Tensor, number: int, values: Tensor | None = None, at_random: float = 0.0) -> Tensor:
-            if values is None and herding is not None and number > 0:
-                of_places = herding.scores(columns[places], keys[places], number, draw)
-            else:
-                of_places = (guess if values is None else values)[places]
+        def best(places: Tensor, values: Tensor, number: int, at_random: float = 0.0) -> Tensor:
             found = best_and_uniform(
-                of_places,
-                keys[places],
+                values[places],
+                keys_of(known)[places],
                 sources_of(known)[places],
                 number,
                 explore=at_random,
                 explore_by="record",
                 salt=draw,
             )
-            if self._herding is not None:
-                self._herding.note(columns[places[found]])
             return places[found]
 
         share = min(self.explore * self._kinds.doubt(), float(worse.double().mean())) if len(known) else 0.0
-        tried = best(worse.nonzero()[:, 0], min(explored(count, share, draw), int(worse.sum())))
+        tried = best(worse.nonzero()[:, 0], guess, min(explored(count, share, draw), int(worse.sum())))
         at_random = max(self.floor, 1.0 - self._trust.share()) if self.order == "tested" else 0.0
-        chosen = best((~worse).nonzero()[:, 0], count - len(tried), at_random=at_random)
+        chosen = best((~worse).nonzero()[:, 0], guess, count - len(tried), at_random)
         left = worse.clone()
         left[tried] = False
-        more = best(left.nonzero()[:, 0], count - len(chosen) - len(tried), expected)
+        more = best(left.nonzero()[:, 0], expected, count - len(chosen) - len(tried))
         return torch.cat([chosen, more, tried])
 
     def observe(self, samples: Sequence[Sample], selection: Selection, *, features: Tensor | None = None) -> None:
@@ -178,7 +176,7 @@ class VettedProposal(Proposal):
             "settings": {
                 **self._regression.settings(),
                 "order": self.order,
-                "herding": self._herding is not None,
+                "contrast": self._contrast is not None,
                 "explore": self.explore,
                 "floor": self.floor,
                 "seed": self.seed,
@@ -187,7 +185,7 @@ class VettedProposal(Proposal):
             "learned": self._regression.learned.state_dict(),
             "trust": self._trust.state_dict(),
             "kinds": self._kinds.state_dict(),
-            "chosen": {} if self._herding is None else self._herding.state_dict(),
+            "stream": {} if self._contrast is None else self._contrast.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -197,9 +195,9 @@ class VettedProposal(Proposal):
         kinds, trust = Kinds(self._regression), LikenessTrust()
         kinds.load_state_dict(state_dict["kinds"])
         trust.load_state_dict(state_dict["trust"])
-        herding = None if self._herding is None else Herding(self._regression.features.target_mean)
-        if herding is not None:
-            herding.load_state_dict(state_dict["chosen"])
+        contrast = None if self._contrast is None else Contrast(self._regression.features.target_mean)
+        if contrast is not None:
+            contrast.load_state_dict(state_dict["stream"])
         self._regression.learned.load_state_dict(state_dict["learned"])
-        self._herding = herding
+        self._contrast = contrast
         self._calls, self._kinds, self._trust = calls, kinds, trust

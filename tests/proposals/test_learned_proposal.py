@@ -61,7 +61,7 @@ def test_what_scores_well_is_found(target: Any, embedding: Tensor | None) -> Non
 
 
 def test_likeness_is_believed_at_first_and_refuted_by_scores() -> None:
-    similar = chosen_utility(SimilarityProposal(_TARGET, herding=False), -_ALIKE)
+    similar = chosen_utility(SimilarityProposal(_TARGET, contrast=False), -_ALIKE)
     learned = chosen_utility(LearnedProposal(_TARGET), -_ALIKE)
     assert similar < -0.15
     assert learned > 0.1
@@ -70,7 +70,7 @@ def test_likeness_is_believed_at_first_and_refuted_by_scores() -> None:
     alike = utilities(records, _ALIKE)
     assert float(alike[first].mean()) > float(alike.mean()) + 0.05
     trusting = LearnedProposal(_TARGET, explore=0.0, prior=100.0).propose(records, _CHOSEN)
-    assert set(trusting.tolist()) == set(SimilarityProposal(_TARGET, herding=False).propose(records, _CHOSEN).tolist())
+    assert set(trusting.tolist()) == set(SimilarityProposal(_TARGET, contrast=False).propose(records, _CHOSEN).tolist())
 
 
 def test_what_was_useful_is_forgotten_where_it_is_no_longer() -> None:

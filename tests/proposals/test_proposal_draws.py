@@ -20,7 +20,7 @@ TARGET = [{"input_ids": [1, 2, 3]}, {"input_ids": [2, 3, 4]}]
 KINDS: dict[str, Callable[[int], Any]] = {
     "uniform": lambda seed: UniformProposal(seed),
     "similar": lambda seed: SimilarityProposal(TARGET, explore=0.3, dim=16, seed=seed),
-    "similar, each by itself": lambda seed: SimilarityProposal(TARGET, herding=False, explore=0.3, seed=seed),
+    "similar, each by itself": lambda seed: SimilarityProposal(TARGET, contrast=False, explore=0.3, seed=seed),
     "similar, drawn": lambda seed: SimilarityProposal(TARGET, temperature=0.1, explore_by="source", dim=16, seed=seed),
     "similar, all explored by source": lambda seed: SimilarityProposal(
         TARGET, explore=1.0, explore_by="source", seed=seed
@@ -88,7 +88,7 @@ def test_seeds_and_calls_draw_anew_and_errors_do_not_count_as_calls(kind: str) -
     assert [again.propose(records, 6).tolist() for _ in range(8)] == first
     assert [other.propose(records, 6).tolist() for _ in range(8)] != first
     assert proposal.propose([], 3).tolist() == []
-    if kind != "similar, drawn":  # which may take the same by its likeness
+    if kind not in ("similar, drawn", "vetted"):  # which may take the same by their likeness
         assert len(set(map(tuple, first))) > 1
 
 
@@ -118,9 +118,9 @@ def test_where_all_is_explored_every_record_is_equally_likely_in_every_place(mak
 
 def test_the_share_to_explore_is_rounded_at_random_and_taken_from_the_rest() -> None:
     records = pool(40)
-    greedy = SimilarityProposal(TARGET, herding=False)
+    greedy = SimilarityProposal(TARGET, contrast=False)
     best = [greedy.propose(records, 4).tolist() for _ in range(20)]
-    proposal = SimilarityProposal(TARGET, herding=False, explore=0.125, seed=3)
+    proposal = SimilarityProposal(TARGET, contrast=False, explore=0.125, seed=3)
     explored = []
     for _ in range(400):
         drawn = proposal.propose(records, 4).tolist()
@@ -135,7 +135,7 @@ def test_the_share_to_explore_is_rounded_at_random_and_taken_from_the_rest() -> 
 
 def test_what_lost_a_tie_is_explored_as_often_as_any_other() -> None:
     records = [{"input_ids": [1, 50]}, {"input_ids": [1, 51]}, {"input_ids": [1, 52]}, {"input_ids": [60, 61]}]
-    proposal = SimilarityProposal(TARGET, herding=False, explore=0.5)
+    proposal = SimilarityProposal(TARGET, contrast=False, explore=0.5)
     drawn = [proposal.propose(records, 2).tolist() for _ in range(600)]
     assert Counter(best for best, _ in drawn)[3] == 0
     # One in three, if the numbers that decided the tie have no part in it; else one in two.
@@ -144,14 +144,14 @@ def test_what_lost_a_tie_is_explored_as_often_as_any_other() -> None:
 
 def test_the_most_alike_come_first_and_temperature_softens_that() -> None:
     records = pool(40)
-    greedy = SimilarityProposal(TARGET, herding=False)
+    greedy = SimilarityProposal(TARGET, contrast=False)
     likeness = greedy.features(records)[:, 3]
     chosen = likeness[greedy.propose(records, 10)]
     assert chosen.tolist() == sorted(likeness.tolist(), reverse=True)[:10]
     means = [
         sum(float(likeness[proposal.propose(records, 10)].mean()) for _ in range(50)) / 50
         for proposal in (
-            SimilarityProposal(TARGET, herding=False, temperature=temperature) for temperature in (0.0, 0.05, 0.3, 1e6)
+            SimilarityProposal(TARGET, contrast=False, temperature=temperature) for temperature in (0.0, 0.05, 0.3, 1e6)
         )
     ]
     assert means == sorted(means, reverse=True)
