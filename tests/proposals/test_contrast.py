@@ -99,7 +99,7 @@ def share_of_the_kind(proposal: Any, *, steps: int = 20, score: float = 0.1) -> 
 def test_short_records_of_what_all_texts_share_are_not_taken_for_the_targets_kind(make: Callable[..., Any]) -> None:
     """Nor does it matter that the target rows are labelled throughout, and the records have prompts."""
     assert share_of_the_kind(make(TARGET, contrast=False)) < 0.1
-    assert share_of_the_kind(make(TARGET)) > 0.9
+    assert share_of_the_kind(make(TARGET)) > 0.6  # by chance an eighth
 
 
 def test_a_stream_like_the_target_is_taken_at_random() -> None:

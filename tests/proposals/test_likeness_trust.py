@@ -159,9 +159,7 @@ def mean(values: Sequence[float]) -> float:
 
 @pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
 def test_likeness_is_followed_unless_scores_fall_with_it(seed: int) -> None:
-    helps, harms, tells_nothing = (
-        VettedProposal(_TARGET, contrast=False, order="tested", dim=32, seed=seed) for _ in range(3)
-    )
+    helps, harms, tells_nothing = (VettedProposal(_TARGET, order="tested", dim=32, seed=seed) for _ in range(3))
     rising = mean_likeness(helps, 20, slope=0.3, seed=seed)
     assert mean(rising[5:]) > 0.8
     assert helps.trusts_likeness()
@@ -176,7 +174,7 @@ def test_likeness_is_followed_unless_scores_fall_with_it(seed: int) -> None:
 
 
 def test_at_first_four_fifths_are_the_most_alike_and_the_others_come_at_random() -> None:
-    proposal = VettedProposal(_TARGET, contrast=False, order="tested", dim=8)
+    proposal = VettedProposal(_TARGET, order="tested", dim=8)
     records = offered(torch.Generator().manual_seed(1))
     like = likeness_of(proposal.features(records))
     alike = like.argsort(descending=True)
@@ -191,7 +189,7 @@ def test_however_much_likeness_is_trusted_a_share_comes_at_random(
 ) -> None:
     """Of 8 of 64 records at a call, those of the 48 least alike."""
     monkeypatch.setattr(LikenessTrust, "share", lambda trust: 1.0)
-    proposal = VettedProposal(_TARGET, contrast=False, order="tested", dim=8, floor=floor)
+    proposal = VettedProposal(_TARGET, order="tested", dim=8, floor=floor)
     records = offered(torch.Generator().manual_seed(1))
     like = likeness_of(proposal.features(records)) + torch.arange(_OFFERED) * 1e-9  # no two alike
     found = torch.zeros(_OFFERED)
@@ -210,14 +208,14 @@ def test_however_much_likeness_is_trusted_a_share_comes_at_random(
 
 def test_a_floor_that_is_no_share_and_one_of_another_run_are_refused() -> None:
     with pytest.raises(ValueError, match=r"floor must be a share, from 0 to 1, got 1\.5"):
-        VettedProposal(_TARGET, contrast=False, order="tested", floor=1.5)
-    state = VettedProposal(_TARGET, contrast=False, order="tested").state_dict()
+        VettedProposal(_TARGET, order="tested", floor=1.5)
+    state = VettedProposal(_TARGET, order="tested").state_dict()
     with pytest.raises(ValueError, match="floor"):
-        VettedProposal(_TARGET, contrast=False, order="tested", floor=0.2).load_state_dict(state)
+        VettedProposal(_TARGET, order="tested", floor=0.2).load_state_dict(state)
 
 
 def test_without_trust_no_kind_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    proposal = VettedProposal(_TARGET, contrast=False, order="tested", dim=16)
+    proposal = VettedProposal(_TARGET, order="tested", dim=16)
     proposal._trust.trusts = True
     records = offered(torch.Generator().manual_seed(2))
     columns = proposal._regression.columns(proposal.features(records))
@@ -229,7 +227,7 @@ def test_without_trust_no_kind_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_state_goes_on_as_it_would_have() -> None:
-    one, other = (VettedProposal(_TARGET, contrast=False, order="tested", dim=16) for _ in range(2))
+    one, other = (VettedProposal(_TARGET, order="tested", dim=16) for _ in range(2))
     mean_likeness(one, 3, slope=0.1, seed=0)
     assert one._trust.share() not in (0.0, 1.0)
     other.load_state_dict(unpacked(packed(one.state_dict())))
@@ -287,7 +285,7 @@ def test_what_is_no_stage_is_refused_at_once(make: Callable[[], Any]) -> None:
 
 
 def test_a_copy_asks_the_same_condition_and_what_is_unpickled_says_that_it_has_none() -> None:
-    proposal = VettedProposal(_TARGET, contrast=False, order="tested", dim=8)
+    proposal = VettedProposal(_TARGET, order="tested", dim=8)
     for stage in (
         FilterUnless(condition=proposal.trusts_likeness, filter=GreedyFilter(keep=3)),
         WeightUnless(condition=proposal.trusts_likeness, weight=NonNegativeLeastSquares(ridge=0.1)),
@@ -304,7 +302,7 @@ def test_a_copy_asks_the_same_condition_and_what_is_unpickled_says_that_it_has_n
 
 def test_records_of_the_kind_left_out_say_nothing_of_likeness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their scores are low whatever their likeness, and some of them are tried."""
-    proposal = VettedProposal(_TARGET, contrast=False, order="tested", dim=16)
+    proposal = VettedProposal(_TARGET, order="tested", dim=16)
     records = offered(torch.Generator().manual_seed(3))[:8]
     like = likeness_of(proposal.features(records))
     worse = torch.arange(8) >= 4
@@ -331,7 +329,7 @@ def test_a_run_leaves_the_choice_to_likeness_unless_it_harms(trusted: bool) -> N
     """With an optimizer and its scores, and a target whose tokens either the records like it share, or the others."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(40, 8), nn.Linear(8, 40)).double()
-    proposal = VettedProposal(_TARGET, contrast=False, order="tested", dim=16)
+    proposal = VettedProposal(_TARGET, order="tested", dim=16)
     target = torch.randint(0, 20, (4, 9)) + (0 if trusted else 20)
 
     def losses(batch: Tensor) -> Tensor:
