@@ -74,7 +74,7 @@ def products_of(
 
 
 def likeness(rows: Sequence[Example], target: Sequence[Example]) -> Tensor:
-    """Likeness of rows to the target rows, as the proposal by similarity has it: a rank, higher for more alike."""
+    """Likeness of rows to the target rows, as the proposal by similarity has it without contrast: a rank."""
     proposal = SimilarityProposal(samples(target), contrast=False)
     order = proposal.propose(samples(rows), len(rows))
     ranks = torch.empty(len(rows))

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ftw_optim.proposals.drawing import uniforms
+from ftw_optim.proposals.features import AT_ONCE
 
-_AT_ONCE = 256  # records that are measured together: so many stay in a processor's cache
 _SEEN = 4096  # records of a call that tell what the stream is like: their mean is known to a hundredth then
 _ONE = 1 << 24  # sums are of integers, so that the order of the records does not change them
 
@@ -51,7 +51,7 @@ class Contrast:
         """What records count, shape ``(n,)`` float64; without any token less than all others."""
         direction = self._target - self._sum / (max(self._count, 1) * _ONE)
         direction = direction / self._target.norm().clamp(min=1e-12)
-        found = torch.cat([_units(part) @ direction for part in torch.split(columns, _AT_ONCE)])
+        found = torch.cat([_units(part) @ direction for part in torch.split(columns, AT_ONCE)])
         return torch.where(columns.any(1), found, -torch.inf)
 
     def state_dict(self) -> dict[str, Any]:

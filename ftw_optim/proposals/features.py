@@ -18,6 +18,9 @@ from ftw_optim.proposals.drawing import mixed, salt
 from ftw_optim.proposals.interface import Sample
 from ftw_optim.proposals.token_sets import Tokens, TokenSets
 
+AT_ONCE = 256
+"""Records whose columns are worked on together: so many stay in a processor's cache."""
+
 _CHUNK = 4096  # records at a time: bounds the memory
 _SIGNS = 24  # numbers that stand for a source
 

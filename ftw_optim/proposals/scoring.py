@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
-from ftw_optim.proposals.features import Features
+from ftw_optim.proposals.features import AT_ONCE, Features
 from ftw_optim.proposals.interface import Sample, observed
 from ftw_optim.proposals.regression import Regression
 
 _CONSTANT = 0.01  # precision of the constant, relative to ``ridge``: the mean of the scores is learned at once
 _EQUAL = 1e-8  # a column with a variance below this part of its mean square is constant
-_AT_ONCE = 256  # records whose columns are formed together: so many stay in a processor's cache
 WIDEST = 3.0
 """A gradient counts as no more than ``e ** 3`` times as long, or as short, as those of its step."""
 
@@ -100,7 +99,7 @@ class ScoreRegression:
 
     def parts(self, features: Tensor) -> Iterator[Tensor]:
         """The columns of many records, of a few at a time: together they take twice the memory of the features."""
-        return (self.columns(part) for part in torch.split(features, _AT_ONCE))
+        return (self.columns(part) for part in torch.split(features, AT_ONCE))
 
     def expected(self, features: Tensor, coefficients: Tensor) -> Tensor:
         """What records' scores are with some coefficients of their columns, shape ``(n,)`` float64."""
@@ -156,9 +155,7 @@ class ScoreRegression:
             selection: the selection among them.
             features: of the samples, where the caller has them.
         """
-        # Of all candidates of the step, of which this process may have few.
-        usual = selection.squares.double()
-        usual = usual[usual.isfinite() & (usual > 0.0)].mean()
+        of_all = selection.squares.double()  # of which this process may have few
         selection = observed(samples, selection)
         if selection.blind or selection.stale:
             return None
@@ -170,6 +167,7 @@ class ScoreRegression:
         known = self.features.given(samples, features)
         if not bool(valid.any()):
             return None
+        usual = of_all[of_all.isfinite() & (of_all > 0.0)].mean()
         sizes = (squares[valid] / usual).log() / 2
         # A sketch may estimate more than a cosine can be.
         return Told(known[valid], scores[valid].clamp(-1.0, 1.0), sizes.clamp(-WIDEST, WIDEST))
