@@ -2,7 +2,7 @@
 
 A record is worth what it takes off the target's loss, to first order: the product of its gradient and the target's, in
 the optimizer's metric. That is learned as the product of its score, which is noisy, and of the length of its gradient,
-which is not: a regression on the products themselves has the noise of one and the spread of the other.
+which is not: a regression of the products themselves has the noise of one and the spread of the other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ftw_optim.proposals.regression import Regression
 from ftw_optim.proposals.scoring import WIDEST, ScoreRegression
 
 REMEMBERED = 96
@@ -41,7 +40,7 @@ class Kinds:
     """What is known of two kinds of records; nothing is left out until they are far apart.
 
     Args:
-        regression: of scores on the columns of records, which it teaches; the lengths are its own.
+        regression: of scores and lengths on the columns of records, which it teaches.
 
     Attributes:
         veto: whether the worse kind is left out now.
@@ -49,7 +48,6 @@ class Kinds:
 
     def __init__(self, regression: ScoreRegression) -> None:
         self._regression = regression
-        self._sizes = Regression(regression.width, forgetting=regression.forgetting)
         self._forget()
 
     def _forget(self) -> None:
@@ -61,22 +59,17 @@ class Kinds:
 
     def expected(self, columns: Tensor) -> Tensor:
         """What records are expected to be worth, in lengths of the target's gradient and of those of a step."""
-        return self._worth(columns, *self._coefficients())
+        return _worth(columns @ self._coefficients())
 
-    def _worth(self, columns: Tensor, of_scores: Tensor, of_sizes: Tensor) -> Tensor:
-        return columns @ of_scores * (columns @ of_sizes).clamp(-WIDEST, WIDEST).exp()
-
-    def _coefficients(self) -> tuple[Tensor, Tensor]:
-        known = [torch.cat([self._better, self._worse])]
-        return self._regression.coefficients(known), self._regression.coefficients(known, learned=self._sizes)
+    def _coefficients(self) -> Tensor:
+        return self._regression.coefficients([torch.cat([self._better, self._worse])])
 
     def judged(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The expected worth of records, and whether each is of the kind that is left out; zeros without a veto."""
         if not (self.veto and len(features)):
             nothing = torch.zeros(len(features), dtype=torch.float64)
             return nothing, nothing.bool()
-        coefficients = self._coefficients()
-        expected = torch.cat([self._worth(columns, *coefficients) for columns in self._regression.parts(features)])
+        expected = _worth(self._regression.expected(features, self._coefficients()))
         return expected, expected <= self._border
 
     def observe(self, columns: Tensor, scores: Tensor, sizes: Tensor) -> None:
@@ -92,8 +85,7 @@ class Kinds:
             worse, worth = self.expected(columns) <= self._border, scores * sizes.exp()
             self._worse_worth = torch.cat([self._worse_worth, worth[worse]])[-RECENT:]
             self._better_worth = torch.cat([self._better_worth, worth[~worse]])[-RECENT:]
-        self._regression.learned.observe(columns, scores)
-        self._sizes.observe(columns, sizes)
+        self._regression.learned.observe(columns, torch.stack([scores, sizes], dim=1))
         if self.veto:
             self._keep_apart(columns)
         else:
@@ -149,11 +141,10 @@ class Kinds:
         return lower, upper
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered, without the regression of scores."""
+        """What is remembered, without the regression."""
         return {
             "vetoes": self.veto,
             "border": self._border,
-            "sizes": self._sizes.state_dict(),
             **{name: getattr(self, f"_{name}") for name in _REMEMBERED_PARTS},
         }
 
@@ -181,10 +172,15 @@ class Kinds:
                 raise ValueError(
                     f"Expected {width} columns of each remembered record, got shape {tuple(parts[name].shape)}."
                 )
-        self._sizes.load_state_dict(state_dict["sizes"])
         self.veto, self._border = bool(state_dict["vetoes"]), float(state_dict["border"])
         for name, part in parts.items():
             setattr(self, f"_{name}", part)
+
+
+def _worth(expected: Tensor) -> Tensor:
+    """What records are worth, of their scores and the logarithms of their lengths, shape ``(n, 2)``."""
+    scores, sizes = expected.unbind(1)
+    return scores * sizes.clamp(-WIDEST, WIDEST).exp()
 
 
 def two_kinds(values: Tensor) -> tuple[float, float]:

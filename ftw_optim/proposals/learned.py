@@ -96,7 +96,7 @@ class LearnedProposal(Proposal):
         known = self._regression.features.given(samples, features)
         scores = torch.empty(0, dtype=torch.float64)
         if len(known):
-            scores = self._regression.expected(known, self._coefficients(known))
+            scores = self._regression.expected(known, self._coefficients(known))[:, 0]
         chosen = best_and_uniform(
             scores,
             keys_of(known),
@@ -118,12 +118,12 @@ class LearnedProposal(Proposal):
         """
         told = self._regression.told(samples, selection, features)
         if told is not None:
-            self._regression.learned.observe(self._regression.columns(told.features), told.scores)
+            self._regression.learned.observe(self._regression.columns(told.features), told.scores[:, None])
 
     def _coefficients(self, features: Tensor) -> Tensor:
         """Coefficients for the records on offer, with as much noise as was asked for."""
         generator = torch.Generator().manual_seed(salt("coefficients", self.seed, self._calls))
-        noise = self.thompson * torch.randn(self._regression.width, dtype=torch.float64, generator=generator)
+        noise = self.thompson * torch.randn(self._regression.width, 1, dtype=torch.float64, generator=generator)
         return self._regression.coefficients(self._regression.parts(features), noise)
 
     def state_dict(self) -> dict[str, Any]:

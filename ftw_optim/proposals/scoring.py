@@ -44,10 +44,11 @@ class ScoreRegression:
         seed: seed of the features.
         by_likeness: whether the likeness to the target rows is a column of the regression.
         plain: see :class:`~ftw_optim.proposals.features.Features`.
+        with_sizes: whether the lengths of the gradients are learned as well, of which nothing is guessed.
 
     Attributes:
         features: describes records.
-        learned: what the scores have taught.
+        learned: what the scores, and the lengths, have taught.
 
     Raises:
         ValueError: an argument is not as described there.
@@ -66,6 +67,7 @@ class ScoreRegression:
         seed: int,
         by_likeness: bool = True,
         plain: int = 0,
+        with_sizes: bool = False,
     ) -> None:
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}.")
@@ -80,7 +82,7 @@ class ScoreRegression:
         self.features = Features(
             target_samples, dim=dim, plain=plain, seed=seed, embedding=embedding, use_source=use_source
         )
-        self.learned = Regression(self.width, forgetting=forgetting)
+        self.learned = Regression(self.width, forgetting=forgetting, responses=1 + with_sizes)
 
     def columns(self, features: Tensor) -> Tensor:
         """The columns of the regression, float64: a constant, the likeness where it is one, the other features."""
@@ -102,21 +104,20 @@ class ScoreRegression:
         return (self.columns(part) for part in torch.split(features, AT_ONCE))
 
     def expected(self, features: Tensor, coefficients: Tensor) -> Tensor:
-        """What records' scores are with some coefficients of their columns, shape ``(n,)`` float64."""
+        """What records' scores are with some coefficients of their columns, shape ``(n, responses)`` float64."""
         return torch.cat([columns @ coefficients for columns in self.parts(features)])
 
-    def coefficients(
-        self, parts: Iterable[Tensor], noise: Tensor | None = None, *, learned: Regression | None = None
-    ) -> Tensor:
+    def coefficients(self, parts: Iterable[Tensor], noise: Tensor | None = None) -> Tensor:
         """Coefficients of the columns, expected or drawn from the posterior, for the records on offer.
+
+        Their shape is ``(width, responses)``: of the score, and of the length where that is learned.
 
         The prior is one of columns with mean 0 and standard deviation 1 among these records. Token columns are scaled
         together, and so are those of the source, so that the sum of their variances is 1.
 
         Args:
             parts: columns of the records on offer, of some at a time.
-            noise: standard normal numbers for the draw, shape ``(width,)`` float64; None: the expected ones.
-            learned: of something else than scores, of which nothing is guessed; None: of scores.
+            noise: standard normal numbers for the draw, shape ``(width, responses)`` float64; None: the expected ones.
         """
         alone = 3 + self._by_likeness  # columns that are scaled for themselves
         variance, mean = _moments(parts)
@@ -128,12 +129,12 @@ class ScoreRegression:
             if spread > _EQUAL * float(mean[group].square().sum()):
                 scale[group] = spread**0.5
         mean[0] = 0.0
-        guess = torch.zeros_like(mean)
-        guess[1] = self.prior if self._by_likeness and learned is None else 0.0
+        guess = torch.zeros_like(self.learned.cross)
+        guess[1, 0] = self.prior if self._by_likeness else 0.0
         precision = torch.full_like(mean, self.ridge)
         precision[0] *= _CONSTANT
-        noise = torch.zeros_like(mean) if noise is None else noise
-        return (learned or self.learned).draw(mean, scale, guess, precision, noise)
+        noise = torch.zeros_like(guess) if noise is None else noise
+        return self.learned.draw(mean, scale, guess, precision, noise)
 
     def settings(self) -> dict[str, Any]:
         """The settings that must be equal on resume."""

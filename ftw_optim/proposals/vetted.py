@@ -94,6 +94,7 @@ class VettedProposal(Proposal):
             seed=seed,
             by_likeness=False,  # else it would find the kind of the target, which likeness has found
             plain=_PLAIN if contrast and order != "uniform" else 0,
+            with_sizes=True,
         )
         self._trust = LikenessTrust()
         self._kinds = Kinds(self._regression)

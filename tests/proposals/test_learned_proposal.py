@@ -162,9 +162,12 @@ def test_scores_of_a_sketch_are_at_most_one() -> None:
 @given(
     batches=st.lists(st.integers(1, 5), max_size=4),
     forgetting=st.sampled_from([1.0, 0.9, 0.3]),
+    responses=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-def test_the_posterior_is_that_of_a_weighted_regression(batches: list[int], forgetting: float, seed: int) -> None:
+def test_the_posterior_is_that_of_a_weighted_regression(
+    batches: list[int], forgetting: float, responses: int, seed: int
+) -> None:
     """Every observation is a row of one least-squares problem, and so is the prior, in the units it is given in."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -172,34 +175,36 @@ def test_the_posterior_is_that_of_a_weighted_regression(batches: list[int], forg
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     width = 4
-    regression = Regression(width, forgetting=forgetting)
-    rows, targets, weights = torch.empty(0, width).double(), torch.empty(0).double(), torch.empty(0).double()
+    regression = Regression(width, forgetting=forgetting, responses=responses)
+    rows, targets, weights = (torch.empty(0, *shape).double() for shape in ((width,), (responses,), ()))
     for n in batches:
         columns = torch.cat([torch.ones(n, 1), normal(n, width - 1)], dim=1)
-        scores = normal(n)
+        scores = normal(n, responses)
         regression.observe(columns, scores)
         rows, targets = torch.cat([rows, columns]), torch.cat([targets, scores])
         weights = torch.cat([weights * forgetting, torch.ones(n, dtype=torch.float64)])
     shift, scale = normal(width), normal(width).exp()
     shift[0], scale[0] = 0.0, 1.0
-    prior, precision = normal(width), normal(width).exp()
-    mean = regression.draw(shift, scale, prior, precision, torch.zeros(width, dtype=torch.float64))
+    prior, precision = normal(width, responses), normal(width).exp()
+    mean = regression.draw(shift, scale, prior, precision, torch.zeros(width, responses, dtype=torch.float64))
 
     standard = (rows - shift) / scale
     system = torch.cat([weights.sqrt()[:, None] * standard, torch.diag(precision.sqrt())])
-    expected = torch.linalg.lstsq(system, torch.cat([weights.sqrt() * targets, precision.sqrt() * prior])).solution
+    sought = torch.cat([weights.sqrt()[:, None] * targets, precision.sqrt()[:, None] * prior])
+    expected = torch.linalg.lstsq(system, sought).solution
     test = torch.cat([torch.ones(6, 1), normal(6, width - 1)], dim=1)
     torch.testing.assert_close(test @ mean, (test - shift) / scale @ expected, atol=1e-8, rtol=1e-8)
 
-    left = (weights * (targets - standard @ expected).square()).sum() + (precision * (expected - prior).square()).sum()
+    left = weights @ (targets - standard @ expected).square() + precision @ (expected - prior).square()
     variance = (4.0 * 0.1**2 + left) / (4.0 + weights.sum())
-    noise = normal(width)
+    noise = normal(width, responses)
     drawn = regression.draw(shift, scale, prior, precision, noise) - mean
     units = torch.diag(1.0 / scale)
     units[0] -= shift / scale
     error = torch.linalg.solve(units, drawn)
     # In the metric of the posterior's precision a draw is as far from the mean as the noise is long.
-    torch.testing.assert_close((system @ error).square().sum(), variance * noise.square().sum(), atol=1e-8, rtol=1e-6)
+    moved = (system @ error).square().sum(0)
+    torch.testing.assert_close(moved, variance * noise.square().sum(0), atol=1e-8, rtol=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 255, 256, 257, 900])
@@ -211,7 +216,8 @@ def test_many_records_have_the_moments_and_the_scores_that_all_at_once_have(n: i
     records = [record for _ in range(15) for record in offered(generator)][:n]
     features = regression.features(records)
     columns = regression.columns(features)
-    regression.learned.observe(columns[:64], torch.randn(len(columns[:64]), dtype=torch.float64, generator=generator))
+    scores = torch.randn(len(columns[:64]), 1, dtype=torch.float64, generator=generator)
+    regression.learned.observe(columns[:64], scores)
     found = regression.coefficients(regression.parts(features))
     torch.testing.assert_close(found, regression.coefficients([columns]), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(regression.expected(features, found), columns @ found, rtol=1e-12, atol=1e-12)

@@ -139,7 +139,7 @@ def test_what_teaches_little_is_left_out_though_it_points_the_right_way() -> Non
 
 
 def test_the_expected_worth_is_the_expected_score_times_the_expected_length() -> None:
-    """Each by a regression of its own, on the columns and in the units of the other."""
+    """Each as by a regression of its own, on the same columns."""
     proposal = VettedProposal(_TARGET, dim=8)
     generator = torch.Generator().manual_seed(0)
     records = offered(generator)[: LEAST - 1]  # so few that no kinds are looked for
@@ -147,9 +147,9 @@ def test_the_expected_worth_is_the_expected_score_times_the_expected_length() ->
     proposal.observe(records, of_scores(scores, lengths))
     one, other = ScoreRegression(_TARGET, **_REGRESSION), ScoreRegression(_TARGET, **_REGRESSION)
     columns = one.columns(one.features(records))
-    one.learned.observe(columns, scores.double())
-    other.learned.observe(columns, (lengths / lengths.square().mean().sqrt()).log().double())
-    of_scores_, of_lengths = (columns @ each.coefficients([columns]) for each in (one, other))
+    one.learned.observe(columns, scores.double()[:, None])
+    other.learned.observe(columns, (lengths / lengths.square().mean().sqrt()).log().double()[:, None])
+    of_scores_, of_lengths = (columns @ each.coefficients([columns])[:, 0] for each in (one, other))
     torch.testing.assert_close(proposal._kinds.expected(columns), of_scores_ * of_lengths.exp(), rtol=1e-6, atol=1e-8)
 
 
@@ -220,7 +220,7 @@ def test_the_state_in_the_midst_of_a_veto_goes_on_as_it_would_have() -> None:
     broken = one.state_dict()
     broken["kinds"] = {**broken["kinds"], "worse": torch.zeros(3, 2, dtype=torch.float64)}
     short = one.state_dict()
-    short["kinds"] = {**short["kinds"], "sizes": {**short["kinds"]["sizes"], "cross": torch.zeros(2)}}
+    short["learned"] = {**short["learned"], "cross": short["learned"]["cross"][:, :1]}
     before = packed(other.state_dict())
     with pytest.raises(ValueError, match="columns of each remembered record"):
         other.load_state_dict(broken)
