@@ -66,16 +66,17 @@ def products_of(
         energy=found.target_energy,
         pool=range(len(pool)),
         target=range(len(pool), len(rows)),
-        likeness=likeness(rows, target),
+        likeness=likeness(pool, target),
+        plain_likeness=likeness(pool, target, contrast=False),
         own=[bool(own_source) and example.source.startswith(own_source) for example in pool] + [False] * len(target),
         tokens=torch.tensor([row.response_length for row in rows], dtype=torch.float64),
         damaged=[row.source.endswith(MARK) for row in rows],
     )
 
 
-def likeness(rows: Sequence[Example], target: Sequence[Example]) -> Tensor:
-    """Likeness of rows to the target rows, as the proposal by similarity has it without contrast: a rank."""
-    proposal = SimilarityProposal(samples(target), contrast=False)
+def likeness(rows: Sequence[Example], target: Sequence[Example], *, contrast: bool = True) -> Tensor:
+    """Likeness of rows to the target rows, as :class:`SimilarityProposal` has it when it has read them: a rank."""
+    proposal = SimilarityProposal(samples(target), contrast=contrast)
     order = proposal.propose(samples(rows), len(rows))
     ranks = torch.empty(len(rows))
     ranks[order] = torch.arange(len(rows), 0, -1.0)

@@ -28,7 +28,8 @@ class Rows:
         energy: the squared length of that gradient.
         pool: indices of the pool's rows.
         target: indices of the target rows that a step may run.
-        likeness: shape ``(N,)``, of the rows to the target rows, without a model.
+        likeness: of each row of the pool to the target rows, beyond that to the pool, without a model.
+        plain_likeness: the same without regard to the pool.
         own: whether a row is of the target's own source; all False where none is named.
         tokens: shape ``(N,)`` float64, the number of response tokens of each row.
         damaged: whether a row is; no way is told.
@@ -40,6 +41,7 @@ class Rows:
     pool: Sequence[int]
     target: Sequence[int]
     likeness: Tensor
+    plain_likeness: Tensor
     own: Sequence[bool]
     tokens: Tensor
     damaged: Sequence[bool]
@@ -141,9 +143,9 @@ def uniform(rows: Rows, chosen: Sequence[int]) -> Tensor:
     return weights
 
 
-def alike(rows: Rows, drawn: Drawn, count: int) -> list[int]:
+def alike(likeness: Tensor, drawn: Drawn, count: int) -> list[int]:
     """Those of the records read that are most like the target rows."""
-    order = rows.likeness[drawn.read].argsort(descending=True, stable=True)
+    order = likeness[drawn.read].argsort(descending=True, stable=True)
     return [drawn.read[place] for place in order[:count].tolist()]
 
 
@@ -200,8 +202,13 @@ def first_read(rows: Rows, drawn: Drawn, sizes: Sizes) -> Sequence[int]:
 
 
 def most_alike(rows: Rows, drawn: Drawn, sizes: Sizes) -> Sequence[int]:
+    """Those of the records read that are most like the target rows, beyond their likeness to the pool."""
+    return alike(rows.likeness, drawn, sizes.candidates)
+
+
+def most_plainly_alike(rows: Rows, drawn: Drawn, sizes: Sizes) -> Sequence[int]:
     """Those of the records read that are most like the target rows."""
-    return alike(rows, drawn, sizes.candidates)
+    return alike(rows.plain_likeness, drawn, sizes.candidates)
 
 
 def of_own_source(rows: Rows, drawn: Drawn, sizes: Sizes) -> Sequence[int]:
@@ -245,6 +252,8 @@ WAYS = [
     Way("n of the pool, by token", first_read, by_token),
     Way("n most alike", most_alike, unweighed),
     Way("n most alike, by token", most_alike, by_token),
+    Way("n most alike, contrast=False", most_plainly_alike, unweighed),
+    Way("the same, by token", most_plainly_alike, by_token),
     Way("top k of n", first_read, top_k),
     Way("filter-then-weight, k of n", first_read, filtered_and_weighed),
     Way("the same, of the n most alike", most_alike, filtered_and_weighed),

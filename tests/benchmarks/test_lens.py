@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from ftw_optim import GreedyFilter, KeepAll, NonNegativeLeastSquares, SelectiveO
 # The benchmarks are scripts: their folder is on the path only when one of them is run.
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from lens import command, ways
+from lens import command, products, ways
 from pays.arms import Sizes
+from pays.records import Example
 
 from tests.support.models import RowGradients
 
@@ -41,7 +43,8 @@ def rows_of(vectors: Tensor) -> ways.Rows:
         energy=float(goal @ goal),
         pool=range(POOL),
         target=range(POOL, POOL + TARGET),
-        likeness=torch.arange(POOL + TARGET, 0, -1.0),
+        likeness=torch.arange(POOL, 0, -1.0),
+        plain_likeness=torch.arange(1.0, POOL + 1),
         own=[row < 3 for row in range(POOL)] + [False] * TARGET,
         tokens=torch.arange(1, POOL + TARGET + 1, dtype=torch.float64),
         damaged=[row % 2 == 0 for row in range(POOL)] + [False] * TARGET,
@@ -104,12 +107,27 @@ def test_ways_give_the_weights_that_the_optimizer_gives(vectors: Tensor, target:
 def test_likeness_chooses_among_the_records_read_and_acceptance_leaves_out_what_opposes(vectors: Tensor) -> None:
     rows = rows_of(vectors)
     drawn = ways.Drawn(read=[8, 3, 6, 1], own=[], target=[9, 10])
-    assert ways.alike(rows, drawn, 2) == [1, 3]
+    sizes = replace(SIZES, candidates=2)
+    assert ways.most_alike(rows, drawn, sizes) == [1, 3]
+    assert ways.most_plainly_alike(rows, drawn, sizes) == [8, 6]
     weights = ways.accepted(rows, [0, 4, 7], [9, 10])
     asked = rows.gram[[0, 4, 7]][:, [9, 10]].mean(1) > 0
     assert (weights[[0, 4, 7]] > 0).tolist() == asked.tolist()
     assert bool((weights[[9, 10]] > 0).all())
     assert float(weights.sum()) == pytest.approx(1.0)
+
+
+def test_what_the_pool_has_in_common_is_no_likeness_unless_asked_for() -> None:
+    """Of two records with as much of the target's words, the one that is otherwise like the pool comes later."""
+
+    def example(*tokens: int) -> Example:
+        return Example(tokens=list(tokens), prompt_length=1, source="")
+
+    pool = [example(7, 7, 7, 7), example(1, 2, 20, 21)] + [example(7, 8, 30 + 2 * at, 31 + 2 * at) for at in range(6)]
+    target = [example(1, 7, 2, 7), example(1, 7, 3, 7)]
+    beyond, plain = (products.likeness(pool, target, contrast=contrast) for contrast in (True, False))
+    assert beyond.argmax() == 1
+    assert plain.argmax() == 0
 
 
 def test_a_mean_over_tokens_weighs_by_length_and_the_weight_of_damaged_rows_is_counted(vectors: Tensor) -> None:
