@@ -166,6 +166,7 @@ REMEMBERED = Method(filter=_greedy, weight=NonNegativeLeastSquares(), decay=0.75
 ALL_WEIGHED = Method(filter=_all, weight=NonNegativeLeastSquares(), decay=0.75)
 EUCLIDEAN = Method(filter=_greedy, weight=NonNegativeLeastSquares(), metric="euclidean")
 EUCLIDEAN_BY_TOKEN = replace(EUCLIDEAN, by_token=True)
+OF_UPDATES_BY_TOKEN = replace(BY_TOKEN, metric="update")
 LAST_BLOCK = Method(filter=_greedy, weight=NonNegativeLeastSquares(), scored=lambda top: last_blocks(top, 1))
 SPREAD_BLOCKS = Method(
     filter=_greedy, weight=NonNegativeLeastSquares(), scored=lambda top: spread_blocks(top, min(4, top.blocks))
@@ -244,6 +245,7 @@ ARMS = {
     "greats-tokens": _guide("GREATS, by token", method=GREATS_BY_TOKEN),
     "less-tokens": _guide("LESS, by token", method=LESS_BY_TOKEN),
     "ftw-euclidean-tokens": _guide("euclidean, by token", method=EUCLIDEAN_BY_TOKEN),
+    "ftw-update-tokens": _guide("of updates, token", method=OF_UPDATES_BY_TOKEN),
     "similarity-n": _guide("n similar", propose=similar),
     "similarity-n-tokens": _guide("n similar, by token", propose=similar, by_token=True),
     "contrast-n-tokens": _guide("contrast, by token", propose=contrasted, by_token=True),
