@@ -5,8 +5,8 @@ records without a model, ``drawing.py`` draws from them, so that a draw depends 
 and ``contrast.py`` tells what is like the target from what is like the stream. ``scoring.py`` with ``regression.py``
 learns scores, of which ``kinds.py`` and ``trust.py`` make what the vetted proposal goes by. ``uniform.py``,
 ``similarity.py``, ``learned.py`` and ``vetted.py`` hold one proposal each; ``stages.py`` has the filter and weights
-that go with one that is not always trusted, and ``sampler.py`` brings one to a ``DataLoader``. Imports torch and, for
-stages and the selection that is observed, ``_matching``.
+that go with one that is not always trusted, and ``sampler.py`` brings one to a ``DataLoader``, over data whose features
+``records.py`` keeps. Imports torch and, for stages and the selection that is observed, ``_matching``.
 """
 
 from ftw_optim.proposals.interface import Proposal as Proposal

@@ -11,9 +11,8 @@ from torch.utils.data import Sampler
 
 from ftw_optim._matching.selection import Selection
 from ftw_optim.proposals.drawing import salt
-from ftw_optim.proposals.interface import Proposal, Sample, chosen_positions
-
-_KEPT_FEATURES = 1 << 30  # bytes: of a larger data set, features are computed whenever a record is on offer
+from ftw_optim.proposals.interface import Proposal, Sample
+from ftw_optim.proposals.records import Records
 
 
 @final
@@ -88,7 +87,7 @@ class ProposedSampler(Sampler[int]):
             )
         self.data, self.proposal, self.count, self.seed, self.read_ahead = data, proposal, count, seed, read_ahead
         self.keep = passed_over == "keep" or read_ahead is None
-        self._samples = _Samples(data, proposal, encode)
+        self._records = Records(data, proposal, encode)
         self._total = len(data)
         self._placed = 0  # how often the position was set anew
         self._ended: bool
@@ -168,7 +167,7 @@ class ProposedSampler(Sampler[int]):
         """
         selection = selection.own() if order is None else selection.in_order(order)
         numbers = self._next(len(selection.losses))
-        self._samples.observe(numbers, selection)
+        self._records.observe(numbers, selection)
         self._taken += len(numbers)
 
     def coming(self, count: int) -> list[int]:
@@ -252,7 +251,7 @@ class ProposedSampler(Sampler[int]):
         offered = torch.cat([self._waiting, self._order[self._read : upto]])
         if not len(offered):
             return False
-        chosen = self._samples.propose(offered, self.count)
+        chosen = self._records.propose(offered, self.count)
         if self.keep:
             left = torch.ones(len(offered), dtype=torch.bool)
             left[chosen] = False
@@ -280,48 +279,3 @@ class ProposedSampler(Sampler[int]):
 
 def _counts(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-class _Samples:
-    """The records as a proposal sees them: as features where it has such, which are kept, else as samples."""
-
-    def __init__(self, data: Any, proposal: Proposal, encode: Callable[[Any], Sample] | None) -> None:
-        self._data, self._encode = data, encode
-        self._proposal: Any = proposal
-        self._features: Tensor | None = None
-        if hasattr(proposal, "features"):
-            width = proposal.features(self._of([0])).shape[1]
-            if len(data) * width * 4 <= _KEPT_FEATURES:
-                # The system gives memory to those rows that are written.
-                self._features = torch.empty(len(data), width)
-                self._known = torch.zeros(len(data), dtype=torch.bool)
-
-    def propose(self, numbers: Tensor, count: int) -> list[int]:
-        """The positions of those records that the proposal chose."""
-        if self._features is None:
-            found = self._proposal.propose(self._of(numbers.tolist()), count)
-        else:
-            found = self._proposal.propose(numbers, count, features=self._features_of(numbers))
-        return chosen_positions(found, min(count, len(numbers)), len(numbers))
-
-    def observe(self, numbers: Sequence[int], selection: Selection) -> None:
-        """Let the proposal learn."""
-        if self._features is None:
-            self._proposal.observe(self._of(numbers), selection)
-        else:
-            at = torch.tensor(numbers, dtype=torch.int64)
-            self._proposal.observe(numbers, selection, features=self._features_of(at))
-
-    def _features_of(self, numbers: Tensor) -> Tensor:
-        assert self._features is not None
-        missing = numbers[~self._known[numbers]]
-        if len(missing):
-            self._features[missing] = self._proposal.features(self._of(missing.tolist()))
-            self._known[missing] = True
-        return self._features[numbers]
-
-    def _of(self, numbers: Sequence[int]) -> list[Sample]:
-        # What fetches many records at once, as datasets do, is asked for all of them.
-        many = getattr(self._data, "__getitems__", None)
-        records = [self._data[number] for number in numbers] if many is None else many(list(numbers))
-        return records if self._encode is None else [self._encode(record) for record in records]
