@@ -11,6 +11,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+BEST_SHARE = 1 / 16
+"""Share of the records read, the most alike ones, that count as equally alike."""
+
 _FIRST, _SECOND = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # the multipliers of splitmix64, as signed numbers
 
 
@@ -43,9 +46,17 @@ def explored(count: int, explore: float, salt: int) -> int:
 
 
 def best_and_uniform(
-    scores: Tensor, keys: Tensor, sources: Tensor, count: int, *, explore: float, explore_by: str, salt: int
+    scores: Tensor,
+    keys: Tensor,
+    sources: Tensor,
+    count: int,
+    *,
+    explore: float,
+    explore_by: str,
+    salt: int,
+    among: int = 0,
 ) -> Tensor:
-    """Positions of the highest ``scores``, then of those drawn uniformly from the rest, int64.
+    """Positions of the highest ``scores``, or of some of them, then of those drawn uniformly from the rest, int64.
 
     Args:
         scores: shape ``(n,)``; among equal ones the draw decides.
@@ -56,14 +67,18 @@ def best_and_uniform(
         explore_by: ``"record"``: every record is equally likely. ``"source"``: every source is, and none is drawn from
             again before all others were.
         salt: the seed of the draw.
+        among: how many of the highest scores are as good as the highest: where these are more than are taken of them,
+            it is drawn which.
     """
     count = min(count, len(keys))
     drawn = explored(count, explore, salt)
     shuffled = uniforms(keys, salt).argsort(stable=True)
-    best = shuffled[scores[shuffled].argsort(descending=True, stable=True)][: count - drawn]
+    best = shuffled[scores[shuffled].argsort(descending=True, stable=True)][: max(count - drawn, among)]
+    if len(best) > count - drawn:
+        best = best[uniforms(keys[best], salt ^ _SECOND).argsort(stable=True)][: count - drawn]
     left = torch.ones(len(keys), dtype=torch.bool)
     left[best] = False
-    # Other numbers than those that decided between equal scores, by which what is left is sorted already.
+    # Other numbers than those above, by which what is left is sorted already.
     shuffled = uniforms(keys, ~salt).argsort(stable=True)
     rest = shuffled[left[shuffled]]
     if explore_by == "source":

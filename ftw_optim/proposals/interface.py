@@ -71,6 +71,12 @@ def check_explore(explore: float, explore_by: str) -> None:
         raise ValueError(f"explore_by must be 'record' or 'source', got {explore_by!r}.")
 
 
+def check_best_share(best_share: float) -> None:
+    """Raise a ValueError where the share of records that count as equally alike is none."""
+    if not 0.0 <= best_share <= 1.0:
+        raise ValueError(f"best_share must be in [0, 1], got {best_share}: a share of the records read.")
+
+
 def observed(samples: Sequence[Sample], selection: Selection) -> Selection:
     """The selection among the samples: the whole one, or that among this process's candidates.
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
 from ftw_optim.proposals.contrast import Contrast
-from ftw_optim.proposals.drawing import best_and_uniform, salt, uniforms
+from ftw_optim.proposals.drawing import BEST_SHARE, best_and_uniform, salt, uniforms
 from ftw_optim.proposals.features import Features, keys_of, likeness_of, sources_of
-from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_explore, check_state
+from ftw_optim.proposals.interface import Proposal, Sample, check_best_share, check_count, check_explore, check_state
 
 
 @final
 class SimilarityProposal(Proposal):
-    """The records most alike to the target rows; it costs no pass and learns nothing.
+    """Records that are alike to the target rows; it costs no pass and learns nothing.
 
     Args:
         target_samples: the target rows; likeness is explained in
@@ -28,8 +28,10 @@ class SimilarityProposal(Proposal):
         dim: number of columns in which records are compared with the stream; fewer than the width of an embedding are
             random directions of it.
         embedding: shape ``(vocabulary, width)``: likeness of mean embeddings; None: of the tokens themselves.
-        temperature: 0: the most alike. Above, records are drawn without replacement with probabilities proportional to
-            ``exp(likeness / temperature)``; likeness is a cosine, so 0.02 is mild.
+        best_share: share of the records read, the most alike ones, among which the candidates are drawn at random; no
+            fewer than the candidates. The very most alike of very many records all say the same. 0: the most alike.
+        temperature: 0: as ``best_share`` says. Above, records are drawn without replacement with probabilities
+            proportional to ``exp(likeness / temperature)`` from all; likeness is a cosine, so 0.02 is mild.
         explore: share of the candidates drawn uniformly from the rest; where it is no whole number, rounded up or down
             at random.
         explore_by: ``"source"``: every ``source`` is equally likely, where samples name theirs, so that a larger one
@@ -47,15 +49,18 @@ class SimilarityProposal(Proposal):
         contrast: bool = True,
         dim: int = 256,
         embedding: Tensor | None = None,
+        best_share: float = BEST_SHARE,
         temperature: float = 0.0,
         explore: float = 0.0,
         explore_by: Literal["record", "source"] = "source",
         seed: int = 0,
     ) -> None:
         check_explore(explore, explore_by)
+        check_best_share(best_share)
         if not 0.0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and not negative, got {temperature}; 0 takes the most alike.")
-        self.temperature, self.explore, self.explore_by, self.seed = temperature, explore, explore_by, seed
+            raise ValueError(f"temperature must be finite and not negative, got {temperature}; 0 draws by no likeness.")
+        self.best_share, self.temperature = best_share, temperature
+        self.explore, self.explore_by, self.seed = explore, explore_by, seed
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}.")
         self._features = Features(target_samples, dim=0, plain=dim if contrast else 0, seed=seed, embedding=embedding)
@@ -87,6 +92,7 @@ class SimilarityProposal(Proposal):
             explore=self.explore,
             explore_by=self.explore_by,
             salt=salt("similarity", self.seed, self._calls),
+            among=0 if self.temperature else math.ceil(self.best_share * len(known)),
         )
         self._calls += 1
         return chosen
@@ -98,6 +104,7 @@ class SimilarityProposal(Proposal):
         """The number of calls, what the stream was like, and the settings that must be equal on resume."""
         settings = {
             "contrast": self._contrast is not None,
+            "best_share": self.best_share,
             "temperature": self.temperature,
             "explore": self.explore,
             "explore_by": self.explore_by,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
 from ftw_optim.proposals.contrast import Contrast
-from ftw_optim.proposals.drawing import best_and_uniform, explored, salt
+from ftw_optim.proposals.drawing import BEST_SHARE, best_and_uniform, explored, salt
 from ftw_optim.proposals.features import keys_of, likeness_of, sources_of
-from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_explore, check_state
+from ftw_optim.proposals.interface import Proposal, Sample, check_best_share, check_count, check_explore, check_state
 from ftw_optim.proposals.kinds import Kinds
 from ftw_optim.proposals.scoring import ScoreRegression
 from ftw_optim.proposals.trust import LikenessTrust
@@ -38,9 +39,9 @@ class VettedProposal(Proposal):
 
     Args:
         target_samples: the target rows; None: no likeness.
-        order: ``"likeness"``: the most alike first. ``"uniform"``: at random. ``"tested"``: the most alike for a share
-            of the candidates, and the others at random: four fifths at first, nearly all a few steps later where scores
-            rise with likeness, few or none where they fall. Until likeness is trusted no kind is left out, and the
+        order: ``"likeness"``: alike ones first. ``"uniform"``: at random. ``"tested"``: alike ones for a share of the
+            candidates, and the others at random: four fifths at first, nearly all a few steps later where scores rise
+            with likeness, few or none where they fall. Until likeness is trusted no kind is left out, and the
             candidates are a mixed lot, so give the optimizer stages that choose among them:
             ``filter=FilterUnless(condition=proposal.trusts_likeness)`` and
             ``weight=WeightUnless(condition=proposal.trusts_likeness)``. Steps of one candidate tell nothing.
@@ -49,6 +50,7 @@ class VettedProposal(Proposal):
             where there are some. Where it is no whole number, rounded up or down at random.
         contrast: whether likeness is that beyond the likeness to the stream, see :class:`SimilarityProposal`; with
             ``order="tested"``, once it is trusted.
+        best_share: see :class:`SimilarityProposal`; where a kind is left out, as many are of the others.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse:
             all of it while that is barely known, and less the surer it is, as these records are trained on too. No
@@ -66,6 +68,7 @@ class VettedProposal(Proposal):
         *,
         order: Literal["likeness", "uniform", "tested"] = "likeness",
         contrast: bool = True,
+        best_share: float = BEST_SHARE,
         dim: int = 256,
         embedding: Tensor | None = None,
         use_source: bool = False,
@@ -76,13 +79,14 @@ class VettedProposal(Proposal):
         seed: int = 0,
     ) -> None:
         check_explore(explore, "record")
+        check_best_share(best_share)
         if not 0.0 <= floor <= 1.0:
             raise ValueError(f"floor must be a share, from 0 to 1, got {floor}.")
         if order not in ("likeness", "uniform", "tested"):
             raise ValueError(f"order must be 'likeness', 'uniform' or 'tested', got {order!r}.")
         if order != "uniform" and target_samples is None:
             raise ValueError(f"order={order!r} needs target_samples to be alike to; or pass order='uniform'.")
-        self.order, self.explore, self.floor, self.seed = order, explore, floor, seed
+        self.order, self.best_share, self.explore, self.floor, self.seed = order, best_share, explore, floor, seed
         self._regression = ScoreRegression(
             target_samples,
             dim=dim,
@@ -139,7 +143,7 @@ class VettedProposal(Proposal):
         elif self._contrast is not None:
             guess = self._contrast.likeness(columns)
 
-        def best(places: Tensor, values: Tensor, number: int, at_random: float = 0.0) -> Tensor:
+        def best(places: Tensor, values: Tensor, number: int, at_random: float = 0.0, among: int = 0) -> Tensor:
             found = best_and_uniform(
                 values[places],
                 keys_of(known)[places],
@@ -148,13 +152,15 @@ class VettedProposal(Proposal):
                 explore=at_random,
                 explore_by="record",
                 salt=draw,
+                among=among,
             )
             return places[found]
 
         share = min(self.explore * self._kinds.doubt(), float(worse.double().mean())) if len(known) else 0.0
         tried = best(worse.nonzero()[:, 0], guess, min(explored(count, share, draw), int(worse.sum())))
         at_random = max(self.floor, 1.0 - self._trust.share()) if self.order == "tested" else 0.0
-        chosen = best((~worse).nonzero()[:, 0], guess, count - len(tried), at_random)
+        as_good = math.ceil(self.best_share * len(known))
+        chosen = best((~worse).nonzero()[:, 0], guess, count - len(tried), at_random, as_good)
         left = worse.clone()
         left[tried] = False
         more = best(left.nonzero()[:, 0], expected, count - len(chosen) - len(tried))
@@ -178,6 +184,7 @@ class VettedProposal(Proposal):
                 **self._regression.settings(),
                 "order": self.order,
                 "contrast": self._contrast is not None,
+                "best_share": self.best_share,
                 "explore": self.explore,
                 "floor": self.floor,
                 "seed": self.seed,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ftw_optim.integrations.streaming._proposing import packed, unpacked
 from ftw_optim.proposals import LearnedProposal, Proposal, SimilarityProposal, UniformProposal, VettedProposal
+from ftw_optim.proposals.drawing import best_and_uniform, explored, salt
 from tests.support.selections import selection
 
 TARGET = [{"input_ids": [1, 2, 3]}, {"input_ids": [2, 3, 4]}]
@@ -158,6 +159,74 @@ def test_the_most_alike_come_first_and_temperature_softens_that() -> None:
     assert abs(means[-1] - float(likeness.mean())) < 0.02  # uniform: its standard error is about 0.005
 
 
+@settings(max_examples=60)
+@given(
+    n=st.integers(1, 40),
+    count=st.integers(1, 10),
+    among=st.integers(0, 50),
+    explore=st.sampled_from([0.0, 0.25, 1.0]),
+    seed=st.integers(0, 999),
+)
+def test_the_best_are_drawn_among_as_many_as_are_as_good(
+    n: int, count: int, among: int, explore: float, seed: int
+) -> None:
+    scores = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).double()
+    found = best_and_uniform(
+        scores,
+        torch.arange(n),
+        torch.zeros(n),
+        count,
+        explore=explore,
+        explore_by="record",
+        salt=seed,
+        among=among,
+    )
+    assert len(set(found.tolist())) == len(found) == min(n, count)
+    best = len(found) - explored(len(found), explore, seed)
+    highest = scores.argsort(descending=True)[: max(best, among)]
+    assert set(found[:best].tolist()) <= set(highest.tolist())
+    if among <= best:
+        assert found[:best].tolist() == highest.tolist()
+
+
+def test_each_of_the_best_is_as_likely_and_those_not_taken_are_explored_as_often_as_others() -> None:
+    n, calls = 10, 1200
+    counts = torch.zeros(n)
+    for number in range(calls):
+        found = best_and_uniform(
+            torch.arange(n, 0, -1.0),
+            torch.arange(n),
+            torch.zeros(n),
+            4,
+            explore=0.5,
+            explore_by="record",
+            salt=salt(number),
+            among=6,
+        )
+        assert int((found[:2] < 6).sum()) == 2
+        counts[found] += 1
+    # Two of the first six, and of the eight that are left two.
+    expected = torch.where(torch.arange(n) < 6, 1 / 3 + 2 / 3 / 4, 1 / 4)
+    assert bool(((counts - calls * expected).abs() < 5 * (calls * expected * (1 - expected)).sqrt()).all())
+
+
+@pytest.mark.parametrize("make", [SimilarityProposal, VettedProposal], ids=["similar", "vetted"])
+def test_of_very_many_records_the_most_alike_are_as_good_as_each_other(make: Callable[..., Any]) -> None:
+    records = pool(480)
+    known = SimilarityProposal(TARGET, contrast=False).features(records)[:, 3]
+    proposal, strict = make(TARGET, contrast=False), make(TARGET, contrast=False, best_share=0.0)
+    features = proposal.features(records)
+    drawn = [frozenset(proposal.propose(records, 4, features=features).tolist()) for _ in range(40)]
+    least = sorted(known.tolist(), reverse=True)[29]
+    assert all(float(known[place]) >= least for one in drawn for place in one)
+    assert len(set(drawn)) > 35
+    assert len(frozenset.union(*drawn)) > 25
+    fixed = {tuple(known[strict.propose(records, 4, features=features)].tolist()) for _ in range(10)}
+    assert fixed == {tuple(sorted(known.tolist(), reverse=True)[:4])}
+    few = [known[make(TARGET, contrast=False).propose(records[:60], 4)].tolist() for _ in range(3)]
+    assert few == 3 * [sorted(known[:60].tolist(), reverse=True)[:4]]
+
+
 @pytest.mark.slow
 def test_sources_take_turns_where_they_are_explored() -> None:
     records = pool(100)
@@ -218,6 +287,8 @@ def test_a_state_goes_on_bit_by_bit_and_that_of_another_proposal_is_refused(kind
         ({"explore": -0.1}, r"explore must be in \[0, 1\], got -0.1"),
         ({"explore": 1.5}, "explore must be in"),
         ({"explore": float("nan")}, "explore must be in"),
+        ({"best_share": 1.5}, r"best_share must be in \[0, 1\], got 1.5"),
+        ({"best_share": float("nan")}, "best_share must be in"),
         ({"explore_by": "row"}, "explore_by must be 'record' or 'source', got 'row'"),
         ({"temperature": -1.0}, "temperature must be finite and not negative"),
         ({"target_samples": []}, "Expected target samples, got none"),
