@@ -50,7 +50,7 @@ class VettedProposal(Proposal):
             where there are some. Where it is no whole number, rounded up or down at random.
         contrast: whether likeness is that beyond the likeness to the stream, see :class:`SimilarityProposal`; with
             ``order="tested"``, once it is trusted.
-        best_share: see :class:`SimilarityProposal`; where a kind is left out, as many are of the others.
+        best_share: see :class:`SimilarityProposal`; where a kind is left out, a share of the others.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse:
             all of it while that is barely known, and less the surer it is, as these records are trained on too. No
@@ -159,8 +159,9 @@ class VettedProposal(Proposal):
         share = min(self.explore * self._kinds.doubt(), float(worse.double().mean())) if len(known) else 0.0
         tried = best(worse.nonzero()[:, 0], guess, min(explored(count, share, draw), int(worse.sum())))
         at_random = max(self.floor, 1.0 - self._trust.share()) if self.order == "tested" else 0.0
-        as_good = math.ceil(self.best_share * len(known))
-        chosen = best((~worse).nonzero()[:, 0], guess, count - len(tried), at_random, as_good)
+        others = (~worse).nonzero()[:, 0]
+        as_good = math.ceil(self.best_share * len(others))
+        chosen = best(others, guess, count - len(tried), at_random, as_good)
         left = worse.clone()
         left[tried] = False
         more = best(left.nonzero()[:, 0], expected, count - len(chosen) - len(tried))
