@@ -227,6 +227,18 @@ def test_of_very_many_records_the_most_alike_are_as_good_as_each_other(make: Cal
     assert few == 3 * [sorted(known[:60].tolist(), reverse=True)[:4]]
 
 
+def test_of_what_a_veto_leaves_the_most_alike_are_as_good_as_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = pool(640)
+    proposal = VettedProposal(TARGET, contrast=False, explore=0.0)
+    features = proposal.features(records)
+    worse = torch.arange(640) % 2 == 0
+    monkeypatch.setattr(proposal._kinds, "judged", lambda _: (torch.zeros(640, dtype=torch.float64), worse))
+    least = features[~worse, 3].sort(descending=True).values[19]
+    drawn = [proposal.propose(records, 4, features=features) for _ in range(40)]
+    assert not any(bool(worse[one].any()) or float(features[one, 3].min()) < float(least) for one in drawn)
+    assert len({tuple(sorted(one.tolist())) for one in drawn}) > 35
+
+
 @pytest.mark.slow
 def test_sources_take_turns_where_they_are_explored() -> None:
     records = pool(100)
