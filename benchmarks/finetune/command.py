@@ -16,7 +16,7 @@ from .picture import write_picture
 
 BASELINES = {"guide": "adamw-n-tokens", "target": "target+random-tokens"}
 """A mean over tokens is what Transformers' Trainer takes."""
-ARMS = ["adamw-n-tokens", "adamw-n", "ftw-tokens", "tested-n-fourth", "target+random-tokens", "target-n-tokens"]
+ARMS = ["adamw-n-tokens", "adamw-n", "ftw-tokens", "tested-n", "target+random-tokens", "target-n-tokens"]
 STEPS = 30
 DAMAGE = "refusal=0.5"
 """Share of this installation's docstrings in the stream that have a refusal in their place."""

@@ -105,13 +105,13 @@ def vetted_random(known: Known) -> Chooser:
 
 
 def tested(known: Known) -> Chooser:
-    """The same in the order of likeness as far as scores bear it out, else at random; an eighth always is."""
+    """The same in the order of likeness as far as scores bear it out, else at random."""
     return _proposed_by(VettedProposal(samples(known.guide), order="tested", seed=known.seed))
 
 
-def tested_alike(known: Known) -> Chooser:
-    """The same without that eighth."""
-    return _proposed_by(VettedProposal(samples(known.guide), order="tested", floor=0.0, seed=known.seed))
+def tested_with_floor(known: Known) -> Chooser:
+    """The same, but for an eighth that is always at random."""
+    return _proposed_by(VettedProposal(samples(known.guide), order="tested", floor=0.125, seed=known.seed))
 
 
 def learned(known: Known) -> Chooser:

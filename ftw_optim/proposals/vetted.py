@@ -46,8 +46,8 @@ class VettedProposal(Proposal):
             ``filter=FilterUnless(condition=proposal.trusts_likeness)`` and
             ``weight=WeightUnless(condition=proposal.trusts_likeness)``. Steps of one candidate tell nothing.
         floor: with ``order="tested"`` the least share of the candidates that is drawn at random, however much likeness
-            is trusted: records that are all alike teach one thing, and whether others would score higher is seen only
-            where there are some. Where it is no whole number, rounded up or down at random.
+            is trusted. With 0 there are others as far as the scores leave it in doubt, which is the more the longer
+            none were seen. Where it is no whole number, rounded up or down at random.
         contrast: whether likeness is that beyond the likeness to the stream, see :class:`SimilarityProposal`; with
             ``order="tested"``, once it is trusted.
         best_share: see :class:`SimilarityProposal`; where a kind is left out, a share of the others.
@@ -75,7 +75,7 @@ class VettedProposal(Proposal):
         ridge: float = 8.0,
         forgetting: float = 0.98,
         explore: float = 0.125,
-        floor: float = 0.125,
+        floor: float = 0.0,
         seed: int = 0,
     ) -> None:
         check_explore(explore, "record")

@@ -23,10 +23,10 @@ def test_target_rows_run_at_every_fourth_step_while_the_proposal_is_trusted(
     def propose(known: Known) -> Chooser:
         return replace(similar(known), trusted=lambda: trusts)
 
-    for name in ("tested-n-tokens", "tested-n-fourth"):
+    for name in ("tested-n-tokens", "tested-n"):
         monkeypatch.setitem(ARMS, name, replace(ARMS[name], propose=propose))
     sizes = ["--quick", "--steps", "10", "--seeds", "1", "--lr", "guide=0.03", "target=0.03"]
-    arms = ["similarity-n-tokens", "tested-n-tokens", "tested-n-fourth"]
+    arms = ["similarity-n-tokens", "tested-n-tokens", "tested-n"]
     plain, every, fourth = command.main([*sizes, "--out", str(tmp_path), "--arms", *arms])
     assert plain.rows == (10 * 6, 0)
     assert every.rows == (10 * 6, 10 * 3)

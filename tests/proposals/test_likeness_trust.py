@@ -206,6 +206,23 @@ def test_however_much_likeness_is_trusted_a_share_comes_at_random(
         assert float(found[rare].min()) > 0.0, "nothing starves unseen"
 
 
+def test_the_longer_only_alike_ones_are_seen_the_more_others_come() -> None:
+    generator = torch.Generator().manual_seed(0)
+    trust = LikenessTrust()
+    for _ in range(20):
+        likeness = torch.rand(12, generator=generator)
+        trust.observe(likeness, 0.1 + 0.4 * likeness + 0.02 * torch.randn(12, generator=generator))
+    assert trust.trusts
+    shares = [trust.share()]
+    for _ in range(8):
+        for _ in range(40):
+            trust.observe(torch.full((12,), 0.9), 0.4 + 0.02 * torch.randn(12, generator=generator))
+        shares.append(trust.share())
+    assert shares[0] > 0.999
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 0.85
+
+
 def test_a_floor_that_is_no_share_and_one_of_another_run_are_refused() -> None:
     with pytest.raises(ValueError, match=r"floor must be a share, from 0 to 1, got 1\.5"):
         VettedProposal(_TARGET, order="tested", floor=1.5)
