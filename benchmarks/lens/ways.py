@@ -202,12 +202,15 @@ def first_read(rows: Rows, drawn: Drawn, sizes: Sizes) -> Sequence[int]:
 
 
 def most_alike(rows: Rows, drawn: Drawn, sizes: Sizes) -> Sequence[int]:
-    """Those of the records read that are most like the target rows, beyond their likeness to the pool."""
+    """Those of the records read that are most like the target rows, beyond their likeness to the pool.
+
+    As it is proposed while no more than 16 times as many are read.
+    """
     return alike(rows.likeness, drawn, sizes.candidates)
 
 
 def most_plainly_alike(rows: Rows, drawn: Drawn, sizes: Sizes) -> Sequence[int]:
-    """Those of the records read that are most like the target rows."""
+    """The same as it is proposed with ``contrast=False``."""
     return alike(rows.plain_likeness, drawn, sizes.candidates)
 
 
@@ -252,8 +255,8 @@ WAYS = [
     Way("n of the pool, by token", first_read, by_token),
     Way("n most alike", most_alike, unweighed),
     Way("n most alike, by token", most_alike, by_token),
-    Way("n most alike, contrast=False", most_plainly_alike, unweighed),
-    Way("the same, by token", most_plainly_alike, by_token),
+    Way("n plainly alike", most_plainly_alike, unweighed),
+    Way("n plainly alike, by token", most_plainly_alike, by_token),
     Way("top k of n", first_read, top_k),
     Way("filter-then-weight, k of n", first_read, filtered_and_weighed),
     Way("the same, of the n most alike", most_alike, filtered_and_weighed),

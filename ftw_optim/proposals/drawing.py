@@ -7,6 +7,7 @@ state of a generator, and records change places without changing what is drawn.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -38,6 +39,14 @@ def uniforms(keys: Tensor, salt: int) -> Tensor:
     return (_shifted(mixed(mixed(keys) ^ salt), 11).double() + 0.5) * 2.0**-53
 
 
+def apart(keys: Tensor) -> Tensor:
+    """Keys of which no two are equal: those of equal records, which may change places, are told apart."""
+    order = keys.argsort(stable=True)
+    ordinals = torch.empty_like(keys)
+    ordinals[order] = _ordinals(keys[order])
+    return torch.where(ordinals > 0, keys ^ mixed(ordinals), keys)
+
+
 def explored(count: int, explore: float, salt: int) -> int:
     """How many of ``count`` to draw uniformly: ``count * explore`` on average, rounded up or down at random."""
     whole = int(count * explore)
@@ -54,7 +63,7 @@ def best_and_uniform(
     explore: float,
     explore_by: str,
     salt: int,
-    among: int = 0,
+    as_good: float = 0.0,
 ) -> Tensor:
     """Positions of the highest ``scores``, or of some of them, then of those drawn uniformly from the rest, int64.
 
@@ -67,11 +76,13 @@ def best_and_uniform(
         explore_by: ``"record"``: every record is equally likely. ``"source"``: every source is, and none is drawn from
             again before all others were.
         salt: the seed of the draw.
-        among: how many of the highest scores are as good as the highest: where these are more than are taken of them,
-            it is drawn which.
+        as_good: share of the finite scores, the highest, that count as equally high: where these are more than are
+            taken of them, it is drawn which.
     """
     count = min(count, len(keys))
     drawn = explored(count, explore, salt)
+    among = math.ceil(as_good * int(scores.isfinite().sum()))
+    keys = apart(keys)
     shuffled = uniforms(keys, salt).argsort(stable=True)
     best = shuffled[scores[shuffled].argsort(descending=True, stable=True)][: max(count - drawn, among)]
     if len(best) > count - drawn:
@@ -89,11 +100,15 @@ def best_and_uniform(
 def _turns(sources: Tensor, salt: int) -> Tensor:
     """The order in which sources take turns: the first of each source, in random order, then the second of each."""
     by_source = sources.argsort(stable=True)
-    ordered = sources[by_source]
+    turn = torch.empty(len(sources), dtype=torch.int64)
+    turn[by_source] = _ordinals(sources[by_source])
+    order = uniforms(sources.long(), salt).argsort(stable=True)
+    return order[turn[order].argsort(stable=True)]
+
+
+def _ordinals(ordered: Tensor) -> Tensor:
+    """How many equal numbers come before each, where equal ones follow each other."""
     places = torch.arange(len(ordered))
     begins = torch.ones(len(ordered), dtype=torch.bool)
     begins[1:] = ordered[1:] != ordered[:-1]
-    turn = torch.empty(len(ordered), dtype=torch.int64)
-    turn[by_source] = places - torch.where(begins, places, 0).cummax(0).values
-    order = uniforms(sources.long(), salt).argsort(stable=True)
-    return order[turn[order].argsort(stable=True)]
+    return places - torch.where(begins, places, 0).cummax(0).values

@@ -27,7 +27,7 @@ class Proposal(ABC):
 
     @abstractmethod
     def propose(self, samples: Sequence[Sample], count: int) -> Tensor:
-        """Positions of the ``count`` chosen samples, int64, all different, the first choice first.
+        """Positions of the ``count`` chosen samples, int64, all different.
 
         All positions where there are no more than ``count`` samples.
         """

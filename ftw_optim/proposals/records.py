@@ -15,7 +15,7 @@ _KEPT_FEATURES = 1 << 30  # bytes: of a larger data set, features are computed w
 
 
 @final
-class Records:
+class KnownRecords:
     """The records as a proposal sees them: as features where it has such, which are kept, else as samples.
 
     Args:

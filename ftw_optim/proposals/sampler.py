@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 from ftw_optim._matching.selection import Selection
 from ftw_optim.proposals.drawing import salt
 from ftw_optim.proposals.interface import Proposal, Sample
-from ftw_optim.proposals.records import Records
+from ftw_optim.proposals.records import KnownRecords
 
 
 @final
@@ -87,7 +87,7 @@ class ProposedSampler(Sampler[int]):
             )
         self.data, self.proposal, self.count, self.seed, self.read_ahead = data, proposal, count, seed, read_ahead
         self.keep = passed_over == "keep" or read_ahead is None
-        self._records = Records(data, proposal, encode)
+        self._records = KnownRecords(data, proposal, encode)
         self._total = len(data)
         self._placed = 0  # how often the position was set anew
         self._ended: bool

@@ -104,7 +104,7 @@ class ScoreRegression:
         return (self.columns(part) for part in torch.split(features, AT_ONCE))
 
     def expected(self, features: Tensor, coefficients: Tensor) -> Tensor:
-        """What records' scores are with some coefficients of their columns, shape ``(n, responses)`` float64."""
+        """Records' scores, and lengths, by some coefficients of their columns, shape ``(n, responses)`` float64."""
         return torch.cat([columns @ coefficients for columns in self.parts(features)])
 
     def coefficients(self, parts: Iterable[Tensor], noise: Tensor | None = None) -> Tensor:

@@ -29,7 +29,8 @@ class SimilarityProposal(Proposal):
             random directions of it.
         embedding: shape ``(vocabulary, width)``: likeness of mean embeddings; None: of the tokens themselves.
         best_share: share of the records read, the most alike ones, among which the candidates are drawn at random; no
-            fewer than the candidates. The very most alike of very many records all say the same. 0: the most alike.
+            fewer than are taken. The very most alike of very many records all say the same. Of a kind that is rarer
+            than this it takes others, too: then pass the share that it has. 0: the most alike.
         temperature: 0: as ``best_share`` says. Above, records are drawn without replacement with probabilities
             proportional to ``exp(likeness / temperature)`` from all; likeness is a cosine, so 0.02 is mild.
         explore: share of the candidates drawn uniformly from the rest; where it is no whole number, rounded up or down
@@ -58,7 +59,9 @@ class SimilarityProposal(Proposal):
         check_explore(explore, explore_by)
         check_best_share(best_share)
         if not 0.0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and not negative, got {temperature}; 0 draws by no likeness.")
+            raise ValueError(
+                f"temperature must be finite and not negative, got {temperature}; 0 draws as best_share says."
+            )
         self.best_share, self.temperature = best_share, temperature
         self.explore, self.explore_by, self.seed = explore, explore_by, seed
         if dim < 1:
@@ -92,7 +95,7 @@ class SimilarityProposal(Proposal):
             explore=self.explore,
             explore_by=self.explore_by,
             salt=salt("similarity", self.seed, self._calls),
-            among=0 if self.temperature else math.ceil(self.best_share * len(known)),
+            as_good=0.0 if self.temperature else self.best_share,
         )
         self._calls += 1
         return chosen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
@@ -23,7 +22,7 @@ _PLAIN = 256  # columns in which records are compared with the stream
 
 @final
 class VettedProposal(Proposal):
-    """The records most alike to the target rows, but for those of a kind that is shown to be worth less.
+    """Records that are alike to the target rows, but for those of a kind that is shown to be worth less.
 
     Likeness finds records that *look* like the target and cannot see whether they are any good: a prompt of the right
     kind may have an empty, cut-off or wrong answer. What a record is *worth* is the product of its gradient and the
@@ -46,10 +45,9 @@ class VettedProposal(Proposal):
             ``filter=FilterUnless(condition=proposal.trusts_likeness)`` and
             ``weight=WeightUnless(condition=proposal.trusts_likeness)``. Steps of one candidate tell nothing.
         floor: with ``order="tested"`` the least share of the candidates that is drawn at random, however much likeness
-            is trusted. With 0 there are others as far as the scores leave it in doubt, which is the more the longer
-            none were seen. Where it is no whole number, rounded up or down at random.
-        contrast: whether likeness is that beyond the likeness to the stream, see :class:`SimilarityProposal`; with
-            ``order="tested"``, once it is trusted.
+            is trusted. With 0 there are others as far as the scores leave likeness in doubt: once trusted, only when
+            they no longer rise with it. Where it is no whole number, rounded up or down at random.
+        contrast: whether likeness is that beyond the likeness to the stream, see :class:`SimilarityProposal`.
         best_share: see :class:`SimilarityProposal`; where a kind is left out, a share of the others.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse:
@@ -131,19 +129,18 @@ class VettedProposal(Proposal):
         check_count(count)
         known = self._regression.features.given(samples, features)
         count = min(count, len(known))
-        guess = likeness_of(known) if self.order != "uniform" else torch.zeros(len(known), dtype=torch.float64)
         expected, worse = self._kinds.judged(known)
         draw = salt("vetted", self.seed, self._calls)
         self._calls += 1
         if self._contrast is not None:
-            columns = self._regression.features.plain_columns(known)
-            self._contrast.see(columns, keys_of(known), draw)
+            self._contrast.see(self._regression.features.plain_columns(known), keys_of(known), draw)
+        guess = self._likeness(known)
         if self.order == "tested" and not self.trusts_likeness():
             worse = torch.zeros_like(worse)  # worth about zero parts into kinds that are none
-        elif self._contrast is not None:
-            guess = self._contrast.likeness(columns)
 
-        def best(places: Tensor, values: Tensor, number: int, at_random: float = 0.0, among: int = 0) -> Tensor:
+        def best(
+            places: Tensor, values: Tensor, number: int, at_random: float = 0.0, as_good: float = self.best_share
+        ) -> Tensor:
             found = best_and_uniform(
                 values[places],
                 keys_of(known)[places],
@@ -152,19 +149,18 @@ class VettedProposal(Proposal):
                 explore=at_random,
                 explore_by="record",
                 salt=draw,
-                among=among,
+                as_good=as_good,
             )
             return places[found]
 
         share = min(self.explore * self._kinds.doubt(), float(worse.double().mean())) if len(known) else 0.0
-        tried = best(worse.nonzero()[:, 0], guess, min(explored(count, share, draw), int(worse.sum())))
+        of_worse, others = worse.nonzero()[:, 0], (~worse).nonzero()[:, 0]
+        tried = best(of_worse, guess, min(explored(count, share, draw), len(of_worse)))
         at_random = max(self.floor, 1.0 - self._trust.share()) if self.order == "tested" else 0.0
-        others = (~worse).nonzero()[:, 0]
-        as_good = math.ceil(self.best_share * len(others))
-        chosen = best(others, guess, count - len(tried), at_random, as_good)
+        chosen = best(others, guess, count - len(tried), at_random)
         left = worse.clone()
         left[tried] = False
-        more = best(left.nonzero()[:, 0], expected, count - len(chosen) - len(tried))
+        more = best(left.nonzero()[:, 0], expected, count - len(chosen) - len(tried), as_good=0.0)
         return torch.cat([chosen, more, tried])
 
     def observe(self, samples: Sequence[Sample], selection: Selection, *, features: Tensor | None = None) -> None:
@@ -173,9 +169,18 @@ class VettedProposal(Proposal):
         if told is None:
             return
         _, worse = self._kinds.judged(told.features)
-        likeness = likeness_of(told.features)
-        self._trust.observe(likeness[~worse], told.scores[~worse])  # the others' are low whatever their likeness
+        likeness = self._likeness(told.features)
+        tells = ~worse & likeness.isfinite()  # the scores of a worse kind are low whatever its likeness
+        self._trust.observe(likeness[tells], told.scores[tells])
         self._kinds.observe(self._regression.columns(told.features), told.scores, told.sizes)
+
+    def _likeness(self, known: Tensor) -> Tensor:
+        """What is proposed by, and tested: the likeness of records, given their features."""
+        if self.order == "uniform":
+            return torch.zeros(len(known), dtype=torch.float64)
+        if self._contrast is None:
+            return likeness_of(known)
+        return self._contrast.likeness(self._regression.features.plain_columns(known))
 
     def state_dict(self) -> dict[str, Any]:
         """The number of calls, what was learned, and the settings that must be equal on resume."""

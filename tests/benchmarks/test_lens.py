@@ -118,7 +118,7 @@ def test_likeness_chooses_among_the_records_read_and_acceptance_leaves_out_what_
 
 
 def test_what_the_pool_has_in_common_is_no_likeness_unless_asked_for() -> None:
-    """Of two records with as much of the target's words, the one that is otherwise like the pool comes later."""
+    """A record of the pool's commonest word is the most alike one, and is not beyond the likeness to the pool."""
 
     def example(*tokens: int) -> Example:
         return Example(tokens=list(tokens), prompt_length=1, source="")

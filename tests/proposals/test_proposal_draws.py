@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from ftw_optim.integrations.streaming._proposing import packed, unpacked
 from ftw_optim.proposals import LearnedProposal, Proposal, SimilarityProposal, UniformProposal, VettedProposal
 from ftw_optim.proposals.drawing import best_and_uniform, explored, salt
+from ftw_optim.proposals.trust import LikenessTrust
 from tests.support.selections import selection
 
 TARGET = [{"input_ids": [1, 2, 3]}, {"input_ids": [2, 3, 4]}]
@@ -163,14 +166,16 @@ def test_the_most_alike_come_first_and_temperature_softens_that() -> None:
 @given(
     n=st.integers(1, 40),
     count=st.integers(1, 10),
-    among=st.integers(0, 50),
+    as_good=st.floats(0.0, 1.0),
     explore=st.sampled_from([0.0, 0.25, 1.0]),
     seed=st.integers(0, 999),
 )
 def test_the_best_are_drawn_among_as_many_as_are_as_good(
-    n: int, count: int, among: int, explore: float, seed: int
+    n: int, count: int, as_good: float, explore: float, seed: int
 ) -> None:
+    """Those without a likeness are none of them."""
     scores = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).double()
+    scores[scores < n // 3] = -torch.inf
     found = best_and_uniform(
         scores,
         torch.arange(n),
@@ -179,14 +184,15 @@ def test_the_best_are_drawn_among_as_many_as_are_as_good(
         explore=explore,
         explore_by="record",
         salt=seed,
-        among=among,
+        as_good=as_good,
     )
     assert len(set(found.tolist())) == len(found) == min(n, count)
     best = len(found) - explored(len(found), explore, seed)
-    highest = scores.argsort(descending=True)[: max(best, among)]
-    assert set(found[:best].tolist()) <= set(highest.tolist())
+    among = math.ceil(as_good * (n - n // 3))
+    least = scores.sort(descending=True).values[: max(best, among)]
+    assert bool((scores[found[:best]] >= least[-1:]).all())
     if among <= best:
-        assert found[:best].tolist() == highest.tolist()
+        assert torch.equal(scores[found[:best]], least[:best])
 
 
 def test_each_of_the_best_is_as_likely_and_those_not_taken_are_explored_as_often_as_others() -> None:
@@ -201,7 +207,7 @@ def test_each_of_the_best_is_as_likely_and_those_not_taken_are_explored_as_often
             explore=0.5,
             explore_by="record",
             salt=salt(number),
-            among=6,
+            as_good=0.6,
         )
         assert int((found[:2] < 6).sum()) == 2
         counts[found] += 1
@@ -210,8 +216,15 @@ def test_each_of_the_best_is_as_likely_and_those_not_taken_are_explored_as_often
     assert bool(((counts - calls * expected).abs() < 5 * (calls * expected * (1 - expected)).sqrt()).all())
 
 
-@pytest.mark.parametrize("make", [SimilarityProposal, VettedProposal], ids=["similar", "vetted"])
-def test_of_very_many_records_the_most_alike_are_as_good_as_each_other(make: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    "make",
+    [SimilarityProposal, VettedProposal, partial(VettedProposal, order="tested")],
+    ids=["similar", "vetted", "tested"],
+)
+def test_of_very_many_records_the_most_alike_are_as_good_as_each_other(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LikenessTrust, "share", lambda _: 1.0)
     records = pool(480)
     known = SimilarityProposal(TARGET, contrast=False).features(records)[:, 3]
     proposal, strict = make(TARGET, contrast=False), make(TARGET, contrast=False, best_share=0.0)
@@ -225,6 +238,29 @@ def test_of_very_many_records_the_most_alike_are_as_good_as_each_other(make: Cal
     assert fixed == {tuple(sorted(known.tolist(), reverse=True)[:4])}
     few = [known[make(TARGET, contrast=False).propose(records[:60], 4)].tolist() for _ in range(3)]
     assert few == 3 * [sorted(known[:60].tolist(), reverse=True)[:4]]
+
+
+def test_beyond_the_stream_and_by_temperature_it_is_as_it_says() -> None:
+    records = [*pool(480), *({"input_ids": []} for _ in range(800))]
+    proposal = SimilarityProposal(TARGET)
+    features = proposal.features(records)
+    proposal.propose(records, 4, features=features)
+    beyond = proposal._contrast.likeness(proposal._features.plain_columns(features))
+    least = beyond.sort(descending=True).values[29]
+    drawn = [proposal.propose(records, 4, features=features) for _ in range(40)]
+    assert min(float(beyond[one].min()) for one in drawn) >= float(least) - 1e-9
+    assert len({tuple(sorted(one.tolist())) for one in drawn}) > 35
+    warm = [SimilarityProposal(TARGET, temperature=1e6, best_share=share) for share in (0.0, 1 / 16)]
+    one, other = ([each.propose(records, 4, features=features).tolist() for _ in range(20)] for each in warm)
+    assert one == other
+
+
+def test_copies_of_a_record_are_drawn_each_for_itself() -> None:
+    records = [{"input_ids": [1, 50 + i // 8]} for i in range(640)]
+    for proposal in (UniformProposal(0), SimilarityProposal(TARGET, contrast=False)):
+        drawn = [proposal.propose(records, 8).tolist() for _ in range(30)]
+        texts = [len({place // 8 for place in one}) for one in drawn]
+        assert sum(texts) / len(texts) > 7.0  # 7.7 on average
 
 
 def test_of_what_a_veto_leaves_the_most_alike_are_as_good_as_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
