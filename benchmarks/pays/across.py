@@ -40,15 +40,27 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
         "--seconds", action="store_true", help="until the final test loss of the arm that others are compared with"
     )
     parser.add_argument("--intervals", action="store_true", help="print them, not only on which side of zero they are")
+    parser.add_argument(
+        "--others",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="one for each, of results with another --read-ahead: arms that a folder has not are taken from there",
+    )
     options = parser.parse_args(arguments)
     for name in [options.beside, *(options.arms or [])]:
         if name not in ARMS:
             parser.error(f"{name!r} is not one of {', '.join(ARMS)}")
     if options.seconds and (options.exact or options.intervals):
         parser.error("--seconds has a table of its own: leave --exact and --intervals out")
-    for folder in options.folders:
+    for folder in [*options.folders, *(options.others or [])]:
         if not any(folder.glob("runs/*.json")):
             parser.error(f"{folder} has no results of pays.py in its folder runs")
+    if options.others and len(options.others) != len(options.folders):
+        parser.error(f"--others needs as many folders, {len(options.folders)}, got {len(options.others)}")
+    for folder, other in zip(options.folders, options.others or [], strict=False):
+        if _but_for_read_ahead(folder) != _but_for_read_ahead(other):
+            parser.error(f"{other} differs from {folder} in more than --read-ahead, see their setting.json")
     return options
 
 
@@ -56,6 +68,8 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
     """Prints the table."""
     options = parse_arguments(arguments, description=description)
     found = {folder.name: runs_in(folder, options.seeds) for folder in options.folders}
+    for folder, other in zip(options.folders, options.others or [], strict=False):
+        found[folder.name] = runs_in(other, options.seeds) | found[folder.name]
     wanted = options.arms or [name for name in ARMS if any(name in runs for runs in found.values())]
     if options.seconds:
         cells = {
@@ -66,6 +80,12 @@ def main(arguments: Sequence[str] | None = None, *, description: str | None = No
         text = table(found, wanted, beside=options.beside, intervals=options.intervals, exact=options.exact)
     print(text)
     return text
+
+
+def _but_for_read_ahead(folder: Path) -> dict[str, object]:
+    """The setting of a folder's runs: the model, the data, all sizes but how many records a step reads."""
+    setting: dict[str, object] = json.loads((folder / "setting.json").read_text(encoding="utf-8"))
+    return {name: value for name, value in setting.items() if name != "read_ahead"}
 
 
 def runs_in(folder: Path, seeds: Sequence[int] | None = None) -> dict[str, dict[int, Run]]:

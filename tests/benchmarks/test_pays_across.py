@@ -80,6 +80,26 @@ def test_seconds_until_the_loss_of_another_arm_are_beside_its_own(tmp_path: Path
     assert line.split()[-5:] == ["not", "reached;", "6", "s", "(2)"]
 
 
+def test_arms_that_a_folder_has_not_come_from_one_that_differs_in_what_is_read_ahead(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, read_ahead, test_rows in (("near", 128, 3), ("far", 1024, 3), ("other", 128, 4)):
+        store = Store(tmp_path / name, {"read_ahead": read_ahead, "test_rows": test_rows})
+        losses = {"adamw-n": [2.0, 3.0, 4.0], "ftw": [9.0, 9.0, 9.0]} if name != "far" else {"ftw": [2.0, 3.0, 4.0]}
+        for arm, of_rows in losses.items():
+            store.save(Run(arm=arm, steps=4, lr=1e-3, seed=0, at=[4], test=[of_rows]))
+    near, far, other = (str(tmp_path / name) for name in ("near", "far", "other"))
+    lines = main([far, "--others", near]).splitlines()
+    assert [line.split()[-2:] for line in lines[1:3]] == [["3.000", "(1)"], ["(1)", "+0.00"]]
+    for arguments, message in (
+        ([far, "--others", other], "differs from"),
+        ([far, near, "--others", near], "needs as many folders, 2, got 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         ([str(tmp_path)], "has no results of pays.py"),
