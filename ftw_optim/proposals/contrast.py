@@ -13,7 +13,6 @@ from ftw_optim.proposals.drawing import uniforms
 from ftw_optim.proposals.features import AT_ONCE
 
 _SEEN = 4096  # records of a call that tell what the stream is like: their mean is known to a hundredth then
-_SAME = 1e-4  # a shorter difference of means is none
 _ONE = 1 << 24  # sums are of integers, so that the order of the records does not change them
 
 
@@ -22,10 +21,10 @@ class Contrast:
     """How much more alike records are to the target rows than to the records that were on offer so far.
 
     Most of what makes two texts alike is shared by all texts: the words of the language, and that short ones have few
-    others. So a record counts by the cosine of ``x`` and ``m - p``, where ``x`` is its point on a sphere, ``m`` the
-    mean of the target rows and ``p`` that of the stream. That is the function which tells the two apart best (the
-    witness function of the maximum mean discrepancy; Gretton and others 2012, "A kernel two-sample test"). Where target
-    and stream are the same, all records count alike.
+    others. So a record counts by ``(m - p) . x / |m|``, where ``x`` is its point on a sphere, ``m`` the mean of the
+    target rows and ``p`` that of the stream: its likeness less a part for what the stream has anyway. That is the
+    function which tells the two apart best (the witness function of the maximum mean discrepancy; Gretton and others
+    2012, "A kernel two-sample test"). Where target and stream are the same, all records count alike.
 
     Args:
         target: the mean ``m`` of the target rows, each of length one, shape ``(d,)`` float64.
@@ -51,7 +50,7 @@ class Contrast:
     def likeness(self, columns: Tensor) -> Tensor:
         """What records count, shape ``(n,)`` float64; without any token less than all others."""
         direction = self._target - self._sum / (max(self._count, 1) * _ONE)
-        direction = functional.normalize(direction, dim=0, eps=_SAME)
+        direction = direction / self._target.norm().clamp(min=1e-12)
         found = torch.cat([_units(part) @ direction for part in torch.split(columns, AT_ONCE)])
         return torch.where(columns.any(1), found, -torch.inf)
 

@@ -47,7 +47,8 @@ class VettedProposal(Proposal):
         floor: with ``order="tested"`` the least share of the candidates that is drawn at random, however much likeness
             is trusted. With 0 there are others as far as the scores leave likeness in doubt: once trusted, only when
             they no longer rise with it. Where it is no whole number, rounded up or down at random.
-        contrast: whether likeness is that beyond the likeness to the stream, see :class:`SimilarityProposal`.
+        contrast: whether likeness is that beyond the likeness to the stream, see :class:`SimilarityProposal`; with
+            ``order="tested"``, once it is trusted. What is tested is likeness alone.
         best_share: see :class:`SimilarityProposal`; where a kind is left out, a share of the others.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse:
@@ -129,14 +130,17 @@ class VettedProposal(Proposal):
         check_count(count)
         known = self._regression.features.given(samples, features)
         count = min(count, len(known))
+        guess = likeness_of(known) if self.order != "uniform" else torch.zeros(len(known), dtype=torch.float64)
         expected, worse = self._kinds.judged(known)
         draw = salt("vetted", self.seed, self._calls)
         self._calls += 1
         if self._contrast is not None:
-            self._contrast.see(self._regression.features.plain_columns(known), keys_of(known), draw)
-        guess = self._likeness(known)
+            columns = self._regression.features.plain_columns(known)
+            self._contrast.see(columns, keys_of(known), draw)
         if self.order == "tested" and not self.trusts_likeness():
             worse = torch.zeros_like(worse)  # worth about zero parts into kinds that are none
+        elif self._contrast is not None:
+            guess = self._contrast.likeness(columns)
 
         def best(
             places: Tensor, values: Tensor, number: int, at_random: float = 0.0, as_good: float = self.best_share
@@ -169,18 +173,9 @@ class VettedProposal(Proposal):
         if told is None:
             return
         _, worse = self._kinds.judged(told.features)
-        likeness = self._likeness(told.features)
-        tells = ~worse & likeness.isfinite()  # the scores of a worse kind are low whatever its likeness
-        self._trust.observe(likeness[tells], told.scores[tells])
+        likeness = likeness_of(told.features)
+        self._trust.observe(likeness[~worse], told.scores[~worse])  # the others' are low whatever their likeness
         self._kinds.observe(self._regression.columns(told.features), told.scores, told.sizes)
-
-    def _likeness(self, known: Tensor) -> Tensor:
-        """What is proposed by, and tested: the likeness of records, given their features."""
-        if self.order == "uniform":
-            return torch.zeros(len(known), dtype=torch.float64)
-        if self._contrast is None:
-            return likeness_of(known)
-        return self._contrast.likeness(self._regression.features.plain_columns(known))
 
     def state_dict(self) -> dict[str, Any]:
         """The number of calls, what was learned, and the settings that must be equal on resume."""

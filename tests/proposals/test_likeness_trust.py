@@ -174,7 +174,7 @@ def test_likeness_is_followed_unless_scores_fall_with_it(seed: int) -> None:
 
 
 def test_at_first_four_fifths_are_the_most_alike_and_the_others_come_at_random() -> None:
-    proposal = VettedProposal(_TARGET, order="tested", contrast=False, dim=8)
+    proposal = VettedProposal(_TARGET, order="tested", dim=8)
     records = offered(torch.Generator().manual_seed(1))
     like = likeness_of(proposal.features(records))
     alike = like.argsort(descending=True)
@@ -319,7 +319,7 @@ def test_a_copy_asks_the_same_condition_and_what_is_unpickled_says_that_it_has_n
 
 def test_records_of_the_kind_left_out_say_nothing_of_likeness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their scores are low whatever their likeness, and some of them are tried."""
-    proposal = VettedProposal(_TARGET, order="tested", contrast=False, dim=16)
+    proposal = VettedProposal(_TARGET, order="tested", dim=16)
     records = offered(torch.Generator().manual_seed(3))[:8]
     like = likeness_of(proposal.features(records))
     worse = torch.arange(8) >= 4
