@@ -69,7 +69,7 @@ def best_and_uniform(
 
     Args:
         scores: shape ``(n,)``; among equal ones the draw decides.
-        keys: shape ``(n,)`` int64, of which each draw is a function.
+        keys: shape ``(n,)`` int64, no two of them equal (:func:`apart`), of which each draw is a function.
         sources: shape ``(n,)``, a number for each source.
         count: number of positions; all, if there are fewer.
         explore: share of ``count`` that is drawn uniformly.
@@ -82,7 +82,6 @@ def best_and_uniform(
     count = min(count, len(keys))
     drawn = explored(count, explore, salt)
     among = math.ceil(as_good * int(scores.isfinite().sum()))
-    keys = apart(keys)
     shuffled = uniforms(keys, salt).argsort(stable=True)
     best = shuffled[scores[shuffled].argsort(descending=True, stable=True)][: max(count - drawn, among)]
     if len(best) > count - drawn:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
-from ftw_optim.proposals.drawing import best_and_uniform, salt
+from ftw_optim.proposals.drawing import apart, best_and_uniform, salt
 from ftw_optim.proposals.features import keys_of, sources_of
 from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_explore, check_state
 from ftw_optim.proposals.scoring import ScoreRegression
@@ -99,7 +99,7 @@ class LearnedProposal(Proposal):
             scores = self._regression.expected(known, self._coefficients(known))[:, 0]
         chosen = best_and_uniform(
             scores,
-            keys_of(known),
+            apart(keys_of(known)),
             sources_of(known),
             count,
             explore=self.explore,

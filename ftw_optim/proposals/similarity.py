@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
 from ftw_optim.proposals.contrast import Contrast
-from ftw_optim.proposals.drawing import BEST_SHARE, best_and_uniform, salt, uniforms
+from ftw_optim.proposals.drawing import BEST_SHARE, apart, best_and_uniform, salt, uniforms
 from ftw_optim.proposals.features import Features, keys_of, likeness_of, sources_of
 from ftw_optim.proposals.interface import Proposal, Sample, check_best_share, check_count, check_explore, check_state
 
@@ -78,7 +78,7 @@ class SimilarityProposal(Proposal):
         """See :class:`Proposal`; with ``features`` the samples themselves are not looked at."""
         check_count(count)
         known = self._features.given(samples, features)
-        keys, scores = keys_of(known), likeness_of(known)
+        keys, scores = apart(keys_of(known)), likeness_of(known)
         if self._contrast is not None:
             columns = self._features.plain_columns(known)
             self._contrast.see(columns, keys, salt("stream", self.seed, self._calls))

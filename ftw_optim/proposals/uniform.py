@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
-from ftw_optim.proposals.drawing import best_and_uniform, salt
+from ftw_optim.proposals.drawing import apart, best_and_uniform, salt
 from ftw_optim.proposals.features import Features, keys_of, sources_of
 from ftw_optim.proposals.interface import Proposal, Sample, check_count, check_state
 
@@ -37,7 +37,7 @@ class UniformProposal(Proposal):
         known = self._features.given(samples, features)
         chosen = best_and_uniform(
             torch.zeros(len(known)),
-            keys_of(known),
+            apart(keys_of(known)),
             sources_of(known),
             count,
             explore=1.0,

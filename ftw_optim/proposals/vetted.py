@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ftw_optim._matching.selection import Selection
 from ftw_optim.proposals.contrast import Contrast
-from ftw_optim.proposals.drawing import BEST_SHARE, best_and_uniform, explored, salt
+from ftw_optim.proposals.drawing import BEST_SHARE, apart, best_and_uniform, explored, salt
 from ftw_optim.proposals.features import keys_of, likeness_of, sources_of
 from ftw_optim.proposals.interface import Proposal, Sample, check_best_share, check_count, check_explore, check_state
 from ftw_optim.proposals.kinds import Kinds
@@ -132,11 +132,11 @@ class VettedProposal(Proposal):
         count = min(count, len(known))
         guess = likeness_of(known) if self.order != "uniform" else torch.zeros(len(known), dtype=torch.float64)
         expected, worse = self._kinds.judged(known)
-        draw = salt("vetted", self.seed, self._calls)
+        keys, draw = apart(keys_of(known)), salt("vetted", self.seed, self._calls)
         self._calls += 1
         if self._contrast is not None:
             columns = self._regression.features.plain_columns(known)
-            self._contrast.see(columns, keys_of(known), draw)
+            self._contrast.see(columns, keys, draw)
         if self.order == "tested" and not self.trusts_likeness():
             worse = torch.zeros_like(worse)  # worth about zero parts into kinds that are none
         elif self._contrast is not None:
@@ -147,7 +147,7 @@ class VettedProposal(Proposal):
         ) -> Tensor:
             found = best_and_uniform(
                 values[places],
-                keys_of(known)[places],
+                keys[places],
                 sources_of(known)[places],
                 number,
                 explore=at_random,

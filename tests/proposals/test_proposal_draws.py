@@ -255,12 +255,24 @@ def test_beyond_the_stream_and_by_temperature_it_is_as_it_says() -> None:
     assert one == other
 
 
-def test_copies_of_a_record_are_drawn_each_for_itself() -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        UniformProposal,
+        partial(SimilarityProposal, TARGET, contrast=False),
+        partial(SimilarityProposal, TARGET, contrast=False, temperature=1.0),
+        partial(LearnedProposal, TARGET),
+        partial(VettedProposal, TARGET, contrast=False),
+        partial(VettedProposal, order="uniform"),
+    ],
+    ids=["uniform", "similar", "similar by temperature", "learned", "vetted", "vetted at random"],
+)
+def test_copies_of_a_record_are_drawn_each_for_itself(make: Callable[[], Proposal]) -> None:
     records = [{"input_ids": [1, 50 + i // 8]} for i in range(640)]
-    for proposal in (UniformProposal(0), SimilarityProposal(TARGET, contrast=False)):
-        drawn = [proposal.propose(records, 8).tolist() for _ in range(30)]
-        texts = [len({place // 8 for place in one}) for one in drawn]
-        assert sum(texts) / len(texts) > 7.0  # 7.7 on average
+    proposal = make()
+    drawn = [proposal.propose(records, 8).tolist() for _ in range(30)]
+    texts = [len({place // 8 for place in one}) for one in drawn]
+    assert sum(texts) / len(texts) > 7.0  # 7.7 on average
 
 
 def test_of_what_a_veto_leaves_the_most_alike_are_as_good_as_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
