@@ -53,12 +53,13 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
             parser.error(f"{name!r} is not one of {', '.join(ARMS)}")
     if options.seconds and (options.exact or options.intervals):
         parser.error("--seconds has a table of its own: leave --exact and --intervals out")
-    for folder in [*options.folders, *(options.others or [])]:
+    options.others = options.others or options.folders
+    for folder in {*options.folders, *options.others}:
         if not any(folder.glob("runs/*.json")):
             parser.error(f"{folder} has no results of pays.py in its folder runs")
-    if options.others and len(options.others) != len(options.folders):
+    if len(options.others) != len(options.folders):
         parser.error(f"--others needs as many folders, {len(options.folders)}, got {len(options.others)}")
-    for folder, other in zip(options.folders, options.others or [], strict=False):
+    for folder, other in zip(options.folders, options.others, strict=True):
         if _but_for_read_ahead(folder) != _but_for_read_ahead(other):
             parser.error(f"{other} differs from {folder} in more than --read-ahead, see their setting.json")
     return options
@@ -67,9 +68,10 @@ def parse_arguments(arguments: Sequence[str] | None = None, *, description: str 
 def main(arguments: Sequence[str] | None = None, *, description: str | None = None) -> str:
     """Prints the table."""
     options = parse_arguments(arguments, description=description)
-    found = {folder.name: runs_in(folder, options.seeds) for folder in options.folders}
-    for folder, other in zip(options.folders, options.others or [], strict=False):
-        found[folder.name] = runs_in(other, options.seeds) | found[folder.name]
+    found = {
+        folder.name: runs_in(other, options.seeds) | runs_in(folder, options.seeds)
+        for folder, other in zip(options.folders, options.others, strict=True)
+    }
     wanted = options.arms or [name for name in ARMS if any(name in runs for runs in found.values())]
     if options.seconds:
         cells = {
