@@ -14,7 +14,7 @@ _NOISE_ROWS = 4.0  # observations that this is worth
 _GUESS, _GUESS_ERROR = 0.2, 0.3  # of the slope: likeness, a cosine too, mostly helps
 _MATTERS = 0.05  # a slope nearer to zero says neither that likeness helps nor that it harms
 _SURE = 0.9  # probability from which on that is believed
-_MOST = 0.8  # the largest share before likeness is trusted
+_MOST = 0.5  # the largest share before likeness is trusted: stages that keep a third find enough among the half
 _SUMS = ("rows", "spread", "cross", "energy", "count", "total", "squares")
 
 

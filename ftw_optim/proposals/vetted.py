@@ -39,7 +39,7 @@ class VettedProposal(Proposal):
     Args:
         target_samples: the target rows; None: no likeness.
         order: ``"likeness"``: alike ones first. ``"uniform"``: at random. ``"tested"``: alike ones for a share of the
-            candidates, and the others at random: four fifths at first, nearly all a few steps later where scores rise
+            candidates, and the others at random: half of them at first, nearly all a few steps later where scores rise
             with likeness, few or none where they fall. Until likeness is trusted no kind is left out, and the
             candidates are a mixed lot, so give the optimizer stages that choose among them:
             ``filter=FilterUnless(condition=proposal.trusts_likeness)`` and
@@ -47,8 +47,8 @@ class VettedProposal(Proposal):
         floor: with ``order="tested"`` the least share of the candidates that is drawn at random, however much likeness
             is trusted. With 0 there are others as far as the scores leave likeness in doubt: once trusted, only when
             they no longer rise with it. Where it is no whole number, rounded up or down at random.
-        contrast: whether likeness is that beyond the likeness to the stream, see :class:`SimilarityProposal`; with
-            ``order="tested"``, once it is trusted. What is tested is likeness alone.
+        contrast: whether likeness is that beyond the likeness to the stream, see :class:`SimilarityProposal`. What
+            ``order="tested"`` tests is likeness alone, in which candidates differ more.
         best_share: see :class:`SimilarityProposal`; where a kind is left out, a share of the others.
         dim, embedding, use_source, ridge, forgetting: of the regression, see :class:`LearnedProposal`.
         explore: share of the candidates that are of the kind left out, by which it is seen whether it is still worse:
@@ -137,10 +137,9 @@ class VettedProposal(Proposal):
         if self._contrast is not None:
             columns = self._regression.features.plain_columns(known)
             self._contrast.see(columns, keys, draw)
+            guess = self._contrast.likeness(columns)
         if self.order == "tested" and not self.trusts_likeness():
             worse = torch.zeros_like(worse)  # worth about zero parts into kinds that are none
-        elif self._contrast is not None:
-            guess = self._contrast.likeness(columns)
 
         def best(
             places: Tensor, values: Tensor, number: int, at_random: float = 0.0, as_good: float = self.best_share
