@@ -53,11 +53,12 @@ class LikenessTrust:
             self.trusts = min(self.slope_above(_MATTERS), self._positive()) > _SURE
 
     def share(self) -> float:
-        """The share of the candidates that likeness should choose: the probability that it does no harm.
+        """The share of the candidates that likeness should choose.
 
-        Until it is trusted there are always some others, as those that are all alike tell nothing of likeness.
+        Once it is trusted, the probability that it does no harm. Until then the probability that it helps, and at most
+        a half, as candidates that are all alike tell nothing of likeness.
         """
-        return min(self.slope_above(-_MATTERS), 1.0 if self.trusts else _MOST)
+        return self.slope_above(-_MATTERS) if self.trusts else min(self.slope_above(_MATTERS), _MOST)
 
     def slope_above(self, value: float) -> float:
         """The probability that scores rise with likeness by more than a value, per unit of it."""

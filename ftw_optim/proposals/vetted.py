@@ -40,7 +40,7 @@ class VettedProposal(Proposal):
         target_samples: the target rows; None: no likeness.
         order: ``"likeness"``: alike ones first. ``"uniform"``: at random. ``"tested"``: alike ones for a share of the
             candidates, and the others at random: half of them at first, nearly all a few steps later where scores rise
-            with likeness, few or none where they fall. Until likeness is trusted no kind is left out, and the
+            with likeness, few or none where they do not. Until likeness is trusted no kind is left out, and the
             candidates are a mixed lot, so give the optimizer stages that choose among them:
             ``filter=FilterUnless(condition=proposal.trusts_likeness)`` and
             ``weight=WeightUnless(condition=proposal.trusts_likeness)``. Steps of one candidate tell nothing.

@@ -117,7 +117,8 @@ def test_it_comes_where_scores_rise_and_are_positive_and_goes_where_they_fall_or
     assert trust_of([FALLING] * 3 + [RISING] * 20).trusts
     assert trust_of([RISING] * 5).share() > 0.95
     assert trust_of([FALLING] * 3).share() < 0.05
-    assert trust_of([FLAT] * 30).share() == 0.5
+    assert trust_of([FLAT] * 30).share() < 0.05  # does no harm either
+    assert trust_of([RISING] * 5 + [HARMFUL] * 3).share() == 0.5
 
 
 def test_what_is_known_fades_without_an_end_to_the_arithmetic() -> None:
@@ -158,7 +159,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 @pytest.mark.parametrize("seed", [0, slow(1), slow(2)])
-def test_likeness_is_followed_unless_scores_fall_with_it(seed: int) -> None:
+def test_likeness_is_followed_where_scores_rise_with_it(seed: int) -> None:
     helps, harms, tells_nothing = (VettedProposal(_TARGET, order="tested", dim=32, seed=seed) for _ in range(3))
     rising = mean_likeness(helps, 20, slope=0.3, seed=seed)
     assert mean(rising[5:]) > 0.8
@@ -168,7 +169,7 @@ def test_likeness_is_followed_unless_scores_fall_with_it(seed: int) -> None:
     assert not harms.trusts_likeness()
     neither = mean_likeness(tells_nothing, 20, slope=0.0, seed=seed)
     assert not tells_nothing.trusts_likeness()
-    assert mean(falling[5:]) + 0.1 < mean(neither[5:])
+    assert mean(neither[5:]) < 0.6
     assert mean(mean_likeness(harms, 40, slope=0.3, seed=seed)[30:]) > 0.8  # what was not trusted may be, later
     assert harms.trusts_likeness()
 
